@@ -1,0 +1,59 @@
+"""The teleport settings as training arguments, for `HfArgumentParser`, YAML files and the command line."""
+
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_teleport.config import TeleportConfig
+
+PREFIX = "teleport_"
+
+# The types that the command line parses, where those of TeleportConfig are unions that argparse does not know.
+_PARSED_AS: dict[str, Any] = {"epochs": str, "target_modules": list[str] | None, "exclude_modules": list[str] | None}
+
+
+def _prefixed(setting: Any) -> tuple[str, Any, Any]:
+    default = setting.default if setting.name != "epochs" else str(setting.default)
+    if default is MISSING:
+        raise TypeError(f"TeleportConfig.{setting.name} needs a default")
+    # In argparse's help a percent sign starts a format.
+    metadata = {"help": setting.metadata["help"].replace("%", "%%")}
+    annotation = _PARSED_AS.get(setting.name, setting.type)
+    return f"{PREFIX}{setting.name}", annotation, field(default=default, metadata=metadata)
+
+
+_Settings = make_dataclass("_Settings", [_prefixed(setting) for setting in fields(TeleportConfig)])
+
+
+@dataclass
+class TeleportArguments(_Settings):  # type: ignore[misc, valid-type]
+    """Every field of `TeleportConfig` with the prefix `teleport_`: mix it into any arguments class.
+
+    `class MyConfig(TeleportArguments, SFTConfig): ...` makes a TRL configuration with teleport settings.
+    """
+
+    def teleport_config(self) -> TeleportConfig:
+        """The settings as a validated `TeleportConfig`.
+
+        Raises:
+            ValueError: a value that is not allowed.
+        """
+        settings = {f.name: getattr(self, PREFIX + f.name) for f in fields(TeleportConfig)}
+        # argparse hands over a list even where one word is meant for all layers.
+        if settings["target_modules"] == ["all-linear"]:
+            settings["target_modules"] = "all-linear"
+        return TeleportConfig(**settings)
+
+
+@dataclass
+class TeleportTrainingArguments(TeleportArguments, TrainingArguments):
+    """`TrainingArguments` with the teleport settings: `--teleport_epochs 5 --teleport_num_batches 32`.
+
+    Raises:
+        ValueError: a teleport setting that is not allowed, when the arguments are made.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.teleport_config()

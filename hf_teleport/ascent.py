@@ -1,0 +1,163 @@
+"""The gradient of the teleport objective, projected: by one shifted forward, or by double backward.
+
+The objective is `½ ||∇_W L||²`; its gradient is `H g`, the Hessian times the loss gradient g. For a layer
+`Z = X Wᵀ` with `D = ∂L/∂Z`, the loss gradient is `g = Dᵀ X`, and along any direction u (a dot is the derivative along u)
+
+    (H u) = Ḋᵀ X + Dᵀ Ẋ        and, projected at tau = 1,        (H u) P = Dᵀ Ẋ P,
+
+because `X P = 0`. D is at hand after the backward pass that made g; Ẋ is a difference of two forwards. So nothing
+is differentiated twice, and any attention kernel will do. docs/mathematics.md has the whole derivation.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hf_teleport.isolation import seed_everything, shifted
+from hf_teleport.layers import Layer
+from hf_teleport.trace import KeepDouble, TangentTrace, Trace, Use
+
+Uses = dict[nn.Parameter, list[Use]]
+_Trace = TypeVar("_Trace", bound=Trace)
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+"""`loss_fn(model, batch)`: the mean loss of the batch, a scalar."""
+
+
+@dataclass
+class Point:
+    """The loss on one batch at the current weights, and what came of its forward and backward.
+
+    Attributes:
+        loss: the mean loss.
+        gradients: one for each parameter, None where the loss does not depend on it.
+        trace: the uses of the parameters, with D.
+    """
+
+    batch: Any
+    seed: int
+    loss: float
+    parameters: list[nn.Parameter]
+    gradients: list[Tensor | None]
+    trace: Trace
+
+    @property
+    def grad_norm(self) -> float:
+        """`||∇_W L||` over all trainable parameters."""
+        return norm(self.gradients)
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def norm(tensors: Iterable[Tensor | None]) -> float:
+    """Euclidean norm of all the numbers in a list of tensors, accumulated in float64."""
+    norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.float64) for t in tensors if t is not None]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+
+
+def evaluate(model: nn.Module, loss_fn: LossFn, batch: Any, *, seed: int, differentiable_gradients: bool = False) -> Point:
+    """One forward and backward at the current weights, followed by a `Trace`. `.grad` is not touched.
+
+    Args:
+        seed: for models that draw random numbers in eval mode: each forward on this batch draws the same.
+        differentiable_gradients: keep the graph of the gradients, for `exact_direction`.
+
+    Raises:
+        ValueError: the loss is not a scalar, or depends on no trainable parameter.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    trace = Trace(parameters)
+    seed_everything(seed)
+    # Fused attention kernels have no second derivative; the plain one does.
+    plain_kernels = sdpa_kernel([SDPBackend.MATH]) if differentiable_gradients else nullcontext()
+    with torch.enable_grad(), trace, plain_kernels:
+        loss = loss_fn(model, batch)
+    _check_loss(loss)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, create_graph=differentiable_gradients)
+    return Point(batch, seed, float(loss.detach()), parameters, list(gradients), trace)
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"loss_fn must return the mean loss as a scalar tensor, but returned {got}.")
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss depends on no trainable parameter: check that parameters have requires_grad=True and that "
+            "loss_fn computes the loss with gradients enabled and does not detach it."
+        )
+
+
+def fast_direction(
+    model: nn.Module, loss_fn: LossFn, point: Point, direction: list[Tensor | None], layers: list[Layer]
+) -> dict[Layer, Tensor]:
+    """`Dᵀ Ẋ` along a direction u for each layer, by one forward without autograd at `W + εu`.
+
+    Equal to `H u` up to a part in the span of the layer's inputs, so after a projection at tau = 1 to `(H u) P`. The step is
+    `ε = sqrt(eps) ||W|| / ||u||`, where truncation and rounding errors balance for the precision of the weights. In float64 the
+    unshifted forward is run once more as well, both without the casts to float32 that many models contain.
+
+    Returns:
+        For each layer (G, o, d), with one more column, of zeros, for a bias: it comes after the input, which it cannot shift.
+    """
+    length = norm(direction)
+    if length == 0 or not layers:
+        return {}
+    dtype = layers[0].weight.dtype
+    epsilon = torch.finfo(dtype).eps ** 0.5 * norm(point.parameters) / length
+    uses = {layer.weight: point.trace.uses[layer.weight] for layer in layers}
+    if dtype == torch.float64:
+        uses = _in_double(uses, _forward(model, loss_fn, point, Trace(uses), dtype).uses)
+    with shifted(point.parameters, direction, epsilon):
+        trace = _forward(model, loss_fn, point, TangentTrace(uses), dtype)
+    found = trace.products()
+    products = {}
+    for layer in layers:
+        product = found.get(layer.weight)
+        if product is not None:
+            no_bias_part = product.new_zeros((*product.shape[:-1], 1))
+            products[layer] = (product if layer.bias is None else torch.cat([product, no_bias_part], -1)) / epsilon
+    return products
+
+
+def _forward(model: nn.Module, loss_fn: LossFn, point: Point, trace: _Trace, dtype: torch.dtype) -> _Trace:
+    """A traced forward without autograd, drawing the random numbers that the point's forward drew."""
+    seed_everything(point.seed)
+    with torch.no_grad(), KeepDouble() if dtype == torch.float64 else nullcontext(), trace:
+        loss_fn(model, point.batch)
+    return trace
+
+
+def _in_double(uses: Uses, precise: Uses) -> Uses:
+    """The same uses, D included, with their inputs taken from a forward that never left float64."""
+    return {
+        weight: [Use(call.call, use.output_gradient) for use, call in zip(uses[weight], precise[weight], strict=True)]
+        for weight in uses
+    }
+
+
+def exact_direction(point: Point, direction: list[Tensor | None], layers: list[Layer]) -> dict[Layer, Tensor]:
+    """`H u` for each layer by double backward, as matrices like those of `fast_direction`, bias column included.
+
+    Needs a point made with `differentiable_gradients=True`, and operations that can be differentiated twice.
+    """
+    pairs = [
+        (g, u.detach())
+        for g, u in zip(point.gradients, direction, strict=True)
+        if g is not None and u is not None and g.requires_grad
+    ]
+    if not pairs or not layers:
+        return {}
+    inner = sum(((g * u).sum() for g, u in pairs), start=torch.zeros((), device=pairs[0][0].device))
+    wanted = [p for layer in layers for p in layer.parameters]
+    found = torch.autograd.grad(inner, wanted, allow_unused=True, retain_graph=True)
+    products: dict[nn.Parameter, Tensor | None] = dict(zip(wanted, found, strict=True))
+    return {layer: layer.matrix(products) for layer in layers if products[layer.weight] is not None}

@@ -1,0 +1,190 @@
+"""Which weights may move, checked instead of assumed; for the others the reason.
+
+A weight may move only if every use of it is the one that was followed. The check: `Dᵀ X` from the followed uses must equal
+autograd's own gradient of the weight. It catches tied weights, weights used functionally, custom scaling, and anything
+unforeseen.
+"""
+
+import difflib
+import re
+
+import torch
+from torch import Tensor, nn
+
+from hf_teleport.ascent import Point
+from hf_teleport.config import TeleportConfig
+from hf_teleport.layers import Layer
+from hf_teleport.report import LayerReport
+from hf_teleport.roles import role_of
+from hf_teleport.trace import Use
+
+# Relative difference up to which two ways to compute one gradient agree, in float32; rounding scales with the dtype.
+_AGREEMENT = 1e-3
+
+
+def audit(model: nn.Module, point: Point, config: TeleportConfig) -> tuple[list[Layer], dict[nn.Parameter, LayerReport]]:
+    """Decide for each weight of the model whether it may move.
+
+    Args:
+        model: its parameters are named and judged.
+        point: a forward and backward of the model, traced.
+        config: `target_modules` and `exclude_modules` are read.
+
+    Returns:
+        The layers that may move, in the order in which the forward uses them, and a report for every parameter, in the model's
+        order. A bias that moves with its layer is part of that layer's report.
+
+    Raises:
+        ValueError: `target_modules` or `exclude_modules` match nothing.
+    """
+    gradients = dict(zip(point.parameters, point.gradients, strict=True))
+    head = _output_layer(model)
+    owners = _owners(model)
+    check_targets(config, [name for name, _, _ in owners.values()])
+    order = {weight: i for i, weight in enumerate(point.trace.uses)}
+    layers: list[Layer] = []
+    reports: dict[nn.Parameter, LayerReport] = {}
+    for parameter, (name, module, is_weight) in owners.items():
+        uses = point.trace.uses.get(parameter, [])
+        family = uses[0].call.projector.role if uses else "linear"
+        is_head = module is head and is_weight
+        role = role_of(name, family, is_head=is_head) if uses else _role_of_other(module, name)
+        report = LayerReport(name, role, list(parameter.shape))
+        report.reason = _why_not(parameter, name, role, uses, point, gradients.get(parameter), config)
+        if not report.reason:
+            layer = Layer(name, role, parameter, _movable_bias(parameter, uses, point, gradients), uses[0].call.projector)
+            layers.append(layer)
+            report.movable = True
+        reports[parameter] = report
+    for layer in layers:
+        if layer.bias is not None:
+            del reports[layer.bias]
+    layers.sort(key=lambda layer: order[layer.weight])
+    return layers, reports
+
+
+def _owners(model: nn.Module) -> dict[nn.Parameter, tuple[str, nn.Module, bool]]:
+    """For each parameter its name, its module, and whether it is the module's main weight, which bears the module's name."""
+    owners: dict[nn.Parameter, tuple[str, nn.Module, bool]] = {}
+    for module_name, module in model.named_modules():
+        for own_name, parameter in module.named_parameters(recurse=False):
+            is_weight = own_name == "weight" and bool(module_name)
+            name = module_name if is_weight else f"{module_name}.{own_name}".lstrip(".")
+            owners.setdefault(parameter, (name, module, is_weight))
+    return owners
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        return get() if callable(get) else None
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def _role_of_other(module: nn.Module, name: str) -> str:
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if "norm" in type(module).__name__.lower():
+        return "norm"
+    return role_of(name, "other")
+
+
+def _why_not(
+    parameter: nn.Parameter,
+    name: str,
+    role: str,
+    uses: list[Use],
+    point: Point,
+    gradient: Tensor | None,
+    config: TeleportConfig,
+) -> str:
+    """Why a weight must not move; empty if it may."""
+    others = sorted(point.trace.other_uses.get(parameter, ()))
+    if not parameter.requires_grad:
+        return "frozen: requires_grad is False"
+    if not selected(name, role, config):
+        return "not selected by target_modules / exclude_modules"
+    if parameter.dim() < 2:
+        return "elementwise: it scales or shifts features and multiplies no input, so it has no null space"
+    if others == ["embedding"] and not uses:
+        return "embedding: rows are looked up, not multiplied; a token that is absent has a free row with zero gradient"
+    if others and uses:
+        return f"tied: also used by {', '.join(others)}, which sees other inputs"
+    if gradient is None:
+        return "the loss does not depend on it on the teleport data"
+    if others:
+        return f"used by {', '.join(others)}, in a way that no registered projector covers"
+    if not uses:
+        return "used by an operation that torch functions do not show, a custom kernel for instance"
+    if any(use.call.projector != uses[0].call.projector for use in uses):
+        return "used by operations with different options"
+    return _disagreement(parameter, uses, gradient.detach())
+
+
+def _disagreement(parameter: nn.Parameter, uses: list[Use], gradient: Tensor) -> str:
+    """The check itself: `Dᵀ X`, summed over the followed uses, against autograd's gradient."""
+    projector = uses[0].call.projector
+    expected = projector.to_matrix(gradient)
+    followed = torch.zeros_like(expected)
+    for use in uses:
+        if use.output_gradient is not None:
+            followed += projector.weight_gradient(use.call.input.detach(), use.output_gradient, tuple(parameter.shape))
+    error = float((followed - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny))
+    if error <= _AGREEMENT:
+        return ""
+    return f"audit: the gradient of the followed uses differs from autograd's by {error:.1e}, so it has unseen uses"
+
+
+def _movable_bias(
+    weight: nn.Parameter, uses: list[Use], point: Point, gradients: dict[nn.Parameter, Tensor | None]
+) -> nn.Parameter | None:
+    """The bias that every use of the weight adds, if it has no other use and its gradient proves it."""
+    bias = uses[0].call.bias
+    if not isinstance(bias, nn.Parameter) or any(use.call.bias is not bias for use in uses):
+        return None
+    gradient = gradients.get(bias)
+    if gradient is None or point.trace.other_uses.get(bias) or point.trace.uses.get(bias):
+        return None
+    projector = uses[0].call.projector
+    followed = sum(
+        projector.output_rows(use.output_gradient).sum(1).reshape(bias.shape) for use in uses if use.output_gradient is not None
+    )
+    difference = (gradient.detach() - followed).norm()
+    return bias if difference <= _AGREEMENT * gradient.norm() + 1e-30 else None
+
+
+def selected(name: str, role: str, config: TeleportConfig) -> bool:
+    """Whether the settings let a layer move, by PEFT's conventions."""
+    target, exclude = config.target_modules, config.exclude_modules
+    if exclude is not None and _matches(name, exclude):
+        return False
+    if target == "all-linear":
+        return role != "head"
+    return target is None or _matches(name, target)
+
+
+def _matches(name: str, pattern: list[str] | str) -> bool:
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in pattern)
+
+
+def check_targets(config: TeleportConfig, names: list[str]) -> None:
+    """Make sure that each entry of `target_modules` and `exclude_modules` matches a layer.
+
+    Raises:
+        ValueError: an entry matches nothing; the message gives the nearest names.
+    """
+    for setting in ("target_modules", "exclude_modules"):
+        value = getattr(config, setting)
+        if value is None or value == "all-linear":
+            continue
+        for pattern in [value] if isinstance(value, str) else [[end] for end in value]:
+            if any(_matches(name, pattern) for name in names):
+                continue
+            shown = pattern if isinstance(pattern, str) else pattern[0]
+            endings = sorted({name.rsplit(".", 1)[-1] for name in names} | set(names))
+            near = difflib.get_close_matches(shown, endings, n=3, cutoff=0.4)
+            hint = f"near names: {', '.join(near)}" if near else f"names here: {', '.join(endings[:20])}"
+            raise ValueError(f"{setting} = {value!r}: {shown!r} matches no layer of the model; {hint}.")

@@ -1,0 +1,160 @@
+"""What a user may set about teleportation, with the paper's symbols in the help.
+
+`TeleportConfig` is the single definition: `TeleportTrainingArguments` takes its fields from here, so
+the command line, a YAML file and plain Python all speak of the same settings.
+"""
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TeleportConfig:
+    """Settings of teleportation (arXiv 2502.11362, Algorithm 1).
+
+    Raises:
+        ValueError: a value outside its allowed set; the message names the field, the value and what is allowed.
+    """
+
+    epochs: list[int] | int | str = _setting(
+        1,
+        "Before which epochs to teleport: a count N of first epochs (the paper: 5), or a list of epoch "
+        "indices from 0. On the command line a list is written '0,2,4'. 0 or an empty list: never.",
+    )
+    warmup_steps: int = _setting(
+        0,
+        "Optimizer steps to train before the first teleport may happen (the paper: 40 for CNNs). A scheduled "
+        "epoch that begins earlier teleports at this step instead of at its first.",
+    )
+    num_batches: int = _setting(8, "Teleport batches in one event (the paper's b, 32 there).")
+    batch_size: int | None = _setting(
+        None, "Samples in a teleport batch (the paper's n). Default: the training batch size of one device."
+    )
+    steps_per_batch: int = _setting(8, "Ascent steps on each teleport batch (the paper's t).")
+    learning_rate: float = _setting(0.02, "Length of an ascent step (the paper's eta); what it multiplies is set by `step_size`.")
+    step_size: Literal["relative", "fixed"] = _setting(
+        "relative",
+        "'relative': each step is `learning_rate` times the norm of the weights that move. "
+        "'fixed': each step is `learning_rate` times the projected gradient, as in the paper.",
+    )
+    energy_threshold: float = _setting(
+        1.0,
+        "Share tau in (0, 1] of a layer's input energy whose directions are kept untouched. "
+        "1: the exact null space, the loss on the teleport data does not change.",
+    )
+    grad_norm_cap: float | None = _setting(
+        None, "Go on to the next teleport batch when the gradient norm on this one passes this value (the paper's CAP)."
+    )
+    max_growth: float | None = _setting(
+        2.0, "Go on to the next teleport batch when the gradient norm on this one has grown by this factor."
+    )
+    max_loss_change: float | None = _setting(
+        0.01,
+        "Largest relative change of the loss on the teleport data. A step beyond it is halved, then undone; "
+        "an event that ends beyond it is undone. None: no limit, as in the paper.",
+    )
+    scope: Literal["joint", "batch"] = _setting(
+        "joint",
+        "'joint': one null space, of all teleport batches together. 'batch': a new null space for each "
+        "batch, as in the paper; later batches then break what earlier ones kept.",
+    )
+    hessian: Literal["fast", "exact"] = _setting(
+        "fast",
+        "'fast': Hessian-vector products by one forward at shifted weights. 'exact': by double backward, the reference.",
+    )
+    objective: Literal["grad_norm"] = _setting("grad_norm", "What the teleport climbs: half the squared gradient norm.")
+    method: Literal["null_space"] = _setting("null_space", "How the level set is found and followed.")
+    target_modules: list[str] | str | None = _setting(
+        None,
+        "Layers that may move, by PEFT's conventions: a list of names or name endings, a regular expression that "
+        "matches the whole name, or 'all-linear' (everything but the output head). Default: all.",
+    )
+    exclude_modules: list[str] | str | None = _setting(
+        None, "Layers that may not move: a list of names or name endings, or a regular expression."
+    )
+    seed: int = _setting(0, "Seed of the teleport batches. Training's own random numbers are not touched.")
+
+    def __post_init__(self) -> None:
+        self.epochs = parse_epochs(self.epochs)
+        for name in ("learning_rate", "energy_threshold", "grad_norm_cap", "max_growth", "max_loss_change"):
+            value = getattr(self, name)
+            # YAML reads 1e-3 (no dot) as a string, so numbers are converted here.
+            if value is not None:
+                setattr(self, name, _number(name, value))
+        _require(0 < self.energy_threshold <= 1, "energy_threshold", self.energy_threshold, "0 < tau <= 1")
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
+        _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+        for name in ("num_batches", "steps_per_batch"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        _require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "1 or more, or None")
+        for name in ("grad_norm_cap", "max_loss_change"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "a positive number, or None")
+        _require(self.max_growth is None or self.max_growth > 1, "max_growth", self.max_growth, "a number above 1, or None")
+        for setting in fields(self):
+            choices = getattr(setting.type, "__args__", ()) if _is_literal(setting.type) else ()
+            value = getattr(self, setting.name)
+            _require(not choices or value in choices, setting.name, value, "one of " + ", ".join(map(repr, choices)))
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "TeleportConfig":
+        """Build from a mapping, for instance one read from YAML.
+
+        Raises:
+            ValueError: an unknown key, with the nearest known one, or a value that is not allowed.
+        """
+        known = [f.name for f in fields(cls)]
+        for key in settings:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ValueError(f"unknown teleport setting {key!r}; {hint}Known: {', '.join(known)}.")
+        return cls(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain Python values."""
+        return asdict(self)
+
+
+def _is_literal(annotation: Any) -> bool:
+    return getattr(annotation, "__origin__", None) is Literal
+
+
+def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} = {value!r} is not allowed; allowed: {allowed}.")
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    _require(math.isfinite(number), name, value, "a finite number")
+    return number
+
+
+def parse_epochs(epochs: list[int] | int | str) -> list[int] | int:
+    """'5' is a count; '0,2,4' and '[0]' are lists of epoch indices."""
+    parsed: list[int] | int
+    try:
+        if isinstance(epochs, str):
+            text = epochs.strip()
+            is_list = text.startswith("[") or "," in text
+            numbers = [int(part) for part in text.strip("[]").split(",") if part.strip()]
+            parsed = numbers if is_list else numbers[0]
+        elif isinstance(epochs, int):
+            parsed = epochs
+        else:
+            parsed = [int(epoch) for epoch in epochs]
+    except (TypeError, ValueError, IndexError):
+        parsed = -1
+    smallest = parsed if isinstance(parsed, int) else min(parsed, default=0)
+    _require(smallest >= 0, "epochs", epochs, "a count of first epochs, or a list of epoch indices from 0")
+    return parsed

@@ -1,0 +1,65 @@
+"""A layer that may move: a weight, its bias, and the matrix view that its projector gives of both."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_teleport.projectors import Projector
+from hf_teleport.subspace import Representation
+from hf_teleport.trace import Use
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One weight of the model as matrices W (G, o, d), with its bias as one more column if it has a trainable one.
+
+    The bias takes part by appending a 1 to the input: `[X 1] [W b]ᵀ`.
+    """
+
+    name: str
+    role: str
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    projector: Projector
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The weight, and the bias if it moves too."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def rows(self, input: Tensor) -> Tensor:
+        """The layer's input as rows (G, N, d), with a 1 appended if there is a bias (d + 1)."""
+        rows = self.projector.rows(input)
+        if self.bias is None:
+            return rows
+        return torch.cat([rows, rows.new_ones((*rows.shape[:-1], 1))], dim=-1)
+
+    def represent(self, uses: list[Use], representation: Representation) -> None:
+        """Add the inputs of all uses to a representation, in slices of the batch to bound the memory of patches."""
+        for use in uses:
+            input = use.call.input.detach()
+            batch = input.shape[0]
+            slices = max(1, batch // 64) if self.projector.role == "conv" else 1
+            for part in input.tensor_split(slices):
+                representation.add(self.rows(part))
+
+    def matrix(self, tensors: dict[nn.Parameter, Tensor | None]) -> Tensor:
+        """Values given for weight and bias (gradients, for instance) as one matrix (G, o, d or d + 1)."""
+        weight = tensors[self.weight]
+        if weight is None:
+            raise ValueError(f"no value for the weight of {self.name!r}")
+        matrix = self.projector.to_matrix(weight)
+        if self.bias is None:
+            return matrix
+        bias = tensors[self.bias]
+        bias = matrix.new_zeros(self.bias.shape) if bias is None else bias
+        return torch.cat([matrix, bias.reshape(*matrix.shape[:-1], 1)], dim=-1)
+
+    @torch.no_grad()
+    def add_(self, move: Tensor, scale: float) -> None:
+        """Add `scale * move`, (G, o, d or d + 1), to weight and bias in place."""
+        if self.bias is not None:
+            self.bias.add_(move[..., -1].reshape(self.bias.shape), alpha=scale)
+            move = move[..., :-1]
+        self.weight.add_(self.projector.from_matrix(move, tuple(self.weight.shape)), alpha=scale)

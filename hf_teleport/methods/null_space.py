@@ -1,0 +1,101 @@
+"""Null space gradient projection: the paper's method (arXiv 2502.11362, Algorithm 1).
+
+`W <- W + eta (∇_W ½||∇L||²) P` for every layer at once. A move in the null space of a layer's inputs leaves its output
+as it was, and so the inputs of every layer above: one projector serves all steps, and no layer depends on another's.
+"""
+
+import math
+
+from torch import Tensor, nn
+
+from hf_teleport.ascent import LossFn, Point, evaluate, exact_direction, fast_direction, norm
+from hf_teleport.audit import audit
+from hf_teleport.config import TeleportConfig
+from hf_teleport.layers import Layer
+from hf_teleport.methods.base import Method, Move
+from hf_teleport.objectives import OBJECTIVES
+from hf_teleport.subspace import Representation, Subspace, null_space, rank_tolerance
+
+
+class NullSpace(Method):
+    """Ascent of the objective inside the null space of every layer's inputs."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, config: TeleportConfig):
+        super().__init__(model, loss_fn, config)
+        self.layers: list[Layer] = []
+        self.subspaces: dict[Layer, Subspace] = {}
+        self._representations: dict[Layer, Representation] = {}
+
+    @property
+    def movable(self) -> list[nn.Parameter]:
+        return [parameter for layer in self.layers for parameter in layer.parameters]
+
+    def evaluate(self, batch: object, seed: int) -> Point:
+        exact = self.config.hessian == "exact"
+        return evaluate(self.model, self.loss_fn, batch, seed=seed, differentiable_gradients=exact)
+
+    def survey(self, point: Point) -> None:
+        if not self.reports:
+            self.layers, self.reports = audit(self.model, point, self.config)
+        if self.config.scope == "joint":
+            self._represent(point)
+
+    def fit(self) -> None:
+        if self.config.scope == "joint":
+            self._decompose()
+
+    def begin(self, point: Point) -> None:
+        if self.config.scope == "batch":
+            self._represent(point)
+            self._decompose()
+
+    def propose(self, point: Point) -> Move | None:
+        direction = OBJECTIVES[self.config.objective](point.gradients)
+        layers = [layer for layer in self.layers if self.subspaces[layer].null_dim]
+        if self.config.hessian == "exact":
+            products = exact_direction(point, direction, layers)
+        else:
+            products = fast_direction(self.model, self.loss_fn, point, direction, layers)
+        moves = {}
+        for layer, product in products.items():
+            move = self.subspaces[layer].project(product)
+            # What a projection leaves of a product that lies in the core is rounding, and no direction.
+            if move.norm() > rank_tolerance(product.shape[-1], product.dtype) * product.norm():
+                moves[layer] = move
+        length = norm(moves.values())
+        if length == 0 or not math.isfinite(length):
+            return None
+        return self._step(moves, self.config.learning_rate * self._unit(length))
+
+    def _unit(self, length: float) -> float:
+        """What the learning rate multiplies: 1, or the factor that makes a move as long as the weights it moves."""
+        if self.config.step_size == "fixed":
+            return 1.0
+        return norm(self.movable) / length
+
+    @staticmethod
+    def _step(moves: dict[Layer, Tensor], rate: float) -> Move:
+        def move(fraction: float) -> None:
+            for layer, direction in moves.items():
+                layer.add_(direction, rate * fraction)
+
+        return move
+
+    def _represent(self, point: Point) -> None:
+        for layer in self.layers:
+            representation = self._representations.setdefault(layer, Representation())
+            layer.represent(point.trace.uses.get(layer.weight, []), representation)
+
+    def _decompose(self) -> None:
+        """Turn what was represented into null spaces, and note their dimensions in the reports."""
+        for layer, representation in self._representations.items():
+            subspace = null_space(representation, self.config.energy_threshold, layer.weight.dtype)
+            self.subspaces[layer] = subspace
+            report = self.reports[layer.weight]
+            report.null_dim, report.input_dim = subspace.null_dim, subspace.dim
+            if not subspace.null_dim:
+                report.reason = (
+                    f"no null space: {representation.num_rows} input rows span all {subspace.dim} dimensions at "
+                    f"tau = {self.config.energy_threshold:g}; take fewer samples, or energy_threshold below 1"
+                )
+        self._representations = {}

@@ -1,0 +1,13 @@
+"""The paper's small networks as Transformers models, so that Trainer, save, push and `from_pretrained` work."""
+
+from transformers import AutoConfig, AutoModelForImageClassification
+
+from hf_teleport.models.cnn import CNNConfig, CNNForImageClassification
+from hf_teleport.models.mlp import MLPConfig, MLPForImageClassification
+
+AutoConfig.register(MLPConfig.model_type, MLPConfig)
+AutoConfig.register(CNNConfig.model_type, CNNConfig)
+AutoModelForImageClassification.register(MLPConfig, MLPForImageClassification)
+AutoModelForImageClassification.register(CNNConfig, CNNForImageClassification)
+
+__all__ = ["CNNConfig", "CNNForImageClassification", "MLPConfig", "MLPForImageClassification"]

@@ -1,0 +1,6 @@
+"""Layer families: how an operation sees its input as rows and its weight as a matrix."""
+
+from hf_teleport.projectors import conv, linear  # noqa: F401  (importing them fills the registry)
+from hf_teleport.projectors.base import Call, Projector, projector_for, register
+
+__all__ = ["Call", "Projector", "projector_for", "register"]

@@ -1,0 +1,116 @@
+"""What a teleport did: for the user to read, the tracker to log, a file to keep."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class LayerReport:
+    """One trainable weight of the model: moved, or not and why.
+
+    Attributes:
+        name: the layer's dotted name; the parameter's where the layer owns several weights.
+        role: 'q', 'k', 'v', 'o', 'qkv', 'kv', 'mlp', 'conv', 'head', 'linear', 'embedding', 'norm' or 'other'.
+        shape: of the weight.
+        null_dim: dimension of the null space of its inputs (summed over groups), None if it was not determined.
+        input_dim: dimension of its inputs, a bias counting one more (summed over groups), None likewise.
+        moved: whether its weight is another one after the teleport.
+        reason: why it did not move; empty if it did.
+        movable: whether nothing but its inputs or the outcome of the event kept it from moving.
+    """
+
+    name: str
+    role: str
+    shape: list[int]
+    null_dim: int | None = None
+    input_dim: int | None = None
+    moved: bool = False
+    reason: str = ""
+    movable: bool = False
+
+
+@dataclass
+class TeleportReport:
+    """One teleport event. Losses and gradient norms are those of the teleport data.
+
+    Attributes:
+        loss_before, loss_after: mean loss over all teleport batches.
+        grad_norm_before, grad_norm_after: norm of the mean gradient over all teleport batches, all trainable weights.
+        steps: ascent steps that were kept.
+        stopped_because: why most of the batches' turns ended: 'steps_done', 'grad_norm_cap', 'max_growth', 'max_loss_change',
+            'non_finite', or 'no_direction' (no layer has both a null space and a gradient in it).
+        rolled_back: whether the whole event was undone, every weight being bit for bit what it was.
+        seconds: wall-clock of the whole event, measurements included.
+    """
+
+    method: str
+    loss_before: float
+    loss_after: float
+    grad_norm_before: float
+    grad_norm_after: float
+    steps: int
+    stopped_because: str
+    rolled_back: bool
+    seconds: float
+    layers: list[LayerReport] = field(default_factory=list)
+
+    @property
+    def null_dim(self) -> int:
+        """Dimensions of the null spaces of all layers together."""
+        return sum(layer.null_dim or 0 for layer in self.layers)
+
+    @property
+    def moved_share(self) -> float:
+        """Weight elements that moved, of those of all reported weights."""
+        return moved_share(self.layers)
+
+    def metrics(self) -> dict[str, float | str]:
+        """The numbers for a tracker, by plain names."""
+        return {
+            "loss_before": self.loss_before,
+            "loss_after": self.loss_after,
+            "grad_norm_before": self.grad_norm_before,
+            "grad_norm_after": self.grad_norm_after,
+            "null_dim": self.null_dim,
+            "moved_share": self.moved_share,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "stopped_because": self.stopped_because,
+        }
+
+    def summary(self) -> str:
+        """One line."""
+        moved = sum(layer.moved for layer in self.layers)
+        return (
+            f"loss {self.loss_before:.6g} -> {self.loss_after:.6g}, "
+            f"gradient norm {self.grad_norm_before:.4g} -> {self.grad_norm_after:.4g}, "
+            f"{self.steps} steps, {moved} of {len(self.layers)} weights moved, {self.seconds:.2f} s, "
+            f"stopped: {self.stopped_because}{' (undone)' if self.rolled_back else ''}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values. A number that is not finite becomes None, for JSON has no NaN."""
+        return _json_safe({**asdict(self), "null_dim": self.null_dim, "moved_share": self.moved_share})
+
+
+def moved_share(layers: list[LayerReport]) -> float:
+    """Weight elements that moved, of those of all the given weights."""
+    sizes = [(_size(layer.shape), layer.moved) for layer in layers]
+    return sum(size for size, moved in sizes if moved) / max(1, sum(size for size, _ in sizes))
+
+
+def _size(shape: list[int]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def _json_safe(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _json_safe(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_json_safe(v) for v in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value

@@ -1,0 +1,53 @@
+"""What a layer is for, read from its name: attention's q, k, v, o (separate or fused), mlp, conv, head."""
+
+import re
+
+# Names of Transformers' model files. A layer's own name decides, and for ambiguous ones the names around it.
+_PROJECTIONS = {
+    "qkv": re.compile(r"c_attn|w?qkv(_proj)?|query_key_value|in_proj_weight|att_proj|w_pack|to_qkv"),
+    "kv": re.compile(r"kv|key_value|kv_proj|kv_[ab]_proj(_with_mqa)?|to_kv"),
+    "q": re.compile(r"w?q|query(_global|_proj|_projection)?|q_(attn|lin|proj|[ab]_proj)|linear_q|to_q|theta_q"),
+    "k": re.compile(r"w?k|key(_global|_proj|_projection)?|k_(lin|proj)|linear_k|to_k|theta_k"),
+    "v": re.compile(r"w?v|value(_global|_proj|_projection)?|v_(lin|proj)|linear_v|to_v|theta_v"),
+    "o": re.compile(r"w?o|o_proj|out_lin|to_out|linear_out"),
+}
+_IN_ATTENTION = {
+    "qkv": re.compile(r"in_proj|c_qkv"),
+    "o": re.compile(r"out_proj|c_proj|dense|proj|projection|out|output|output_proj"),
+}
+_ATTENTION = re.compile(r".*(attn|attention).*|mha")
+_MLP_BLOCK = re.compile(r"\w*mlp\w*|ffn?|\w*feed_?forward|intermediate|densereludense|\w*moe\w*|\w*experts?\w*")
+_MLP = re.compile(r"mlp|(fc|lin|linear)_?[12]|c_fc|w[123i]|wi_[01]|(gate|up|down|gate_up)_proj|dense_(h_to_4h|4h_to_h)")
+_HEAD = re.compile(r"lm_head|embed_out|classifier|score|qa_outputs|heads?|cls|logits_proj|out_head|decoder_pred")
+
+
+def role_of(name: str, default: str, *, is_head: bool = False) -> str:
+    """The role of a layer.
+
+    Args:
+        name: its dotted name in the model.
+        default: the role of its family, 'linear' or 'conv'; a convolution in an mlp stays a convolution.
+        is_head: whether the model itself says that this is its output layer.
+
+    Returns:
+        One of 'q', 'k', 'v', 'o', 'qkv', 'kv', 'mlp', 'head', or the default.
+    """
+    if is_head:
+        return "head"
+    *around, own = [part for part in name.lower().split(".") if not part.isdigit()] or [""]
+    in_mlp = any(_MLP_BLOCK.fullmatch(part) for part in around)
+    in_attention = any(_ATTENTION.fullmatch(part) for part in around)
+    if in_attention or not in_mlp:
+        for role, pattern in _PROJECTIONS.items():
+            if pattern.fullmatch(own):
+                return role
+    if in_attention:
+        for role, pattern in _IN_ATTENTION.items():
+            if pattern.fullmatch(own):
+                return role
+    if _HEAD.fullmatch(own):
+        return "head"
+    # BERT's second feed-forward matrix is plainly `output.dense`.
+    if in_mlp or _MLP.fullmatch(own) or around[-1:] == ["output"]:
+        return default if default == "conv" else "mlp"
+    return default

@@ -1,0 +1,54 @@
+"""When to teleport: from epochs to optimizer steps.
+
+The schedule is a pure function of the settings and of the run's shape. Whether an event is due therefore
+depends on the step alone, and a run resumed from a checkpoint teleports where the uninterrupted one would have.
+"""
+
+import warnings
+
+from hf_teleport.config import TeleportConfig, parse_epochs
+
+
+def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int) -> dict[int, int]:
+    """The optimizer steps before which to teleport, each with the epoch it belongs to.
+
+    Args:
+        config: `epochs` and `warmup_steps` are read.
+        steps_per_epoch: optimizer steps in one epoch.
+        max_steps: optimizer steps in the whole run.
+
+    Returns:
+        `{step: epoch}`, both counted from 0; an event happens just before its step. Empty: never.
+
+    Raises:
+        ValueError: a listed epoch begins after the run ends, or the warm-up outlasts every scheduled epoch.
+    """
+    num_epochs = -(-max_steps // steps_per_epoch)
+    scheduled = parse_epochs(config.epochs)
+    if isinstance(scheduled, int):
+        if scheduled > num_epochs:
+            warnings.warn(
+                f"teleport epochs = {scheduled} asks for more first epochs than the run has; "
+                f"it has {num_epochs}, and each of them will begin with a teleport.",
+                stacklevel=2,
+            )
+        epochs = list(range(min(scheduled, num_epochs)))
+    else:
+        epochs = sorted(set(scheduled))
+        beyond = [epoch for epoch in epochs if epoch >= num_epochs]
+        if beyond:
+            raise ValueError(
+                f"teleport epochs {beyond} lie beyond the run, which has {num_epochs} epochs (0 to {num_epochs - 1}); "
+                "train for longer or remove them from `epochs`."
+            )
+    steps = {}
+    for epoch in epochs:
+        step = max(epoch * steps_per_epoch, config.warmup_steps)
+        if step < min((epoch + 1) * steps_per_epoch, max_steps):
+            steps[step] = epoch
+    if epochs and not steps:
+        raise ValueError(
+            f"warmup_steps = {config.warmup_steps} outlasts every scheduled epoch ({epochs}, {steps_per_epoch} steps "
+            "each), so no teleport would happen; lower it or schedule later epochs."
+        )
+    return steps

@@ -1,0 +1,200 @@
+"""When to teleport, and with which batches: the glue between Transformers' Trainer and the Teleporter.
+
+-from transformers import Trainer, TrainingArguments
++from hf_teleport import TeleportTrainer as Trainer, TeleportTrainingArguments as TrainingArguments
+"""
+
+import logging
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback
+
+from hf_teleport.arguments import TeleportArguments
+from hf_teleport.config import TeleportConfig
+from hf_teleport.distributed import broadcast_weights, check_strategy
+from hf_teleport.isolation import preserved_rng
+from hf_teleport.report import LayerReport, TeleportReport, moved_share
+from hf_teleport.schedule import teleport_steps
+from hf_teleport.teleporter import Teleporter
+
+logger = logging.getLogger(__name__)
+
+_EMPTY = "the data set to teleport on is empty: pass rows as train_dataset or teleport_dataset, or use plain Trainer."
+
+# To a type checker the mixin is a Trainer; at run time it may be mixed into any subclass of one.
+_Base: Any = Trainer if TYPE_CHECKING else object
+
+
+class TeleportMixin(_Base):
+    """Teleportation for any `Trainer` subclass: `class MySFT(TeleportMixin, SFTTrainer): ...`.
+
+    Args:
+        teleport_config: the settings; default: those of `args` if it has any, else `TeleportConfig()`.
+        teleport_dataset: rows to draw teleport batches from; default: the training set.
+
+    Attributes:
+        teleport_reports: one for each teleport of this run, oldest first.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teleport_config: TeleportConfig | None = None,
+        teleport_dataset: Any = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        if teleport_config is None:
+            own = self.args.teleport_config() if isinstance(self.args, TeleportArguments) else None
+            teleport_config = own or TeleportConfig()
+        self.teleport_config = teleport_config
+        self.teleport_dataset = self.train_dataset if teleport_dataset is None else teleport_dataset
+        if isinstance(self.teleport_dataset, Sized) and not len(self.teleport_dataset):
+            raise ValueError(_EMPTY)
+        self.teleport_reports: list[TeleportReport] = []
+        self._teleport_steps: dict[int, int] = {}
+        self._last_step_seen = -1
+        self.add_callback(_BeforeTraining(self))
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """A training step; before the first micro-batch of a scheduled step, a teleport."""
+        step = self.state.global_step
+        if step != self._last_step_seen:
+            self._last_step_seen = step
+            if step in self._teleport_steps:
+                self.teleport()
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def teleport(self) -> TeleportReport:
+        """Teleport the model now, log what came of it, and return the report."""
+        config = self.teleport_config
+        epoch = self._teleport_steps.get(self.state.global_step, int(self.state.epoch or 0))
+        with self._teleport_bar(epoch) as progress, preserved_rng():
+            batches = self._teleport_batches(config.num_batches, event=self.state.global_step)
+            model = self.accelerator.unwrap_model(self.model)
+            with _plain_forward(model):
+                report = Teleporter(model, config, progress).teleport(batches, self._teleport_loss)
+            broadcast_weights(model)
+        self.teleport_reports.append(report)
+        numbers = {f"teleport/{name}": v for name, v in report.metrics().items() if not isinstance(v, str)}
+        self.log({**numbers, "teleport/stopped_because": report.stopped_because})
+        if self.is_world_process_zero():
+            self._tell(f"Teleport before epoch {epoch}: {report.summary()}")
+        return report
+
+    def get_teleport_dataloader(self, event: int) -> DataLoader:
+        """Batches for the teleport before step `event`: drawn at random by a generator of their own.
+
+        Every process draws the same batches. Override it to choose them otherwise.
+        """
+        dataset, collator = self.teleport_dataset, self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="teleport")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="teleport")
+        generator = torch.Generator().manual_seed(self.teleport_config.seed + event)
+        streamed = isinstance(dataset, IterableDataset)
+        return DataLoader(
+            dataset,
+            batch_size=self.teleport_config.batch_size or self._train_batch_size,
+            sampler=None if streamed else RandomSampler(dataset, generator=generator),
+            collate_fn=collator,
+            generator=generator,
+        )
+
+    def _teleport_batches(self, count: int, event: int) -> list[Any]:
+        # Collators that draw random numbers (masked language modelling) draw the same for the same event.
+        torch.manual_seed(self.teleport_config.seed + event)
+        loader = self.get_teleport_dataloader(event)
+        return [self._prepare_inputs(batch) for batch in islice(loader, count)]
+
+    def _teleport_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        # compute_loss may take the labels out of the batch it is given.
+        return self.compute_loss(model, dict(batch) if isinstance(batch, dict) else batch)
+
+    @contextmanager
+    def _teleport_bar(self, epoch: int) -> Iterator[Any]:
+        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+        with tqdm(desc=f"Teleport (epoch {epoch})", unit="step", leave=False, disable=hidden) as bar:
+
+            def progress(step: int, total: int) -> None:
+                bar.total = total
+                bar.update(step - bar.n)
+
+            yield progress
+
+    def _tell(self, line: str) -> None:
+        logger.info(line) if self.args.disable_tqdm else tqdm.write(line)
+
+    def _plan_teleports(self, train_dataloader: Any) -> None:
+        """Make the schedule, and find out before the first step whether its teleports can work.
+
+        Raises:
+            ValueError: an impossible schedule, an empty data set, a loss that cannot be teleported, a target module that matches
+                nothing, or no weight that may move.
+        """
+        _, steps_per_epoch, *_, max_steps = self.set_initial_training_values(self.args, train_dataloader)
+        self._teleport_steps = teleport_steps(self.teleport_config, steps_per_epoch, max_steps)
+        self._last_step_seen = -1
+        if not self._teleport_steps:
+            return
+        check_strategy(self.accelerator)
+        with preserved_rng():
+            batches = self._teleport_batches(1, event=min(self._teleport_steps))
+            if not batches:
+                raise ValueError(_EMPTY)
+            model = self.accelerator.unwrap_model(self.model)
+            with _plain_forward(model):
+                loss, layers = Teleporter(model, self.teleport_config).check(batches[0], self._teleport_loss)
+        if not self.is_world_process_zero():
+            return
+        if not layers:
+            logger.warning(
+                "The loss on a teleport batch is %s before training has begun: teleports will be skipped as long as it "
+                "is not finite. Check the data and the learning rate.",
+                loss,
+            )
+            return
+        ready = [layer for layer in layers if layer.movable]
+        share = moved_share([LayerReport(x.name, x.role, x.shape, moved=x.movable) for x in layers])
+        self._tell(
+            f"Teleports before steps {sorted(self._teleport_steps)}: {len(ready)} of {len(layers)} weights "
+            f"({share:.0%} of the elements) may move."
+        )
+
+
+class TeleportTrainer(TeleportMixin, Trainer):
+    """`Trainer` that teleports before scheduled epochs. All of Trainer's arguments, and those of `TeleportMixin`."""
+
+
+class _BeforeTraining(TrainerCallback):
+    """Checks the teleports when everything is set up and nothing has been trained."""
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        self._trainer._plan_teleports(train_dataloader)
+
+
+@contextmanager
+def _plain_forward(model: nn.Module) -> Iterator[None]:
+    """The model's forward without the autocast that Accelerate wraps around it: projections need full precision."""
+    wrapped = model.__dict__.get("forward")
+    original = model.__dict__.get("_original_forward")
+    if wrapped is None or original is None:
+        yield
+        return
+    model.__dict__["forward"] = original
+    try:
+        yield
+    finally:
+        model.__dict__["forward"] = wrapped

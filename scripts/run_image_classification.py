@@ -1,0 +1,140 @@
+"""Train an image classifier, with teleportation before scheduled epochs.
+
+    python scripts/run_image_classification.py configs/mnist_mlp_sgd.yaml --learning_rate 0.03
+    python scripts/run_image_classification.py --dataset digits --model cnn --output_dir runs/digits --teleport_epochs 2
+    accelerate launch scripts/run_image_classification.py configs/mnist_mlp_sgd.yaml
+
+A YAML file sets any argument, and what stands on the command line after it wins.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import (
+    AutoModelForImageClassification,
+    EvalPrediction,
+    HfArgumentParser,
+    TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
+
+from hf_teleport import TeleportTrainer, TeleportTrainingArguments
+from hf_teleport.data import ImageTensors, load_images
+from hf_teleport.models import CNNConfig, CNNForImageClassification, MLPConfig, MLPForImageClassification
+
+
+@dataclass
+class ImageArguments:
+    """What to train on what."""
+
+    dataset: str = field(default="digits", metadata={"help": "'digits', a local folder with train and test files, or a Hub id."})
+    model: str = field(
+        default="mlp",
+        metadata={"help": "'mlp', 'cnn', 'vit' (random weights), or a saved image classifier: a folder or a Hub id."},
+    )
+    image_size: int | None = field(default=None, metadata={"help": "Resize the images to this height and width."})
+    history: str | None = field(default=None, metadata={"help": "Write the run's log to this JSON file."})
+    train_loss_rows: int = field(default=10000, metadata={"help": "Training rows on which the training loss is measured."})
+
+
+class History(TrainerCallback):
+    """The run's log with the time that training has taken, teleports included and evaluation left out."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._spent, self._since = [0.0, 0.0], [0.0, 0.0]
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._since = [time.perf_counter(), time.process_time()]
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = [time.perf_counter(), time.process_time()]
+        self._spent = [spent + n - s for spent, n, s in zip(self._spent, now, self._since, strict=True)]
+        self._since = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        now = [time.perf_counter(), time.process_time()] if self._since else []
+        running = [n - s for n, s in zip(now, self._since, strict=True)] or [0.0, 0.0]
+        seconds, cpu_seconds = (spent + r for spent, r in zip(self._spent, running, strict=True))
+        self.rows.append({"step": state.global_step, "seconds": seconds, "cpu_seconds": cpu_seconds, **logs})
+
+
+def build_model(name: str, data: ImageTensors) -> Any:
+    """A classifier for images of the data's shape."""
+    _, channels, size, _ = data.images.shape
+    labels = data.num_labels
+    if name == "mlp":
+        return MLPForImageClassification(MLPConfig(image_size=size, num_channels=channels, num_labels=labels))
+    if name == "cnn":
+        return CNNForImageClassification(CNNConfig(image_size=size, channels=(channels, 16, 32, 64), num_labels=labels))
+    if name == "vit":
+        return ViTForImageClassification(
+            ViTConfig(
+                image_size=size,
+                patch_size=max(2, size // 8),
+                num_channels=channels,
+                num_labels=labels,
+                hidden_size=64,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                intermediate_size=128,
+            )
+        )
+    return AutoModelForImageClassification.from_pretrained(name, num_labels=labels, ignore_mismatched_sizes=True)
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of right classes."""
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def make_trainer(
+    images: ImageArguments, training: TeleportTrainingArguments, data: tuple[ImageTensors, ImageTensors]
+) -> TeleportTrainer:
+    """A trainer with a fresh model; the seed decides its weights and the order of the data."""
+    train, test = data
+    set_seed(training.seed)
+    return TeleportTrainer(
+        build_model(images.model, train),
+        training,
+        train_dataset=train,
+        eval_dataset={"train": train.first(images.train_loss_rows), "test": test},
+        compute_metrics=accuracy,
+    )
+
+
+def parse(argv: list[str]) -> tuple[ImageArguments, TeleportTrainingArguments]:
+    """Arguments from an optional YAML file, overridden by the command line."""
+    parser = HfArgumentParser([ImageArguments, TeleportTrainingArguments])
+    from_file: dict[str, Any] = {}
+    if argv and not argv[0].startswith("-"):
+        from_file = yaml.safe_load(Path(argv.pop(0)).read_text())
+        known = {action.dest for action in parser._actions}
+        if unknown := sorted(set(from_file) - known):
+            raise ValueError(f"unknown settings in the YAML file: {unknown}. See --help for those there are.")
+    parser.set_defaults(**from_file)
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def main(argv: list[str]) -> None:
+    images, training = parse(argv)
+    trainer = make_trainer(images, training, load_images(images.dataset, images.image_size))
+    history = History()
+    trainer.add_callback(history)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    if images.history and trainer.is_world_process_zero():
+        Path(images.history).write_text(json.dumps(history.rows))
+    for name, value in trainer.evaluate().items():
+        print(f"{name:28} {value:.4f}")
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,56 @@
+import re
+
+import pytest
+
+from hf_teleport import TeleportConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"energy_threshold": 0}, "energy_threshold = 0"),
+        ({"energy_threshold": 1.5}, "0 < tau <= 1"),
+        ({"learning_rate": -1}, "learning_rate"),
+        ({"learning_rate": "fast"}, "a finite number"),
+        ({"num_batches": 0}, "num_batches"),
+        ({"steps_per_batch": 0}, "steps_per_batch"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"grad_norm_cap": 0}, "grad_norm_cap"),
+        ({"max_growth": 1}, "above 1"),
+        ({"max_loss_change": -0.1}, "max_loss_change"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"scope": "all"}, "'joint', 'batch'"),
+        ({"hessian": "none"}, "'fast', 'exact'"),
+        ({"objective": "luck"}, "grad_norm"),
+        ({"method": "magic"}, "null_space"),
+        ({"step_size": "big"}, "relative"),
+        ({"epochs": "often"}, "epochs = 'often'"),
+        ({"epochs": -1}, "epochs = -1"),
+        ({"epochs": [0, -2]}, "list of epoch indices"),
+    ],
+)
+def test_bad_values_are_named_with_what_is_allowed(settings, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        TeleportConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "parsed"),
+    [(5, 5), ("5", 5), ("0,2,4", [0, 2, 4]), ("[1]", [1]), ("[]", []), ([0, 3], [0, 3]), ((1, 2), [1, 2]), (0, 0)],
+)
+def test_epochs_as_count_or_list(given, parsed):
+    assert TeleportConfig(epochs=given).epochs == parsed
+
+
+def test_yaml_numbers_written_without_a_dot_are_numbers():
+    assert TeleportConfig(learning_rate="1e-3").learning_rate == 1e-3
+
+
+def test_round_trip_through_a_dict():
+    config = TeleportConfig(epochs=[0, 2], energy_threshold=0.99, target_modules=["q_proj"])
+    assert TeleportConfig.from_dict(config.to_dict()) == config
+
+
+def test_unknown_key_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'energy_threshold'"):
+        TeleportConfig.from_dict({"energy_treshold": 1})

@@ -1,0 +1,97 @@
+"""Two gloo processes: the same weights everywhere, and the same as one process makes."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from hf_teleport import TeleportConfig, TeleportTrainer, TeleportTrainingArguments
+from hf_teleport.data import ImageTensors
+from hf_teleport.distributed import check_strategy
+from hf_teleport.models import MLPConfig, MLPForImageClassification
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def train(folder, ranks):
+    """Weights right after the first teleport, and at the end of training."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    data = ImageTensors(torch.randn(48, 1, 8, 8), torch.arange(48) % 4)
+    torch.manual_seed(0)
+    model = MLPForImageClassification(MLPConfig(image_size=8, hidden_sizes=(64, 64), num_labels=4))
+    after_event = []
+
+    class Looking(TeleportTrainer):
+        def teleport(self):
+            report = super().teleport()
+            after_event.append(flat(self.accelerator.unwrap_model(self.model)))
+            return report
+
+    args = TeleportTrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=2,
+        per_device_train_batch_size=8 // ranks,
+        learning_rate=0.1,
+        optim="sgd",
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        max_grad_norm=0,
+        ddp_backend="gloo" if ranks > 1 else None,
+        ddp_find_unused_parameters=False,
+    )
+    config = TeleportConfig(epochs=2, num_batches=2, batch_size=6)
+    trainer = Looking(model, args, train_dataset=data, teleport_config=config)
+    trainer.train()
+    assert [report.steps > 0 for report in trainer.teleport_reports] == [True, True]
+    return after_event[0], flat(model)
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+
+
+def worker(rank, ranks, port, folder):
+    if ranks > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "true",
+        }
+    torch.save(train(folder, ranks), folder / f"rank{rank}of{ranks}.pt")
+
+
+def weights_of(ranks, folder):
+    mp.start_processes(worker, args=(ranks, free_port(), folder), nprocs=ranks, start_method="spawn")
+    return [torch.load(folder / f"rank{rank}of{ranks}.pt") for rank in range(ranks)]
+
+
+@pytest.mark.timeout(240)
+def test_two_ranks_equal_one(tmp_path):
+    first, second = weights_of(2, tmp_path)
+    (alone,) = weights_of(1, tmp_path)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    # The event itself is the same to the last bit; averaging gradients over ranks rounds otherwise.
+    assert torch.equal(first[0], alone[0])
+    torch.testing.assert_close(first[1], alone[1], rtol=1e-3, atol=1e-5)
+
+
+def test_sharded_weights_are_refused_with_a_way_out():
+    class Sharded:
+        distributed_type = "DEEPSPEED"
+
+    with pytest.raises(ValueError, match=r"does not work with DEEPSPEED yet.*Use data parallelism"):
+        check_strategy(Sharded())

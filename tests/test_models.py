@@ -1,0 +1,34 @@
+import pytest
+import torch
+from transformers import AutoModelForImageClassification
+
+from hf_teleport.models import CNNConfig, CNNForImageClassification, MLPConfig, MLPForImageClassification
+
+MODELS = {
+    "mlp": lambda: MLPForImageClassification(MLPConfig(image_size=8, num_channels=2, hidden_sizes=(12, 9), num_labels=3)),
+    "cnn": lambda: CNNForImageClassification(CNNConfig(image_size=8, channels=(2, 4, 6), num_labels=3)),
+}
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+def test_loss_logits_and_round_trip(make, tmp_path):
+    model = make().eval()
+    images, labels = torch.randn(5, 2, 8, 8), torch.tensor([0, 1, 2, 1, 0])
+    outputs = model(pixel_values=images, labels=labels)
+    assert outputs.logits.shape == (5, 3)
+    torch.testing.assert_close(outputs.loss, torch.nn.functional.cross_entropy(outputs.logits, labels))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(pixel_values=images).logits, outputs.logits)
+
+
+def test_shapes_of_the_paper():
+    mlp = MLPForImageClassification(MLPConfig(num_labels=10))
+    assert [tuple(p.shape) for n, p in mlp.named_parameters() if "weight" in n] == [(1024, 784), (1024, 1024), (10, 1024)]
+    cnn = CNNForImageClassification(CNNConfig(num_labels=10))
+    assert [tuple(p.shape) for n, p in cnn.named_parameters() if "weight" in n][:3] == [
+        (16, 3, 3, 3),
+        (32, 16, 3, 3),
+        (64, 32, 3, 3),
+    ]
+    assert cnn(torch.randn(2, 3, 32, 32)).logits.shape == (2, 10)

@@ -1,0 +1,52 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_teleport import TeleportConfig
+from hf_teleport.schedule import teleport_steps
+
+
+def test_first_epochs_and_listed_epochs():
+    assert teleport_steps(TeleportConfig(epochs=2), 10, 50) == {0: 0, 10: 1}
+    assert teleport_steps(TeleportConfig(epochs=[4, 1]), 10, 50) == {10: 1, 40: 4}
+
+
+def test_never():
+    assert teleport_steps(TeleportConfig(epochs=0), 10, 50) == {}
+    assert teleport_steps(TeleportConfig(epochs=[]), 10, 50) == {}
+
+
+def test_warmup_delays_inside_an_epoch_and_drops_epochs_before_it():
+    assert teleport_steps(TeleportConfig(epochs=[0, 2], warmup_steps=4), 10, 50) == {4: 0, 20: 2}
+    assert teleport_steps(TeleportConfig(epochs=[0, 2], warmup_steps=12), 10, 50) == {20: 2}
+
+
+def test_more_first_epochs_than_there_are_warns_and_takes_all():
+    with pytest.warns(UserWarning, match="it has 2"):
+        assert teleport_steps(TeleportConfig(epochs=5), 10, 15) == {0: 0, 10: 1}
+
+
+def test_epoch_beyond_the_end_is_an_error():
+    with pytest.raises(ValueError, match=r"\[5\] lie beyond the run, which has 5 epochs"):
+        teleport_steps(TeleportConfig(epochs=[0, 5]), 10, 50)
+
+
+def test_warmup_beyond_every_scheduled_epoch_is_an_error():
+    with pytest.raises(ValueError, match="warmup_steps = 40 outlasts"):
+        teleport_steps(TeleportConfig(epochs=[0, 1], warmup_steps=40), 10, 50)
+
+
+@given(
+    steps_per_epoch=st.integers(1, 20),
+    num_epochs=st.integers(1, 10),
+    warmup=st.integers(0, 10),
+    data=st.data(),
+)
+def test_each_event_lies_in_its_epoch_after_the_warmup(steps_per_epoch, num_epochs, warmup, data):
+    last = data.draw(st.integers(-(-(warmup + 1) // steps_per_epoch), num_epochs + 20))
+    max_steps = (last + 1) * steps_per_epoch
+    epochs = [*data.draw(st.lists(st.integers(0, last), max_size=4)), last]
+    for step, epoch in teleport_steps(TeleportConfig(epochs=epochs, warmup_steps=warmup), steps_per_epoch, max_steps).items():
+        assert step // steps_per_epoch == epoch
+        assert epoch in epochs
+        assert warmup <= step < max_steps
