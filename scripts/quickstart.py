@@ -14,37 +14,20 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from run_image_classification import ImageArguments, make_trainer
+from run_image_classification import make_trainer, parse
 from transformers.utils import logging
 
-from hf_teleport import TeleportTrainingArguments
 from hf_teleport.data import ImageTensors, load_images
 
-# The learning rates are the best of a grid for training *without* teleportation (docs/results.md).
-TASKS = [
-    ("mlp", {"optim": "sgd", "learning_rate": 0.3}),
-    ("cnn", {"optim": "sgd", "learning_rate": 0.3}),
-    ("vit", {"optim": "adamw_torch", "learning_rate": 2e-3}),
-]
+MODELS = ["mlp", "cnn", "vit"]
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def train(model: str, settings: dict[str, Any], teleport: bool, folder: Path, data: tuple[ImageTensors, ImageTensors]) -> Any:
-    """Train one network and return its trainer."""
-    arguments = TeleportTrainingArguments(
-        output_dir=str(folder / model),
-        num_train_epochs=10,
-        per_device_train_batch_size=32,
-        per_device_eval_batch_size=512,
-        lr_scheduler_type="constant",
-        max_grad_norm=0,
-        logging_steps=5,
-        save_strategy="no",
-        report_to="none",
-        dataloader_pin_memory=False,
-        teleport_epochs="1" if teleport else "0",
-        **settings,
-    )
-    trainer = make_trainer(ImageArguments(model=model), arguments, data)
+def train(model: str, teleport: bool, data: tuple[ImageTensors, ImageTensors]) -> Any:
+    """Train one network as its config file says, with or without its teleport, and return the trainer."""
+    words = ["--eval_strategy", "no"] if teleport else ["--eval_strategy", "no", "--teleport_epochs", "0"]
+    images, arguments = parse([str(CONFIGS / f"digits_{model}.yaml"), *words])
+    trainer = make_trainer(images, arguments, data)
     trainer.train()
     return trainer
 
@@ -80,7 +63,7 @@ def plot(axis: Any, title: str, trainers: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for the plot and the models")
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for the plot")
     folder = parser.parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity_error()
@@ -89,11 +72,11 @@ def main() -> None:
     data = load_images("digits")
     header = ["run", "steps", "train loss", "test loss", "accuracy", "seconds", "of them teleporting"]
     rows = [header]
-    figure, axes = plt.subplots(1, len(TASKS), figsize=(4.5 * len(TASKS), 3.5), layout="constrained")
-    for axis, (model, settings) in zip(axes, TASKS, strict=True):
+    figure, axes = plt.subplots(1, len(MODELS), figsize=(4.5 * len(MODELS), 3.5), layout="constrained")
+    for axis, model in zip(axes, MODELS, strict=True):
         trainers = {}
         for label, teleport in (("baseline", False), ("teleport", True)):
-            trainers[label] = train(model, settings, teleport, folder, data)
+            trainers[label] = train(model, teleport, data)
             rows.append(row(f"{model}, {label}", trainers[label]))
         plot(axis, model, trainers)
     figure.savefig(folder / "quickstart.png", dpi=120)

@@ -61,6 +61,8 @@ def flat(model):
 
 
 def worker(rank, ranks, port, folder):
+    # Accelerate sets the number of threads for several CPU processes, and it decides how sums are rounded.
+    os.environ["OMP_NUM_THREADS"] = "1"
     if ranks > 1:
         os.environ |= {
             "RANK": str(rank),
@@ -84,9 +86,8 @@ def test_two_ranks_equal_one(tmp_path):
     (alone,) = weights_of(1, tmp_path)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
-    # The event itself is the same to the last bit; averaging gradients over ranks rounds otherwise.
+    # After the first event. Training itself goes on otherwise: Accelerate shuffles otherwise for several processes.
     assert torch.equal(first[0], alone[0])
-    torch.testing.assert_close(first[1], alone[1], rtol=1e-3, atol=1e-5)
 
 
 def test_sharded_weights_are_refused_with_a_way_out():

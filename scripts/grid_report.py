@@ -1,0 +1,111 @@
+"""Table and plot of the CSV files that grid.py wrote: the final training loss of each arm at each learning rate.
+
+    python scripts/grid_report.py docs/results/mnist_mlp_sgd.csv docs/results/mnist_mlp_sgd_joint.csv \
+        --plot docs/results/mnist_mlp_sgd.png
+
+An arm is a file and its number of teleported epochs. Differences are paired by seed; intervals are 95 % (Student's t).
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+Runs = dict[str, pd.DataFrame]
+
+
+def read(files: list[Path]) -> Runs:
+    """One frame an arm; the arm without teleports is called 'baseline' and taken from wherever it is."""
+    parts = defaultdict(list)
+    for file in files:
+        for epochs, rows in pd.read_csv(file).groupby("teleport_epochs"):
+            parts["baseline" if epochs == 0 else f"{file.stem}, {epochs} epochs"].append(rows)
+    return {name: pd.concat(frames) for name, frames in sorted(parts.items())}
+
+
+def final(rows: pd.DataFrame) -> pd.DataFrame:
+    """The last evaluation of each run."""
+    return rows.sort_values("step").groupby(["learning_rate", "seed"], as_index=False).last()
+
+
+def interval(values: np.ndarray) -> str:
+    """Mean and half-width of its 95 % interval."""
+    mean = values.mean()
+    if len(values) < 2:
+        return f"{mean:.4f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return f"{mean:.4f} ± {half:.4f}"
+
+
+def best_rate(rows: pd.DataFrame) -> float:
+    """The learning rate with the lowest mean final training loss."""
+    return float(final(rows).groupby("learning_rate")["train_loss"].mean().idxmin())
+
+
+def table(runs: Runs) -> str:
+    """Final training loss, learning rates down, arms across; then each arm at its best."""
+    rates = sorted({rate for rows in runs.values() for rate in rows["learning_rate"]})
+    lines = ["| learning rate | " + " | ".join(runs) + " |", "| --- |" + " --- |" * len(runs)]
+    for rate in rates:
+        cells = []
+        for rows in runs.values():
+            values = final(rows).query("learning_rate == @rate")["train_loss"].to_numpy()
+            cells.append(interval(values) if len(values) else "")
+        lines.append(f"| {rate:g} | " + " | ".join(cells) + " |")
+    columns = ["arm", "best learning rate", "training loss", "minus the baseline's best", "test loss", "test accuracy"]
+    columns += ["CPU seconds", "of them teleporting"]
+    lines += ["", "| " + " | ".join(columns) + " |", "| --- |" + " --- |" * (len(columns) - 1)]
+    reference = final(runs["baseline"]).query("learning_rate == @best_rate(@runs['baseline'])").set_index("seed")["train_loss"]
+    for name, rows in runs.items():
+        rate = best_rate(rows)
+        best = final(rows).query("learning_rate == @rate").set_index("seed")
+        difference = (best["train_loss"] - reference).dropna().to_numpy()
+        cells = [
+            f"{rate:g}",
+            interval(best["train_loss"].to_numpy()),
+            "" if name == "baseline" else interval(difference),
+            interval(best["test_loss"].to_numpy()),
+            interval(best["test_accuracy"].to_numpy()),
+            f"{best['cpu_seconds'].mean():.1f}",
+            f"{best['teleport_seconds'].mean():.1f}",
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(runs: Runs, file: Path) -> None:
+    """Final loss against the learning rate, and loss against steps and against time at each arm's best rate."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    for name, rows in runs.items():
+        by_rate = final(rows).groupby("learning_rate")["train_loss"]
+        axes[0].errorbar(by_rate.mean().index, by_rate.mean(), by_rate.std(), marker="o", capsize=3, label=name)
+        best = rows[rows["learning_rate"] == best_rate(rows)].groupby("step").mean(numeric_only=True)
+        axes[1].plot(best.index, best["train_loss"], marker="o", label=name)
+        axes[2].plot(best["cpu_seconds"], best["train_loss"], marker="o", label=name)
+    axes[0].set(xscale="log", yscale="log", xlabel="learning rate", ylabel="final training loss")
+    axes[1].set(yscale="log", xlabel="step", title="each arm at its best learning rate")
+    axes[2].set(yscale="log", xlabel="CPU seconds, teleports included")
+    axes[0].legend(fontsize="small")
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, help="CSV files of grid.py")
+    parser.add_argument("--plot", type=Path, help="write a plot here")
+    args = parser.parse_args()
+    runs = read(args.files)
+    print(table(runs))
+    if args.plot:
+        plot(runs, args.plot)
+
+
+if __name__ == "__main__":
+    main()
