@@ -21,9 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_teleport.isolation import seed_everything, shifted
 from hf_teleport.layers import Layer
-from hf_teleport.trace import KeepDouble, TangentTrace, Trace, Use
+from hf_teleport.trace import KeepDouble, TangentTrace, Trace, Use, Uses
 
-Uses = dict[nn.Parameter, list[Use]]
 _Trace = TypeVar("_Trace", bound=Trace)
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -113,15 +112,17 @@ def fast_direction(
         return {}
     dtype = layers[0].weight.dtype
     epsilon = torch.finfo(dtype).eps ** 0.5 * norm(point.parameters) / length
-    uses = {layer.weight: point.trace.uses[layer.weight] for layer in layers}
+    uses: Uses = {layer.weight: {} for layer in layers}
+    for layer in layers:
+        uses[layer.weight][layer.region] = point.trace.uses[layer.weight][layer.region]
     if dtype == torch.float64:
-        uses = _in_double(uses, _forward(model, loss_fn, point, Trace(uses), dtype).uses)
+        precise = _forward(model, loss_fn, point, Trace(uses), dtype)
+        uses = _in_double(uses, precise.uses)
     with shifted(point.parameters, direction, epsilon):
-        trace = _forward(model, loss_fn, point, TangentTrace(uses), dtype)
-    found = trace.products()
+        trace = _forward(model, loss_fn, point, TangentTrace(uses, point.trace.choices), dtype)
     products = {}
     for layer in layers:
-        product = found.get(layer.weight)
+        product = trace.products[layer.weight].get(layer.region)
         if product is not None:
             no_bias_part = product.new_zeros((*product.shape[:-1], 1))
             products[layer] = (product if layer.bias is None else torch.cat([product, no_bias_part], -1)) / epsilon
@@ -139,8 +140,11 @@ def _forward(model: nn.Module, loss_fn: LossFn, point: Point, trace: _Trace, dty
 def _in_double(uses: Uses, precise: Uses) -> Uses:
     """The same uses, D included, with their inputs taken from a forward that never left float64."""
     return {
-        weight: [Use(call.call, use.output_gradient) for use, call in zip(uses[weight], precise[weight], strict=True)]
-        for weight in uses
+        weight: {
+            region: [Use(p.call, use.output_gradient) for use, p in zip(calls, precise[weight][region], strict=False)]
+            for region, calls in parts.items()
+        }
+        for weight, parts in uses.items()
     }
 
 

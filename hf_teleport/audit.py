@@ -16,7 +16,7 @@ from hf_teleport.config import TeleportConfig
 from hf_teleport.layers import Layer
 from hf_teleport.report import LayerReport
 from hf_teleport.roles import role_of
-from hf_teleport.trace import Use
+from hf_teleport.trace import Region, Use
 
 # Relative difference up to which two ways to compute one gradient agree, in float32; rounding scales with the dtype.
 _AGREEMENT = 1e-3
@@ -41,24 +41,26 @@ def audit(model: nn.Module, point: Point, config: TeleportConfig) -> tuple[list[
     head = _output_layer(model)
     owners = _owners(model)
     check_targets(config, [name for name, _, _ in owners.values()])
-    order = {weight: i for i, weight in enumerate(point.trace.uses)}
     layers: list[Layer] = []
     reports: dict[nn.Parameter, LayerReport] = {}
     for parameter, (name, module, is_weight) in owners.items():
-        uses = point.trace.uses.get(parameter, [])
-        family = uses[0].call.projector.role if uses else "linear"
-        is_head = module is head and is_weight
-        role = role_of(name, family, is_head=is_head) if uses else _role_of_other(module, name)
-        report = LayerReport(name, role, list(parameter.shape))
-        report.reason = _why_not(parameter, name, role, uses, point, gradients.get(parameter), config)
-        if not report.reason:
-            layer = Layer(name, role, parameter, _movable_bias(parameter, uses, point, gradients), uses[0].call.projector)
-            layers.append(layer)
-            report.movable = True
-        reports[parameter] = report
+        parts = point.trace.uses.get(parameter, {})
+        uses = [use for calls in parts.values() for use in calls]
+        if uses:
+            role = role_of(name, uses[0].call.projector.role, is_head=module is head and is_weight)
+        else:
+            role = _role_of_other(module, name)
+        report = reports[parameter] = LayerReport(name, role, list(parameter.shape))
+        report.reason = _why_not(parameter, name, role, parts, point, gradients.get(parameter), config)
+        if report.reason:
+            continue
+        report.movable = True
+        bias = _movable_bias(parameter, uses, point, gradients) if len(parts) == 1 else None
+        layers += [Layer(name, role, parameter, region, bias, calls[0].call.projector) for region, calls in parts.items()]
     for layer in layers:
         if layer.bias is not None:
             del reports[layer.bias]
+    order = {weight: i for i, weight in enumerate(point.trace.uses)}
     layers.sort(key=lambda layer: order[layer.weight])
     return layers, reports
 
@@ -94,7 +96,7 @@ def _why_not(
     parameter: nn.Parameter,
     name: str,
     role: str,
-    uses: list[Use],
+    parts: dict[Region, list[Use]],
     point: Point,
     gradient: Tensor | None,
     config: TeleportConfig,
@@ -107,30 +109,45 @@ def _why_not(
         return "not selected by target_modules / exclude_modules"
     if parameter.dim() < 2:
         return "elementwise: it scales or shifts features and multiplies no input, so it has no null space"
-    if others == ["embedding"] and not uses:
+    if others == ["embedding"] and not parts:
         return "embedding: rows are looked up, not multiplied; a token that is absent has a free row with zero gradient"
-    if others and uses:
+    if others and parts:
         return f"tied: also used by {', '.join(others)}, which sees other inputs"
     if gradient is None:
         return "the loss does not depend on it on the teleport data"
     if others:
         return f"used by {', '.join(others)}, in a way that no registered projector covers"
-    if not uses:
+    if not parts:
         return "used by an operation that torch functions do not show, a custom kernel for instance"
-    if any(use.call.projector != uses[0].call.projector for use in uses):
+    if any(use.call.projector != calls[0].call.projector for calls in parts.values() for use in calls):
         return "used by operations with different options"
-    return _disagreement(parameter, uses, gradient.detach())
+    if _overlap(parameter, list(parts)):
+        return "tied: different views of the same elements multiply different inputs"
+    return _disagreement(parameter, parts, gradient.detach())
 
 
-def _disagreement(parameter: nn.Parameter, uses: list[Use], gradient: Tensor) -> str:
+def _overlap(parameter: nn.Parameter, regions: list[Region]) -> bool:
+    """Whether some element lies in two of the regions, or twice in one."""
+    if any(size > 1 and stride == 0 for region in regions for size, stride in zip(region.shape, region.stride, strict=True)):
+        return True
+    if len(regions) == 1:
+        return False
+    count = torch.zeros_like(parameter, dtype=torch.uint8)
+    for region in regions:
+        region.view(count).add_(1)
+    return bool((count > 1).any())
+
+
+def _disagreement(parameter: nn.Parameter, parts: dict[Region, list[Use]], gradient: Tensor) -> str:
     """The check itself: `Dᵀ X`, summed over the followed uses, against autograd's gradient."""
-    projector = uses[0].call.projector
-    expected = projector.to_matrix(gradient)
-    followed = torch.zeros_like(expected)
-    for use in uses:
-        if use.output_gradient is not None:
-            followed += projector.weight_gradient(use.call.input.detach(), use.output_gradient, tuple(parameter.shape))
-    error = float((followed - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny))
+    followed = torch.zeros_like(parameter, dtype=gradient.dtype)
+    for region, calls in parts.items():
+        for use in calls:
+            if use.output_gradient is not None:
+                projector = use.call.projector
+                product = projector.weight_gradient(use.call.input.detach(), use.output_gradient, region.shape)
+                region.view(followed).add_(projector.from_matrix(product, region.shape))
+    error = float((followed - gradient).norm() / gradient.norm().clamp_min(torch.finfo(gradient.dtype).tiny))
     if error <= _AGREEMENT:
         return ""
     return f"audit: the gradient of the followed uses differs from autograd's by {error:.1e}, so it has unseen uses"

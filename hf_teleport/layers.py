@@ -7,19 +7,21 @@ from torch import Tensor, nn
 
 from hf_teleport.projectors import Projector
 from hf_teleport.subspace import Representation
-from hf_teleport.trace import Use
+from hf_teleport.trace import Region, Use
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
     """One weight of the model as matrices W (G, o, d), with its bias as one more column if it has a trainable one.
 
-    The bias takes part by appending a 1 to the input: `[X 1] [W b]ᵀ`.
+    The weight is a parameter, or a region of one. The bias takes part by appending a 1 to the input: `[X 1] [W b]ᵀ`. The
+    projector is that of one use; how many rows each expert gets is another in each use.
     """
 
     name: str
     role: str
     weight: nn.Parameter
+    region: Region
     bias: nn.Parameter | None
     projector: Projector
 
@@ -28,9 +30,9 @@ class Layer:
         """The weight, and the bias if it moves too."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
-    def rows(self, input: Tensor) -> Tensor:
-        """The layer's input as rows (G, N, d), with a 1 appended if there is a bias (d + 1)."""
-        rows = self.projector.rows(input)
+    def rows(self, projector: Projector, input: Tensor) -> Tensor:
+        """The input of a use as rows (G, N, d), with a 1 appended if there is a bias (d + 1)."""
+        rows = projector.rows(input)
         if self.bias is None:
             return rows
         return torch.cat([rows, rows.new_ones((*rows.shape[:-1], 1))], dim=-1)
@@ -39,17 +41,16 @@ class Layer:
         """Add the inputs of all uses to a representation, in slices of the batch to bound the memory of patches."""
         for use in uses:
             input = use.call.input.detach()
-            batch = input.shape[0]
-            slices = max(1, batch // 64) if self.projector.role == "conv" else 1
+            slices = max(1, input.shape[0] // 64) if self.projector.role == "conv" else 1
             for part in input.tensor_split(slices):
-                representation.add(self.rows(part))
+                representation.add(self.rows(use.call.projector, part))
 
     def matrix(self, tensors: dict[nn.Parameter, Tensor | None]) -> Tensor:
         """Values given for weight and bias (gradients, for instance) as one matrix (G, o, d or d + 1)."""
         weight = tensors[self.weight]
         if weight is None:
             raise ValueError(f"no value for the weight of {self.name!r}")
-        matrix = self.projector.to_matrix(weight)
+        matrix = self.projector.to_matrix(self.region.view(laid_out_like(self.weight, weight)))
         if self.bias is None:
             return matrix
         bias = tensors[self.bias]
@@ -62,4 +63,11 @@ class Layer:
         if self.bias is not None:
             self.bias.add_(move[..., -1].reshape(self.bias.shape), alpha=scale)
             move = move[..., :-1]
-        self.weight.add_(self.projector.from_matrix(move, tuple(self.weight.shape)), alpha=scale)
+        self.region.view(self.weight).add_(self.projector.from_matrix(move, self.region.shape), alpha=scale)
+
+
+def laid_out_like(parameter: Tensor, values: Tensor) -> Tensor:
+    """The values with the parameter's strides, so that its regions are found in them."""
+    if values.stride() == parameter.stride():
+        return values
+    return torch.empty_strided(parameter.shape, parameter.stride(), dtype=values.dtype, device=values.device).copy_(values)

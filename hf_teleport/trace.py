@@ -6,15 +6,39 @@ of a tied weight. Nothing is wrapped, patched or hooked on the model.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hf_teleport.projectors import Call, projector_for
+from hf_teleport.projectors import Call, projectors_for
+
+# Functions written in Python that hide the operations inside from a mode, and what must be looked at is inside.
+_COMPOSITES = {F.multi_head_attention_forward}
+
+
+@dataclass(frozen=True)
+class Region:
+    """The part of a parameter that an operation takes as its weight: the whole, one expert's slice, a transposed view."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, view: Tensor, parameter: Tensor) -> "Region":
+        """Where a view of a parameter lies in it."""
+        return cls(tuple(view.shape), view.stride(), int(view.storage_offset()) - int(parameter.storage_offset()))
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The same part of a tensor that is laid out like the parameter."""
+        return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)
 
 
 @dataclass
@@ -25,79 +49,113 @@ class Use:
     output_gradient: Tensor | None = None
 
 
+Uses = dict[nn.Parameter, dict[Region, list[Use]]]
+"""For each parameter the parts of it that multiplied an input, each with its uses in the order of the calls."""
+
+
 class Trace(TorchFunctionMode):
     """Record every use of the given parameters while the context is open.
 
     Attributes:
-        uses: for each parameter that multiplied an input, its uses in the order of the calls.
-        other_uses: for each parameter, the names of operations that consumed it and that no projector covers.
+        uses: those that a projector covers.
+        other_uses: for each parameter, the names of operations that consumed it otherwise.
+        choices: what the model chose by `topk` or `argmax` (the experts of each token), in the order of the calls.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
         super().__init__()
         self._followed = {id(parameter): parameter for parameter in parameters}
-        self.uses: dict[nn.Parameter, list[Use]] = defaultdict(list)
+        self.uses: Uses = defaultdict(lambda: defaultdict(list))
         self.other_uses: dict[nn.Parameter, set[str]] = defaultdict(set)
+        self.choices: list[Tensor] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        touched = [self._followed[id(a)] for a in (*args, *kwargs.values()) if id(a) in self._followed]
+        if func in _COMPOSITES:
+            with _without_python_overrides(), self:
+                return func(*args, **kwargs)
+        output = self._choose(func, args, kwargs) if func in _CHOICES else func(*args, **kwargs)
+        touched = [p for p in map(self._parameter, _tensors((*args, *kwargs.values()))) if p is not None]
         if touched:
             self._record(func, args, kwargs, touched, output)
         return output
 
+    def _parameter(self, tensor: Tensor) -> nn.Parameter | None:
+        """The followed parameter that a tensor is, or is a view of."""
+        return self._followed.get(id(tensor), self._followed.get(id(tensor._base)))
+
     def _record(
         self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], touched: list[nn.Parameter], output: Any
     ) -> None:
-        family = projector_for(func)
-        call = family.bind(*args, **kwargs) if family else None
-        if call is not None and id(call.weight) in self._followed and isinstance(output, Tensor):
-            weight = self._followed[id(call.weight)]
-            self._see(weight, call, output)
-            touched = [p for p in touched if p is not weight and p is not call.bias]
-        # Attribute getters such as `weight.dtype` come here too: only what autograd follows is a use.
-        if isinstance(output, Tensor) and output.requires_grad:
+        for family in projectors_for(func):
+            call = family.bind(*args, **kwargs)
+            weight = None if call is None else self._parameter(call.weight)
+            if call is not None and weight is not None:
+                self._see(weight, Region.of(call.weight, weight), call, output)
+                touched = [p for p in touched if p is not weight and p is not call.bias]
+                break
+        # Attribute getters such as `weight.dtype` come here too, and views, whose own uses are seen: neither is a use.
+        if any(o.requires_grad and self._parameter(o) is None for o in _tensors([output])):
             for parameter in touched:
                 self.other_uses[parameter].add(getattr(func, "__name__", str(func)))
 
-    def _see(self, weight: nn.Parameter, call: Call, output: Tensor) -> None:
+    def _see(self, weight: nn.Parameter, region: Region, call: Call, output: Tensor) -> None:
         use = Use(call)
-        self.uses[weight].append(use)
+        self.uses[weight][region].append(use)
         if output.requires_grad:
             output.register_hook(lambda gradient: setattr(use, "output_gradient", gradient.detach()))
+
+    def _choose(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        output = func(*args, **kwargs)
+        self.choices.append(output if isinstance(output, Tensor) else output.indices)
+        return output
 
 
 class TangentTrace(Trace):
     """Accumulate `Dᵀ (X' - X)` while a forward runs at shifted weights, X' being the shifted inputs.
 
-    A weight whose calls come out differently (an expert that is sent other tokens at the shifted weights) gets no product.
+    The shifted forward makes the choices of the unshifted one: a token that a small shift sends to another expert is a jump,
+    which a derivative does not see. A part of a weight whose calls come out differently all the same gets no product.
 
     Args:
-        base: the uses at the unshifted weights, with their D, of the parameters to follow.
+        uses: the uses at the unshifted weights, with their D, of the parts to follow.
+        choices: those of the unshifted forward.
     """
 
-    def __init__(self, base: dict[nn.Parameter, list[Use]]):
-        super().__init__(base)
-        self._awaited = {weight: iter(uses) for weight, uses in base.items()}
-        self._products: dict[nn.Parameter, Tensor] = {}
-        self._mismatched: set[nn.Parameter] = set()
+    def __init__(self, uses: Uses, choices: list[Tensor]):
+        super().__init__(uses)
+        self._awaited = {weight: {region: iter(calls) for region, calls in parts.items()} for weight, parts in uses.items()}
+        self._made = iter(choices)
+        self.products: dict[nn.Parameter, dict[Region, Tensor | None]] = defaultdict(dict)
 
-    def products(self) -> dict[nn.Parameter, Tensor]:
-        """`Dᵀ (X' - X)` as (G, o, d), summed over the uses of each weight."""
-        return {weight: product for weight, product in self._products.items() if weight not in self._mismatched}
-
-    def _see(self, weight: nn.Parameter, call: Call, output: Tensor) -> None:
-        use = next(self._awaited[weight], None)
-        if use is None or call.input.shape != use.call.input.shape:
-            self._mismatched.add(weight)
-        elif use.output_gradient is not None:
+    def _see(self, weight: nn.Parameter, region: Region, call: Call, output: Tensor) -> None:
+        awaited = self._awaited[weight].get(region)
+        if awaited is None:
+            return
+        use = next(awaited, None)
+        products = self.products[weight]
+        if use is None or call.input.shape != use.call.input.shape or call.projector != use.call.projector:
+            products[region] = None
+        elif use.output_gradient is not None and products.get(region, ()) is not None:
             shift = call.input - use.call.input
-            product = call.projector.weight_gradient(shift, use.output_gradient, tuple(weight.shape))
-            known = self._products.get(weight)
-            self._products[weight] = product if known is None else known + product
+            product = call.projector.weight_gradient(shift, use.output_gradient, region.shape)
+            known = products.get(region)
+            products[region] = product if known is None else known + product
+
+    def _choose(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        output, made = func(*args, **kwargs), next(self._made, None)
+        indices = output if isinstance(output, Tensor) else output.indices
+        if made is None or made.shape != indices.shape:
+            return output
+        if isinstance(output, Tensor):
+            return made
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
+        return type(output)((args[0].gather(dim, made), made))
+
+
+_CHOICES = {torch.topk, torch.Tensor.topk, torch.argmax, torch.Tensor.argmax}
 
 
 class KeepDouble(TorchFunctionMode):
@@ -117,3 +175,19 @@ class KeepDouble(TorchFunctionMode):
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
             kwargs = {key: torch.float64 if a is torch.float32 else a for key, a in kwargs.items()}
         return func(*args, **kwargs)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among values, and in lists and tuples among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (v for v in value if isinstance(v, Tensor))
+
+
+@contextmanager
+def _without_python_overrides() -> Iterator[None]:
+    """`torch.nn.functional` runs its Python functions as they are; the operations that they call are still seen."""
+    with mock.patch.object(F, "has_torch_function", return_value=False):
+        yield

@@ -23,7 +23,7 @@ def directions(model, loss_fn, batch, tau=1.0):
     projected = {}
     for layer in layers:
         representation = Representation()
-        layer.represent(point.trace.uses[layer.weight], representation)
+        layer.represent(point.trace.uses[layer.weight][layer.region], representation)
         subspace = null_space(representation, tau)
         projected[layer.name] = (subspace.project(fast[layer]), subspace.project(exact[layer]), exact[layer], subspace)
     return projected

@@ -63,7 +63,7 @@ class Strange(nn.Module):
         x = torch.tanh(self.frozen(self.plain(x)))
         x = torch.tanh(F.linear(x, 2 * self.doubled.weight))
         x = torch.tanh(self.decayed(x)) + self.decayed.weight.square().sum()
-        x = torch.tanh(torch.einsum("ij,kj->ik", x, self.unseen.weight))
+        x = torch.tanh(torch.cdist(x, self.unseen.weight))
         with torch.no_grad():
             extra = self.ungraded(x)
         return x + extra
@@ -76,7 +76,7 @@ def test_reasons():
     assert "does not depend" in reports["uncalled"].reason
     assert "mul" in reports["doubled"].reason
     assert "tied: also used by square" in reports["decayed"].reason
-    assert "einsum" in reports["unseen"].reason
+    assert "cdist" in reports["unseen"].reason
     assert "does not depend" in reports["ungraded"].reason
 
 

@@ -36,7 +36,7 @@ def outputs_of_layers(model, batch):
     seen = []
 
     class Recording(Trace):
-        def _see(self, weight, call, output):
+        def _see(self, weight, region, call, output):
             seen.append(output.detach().clone())
 
     with torch.no_grad(), Recording(model.parameters()):

@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_teleport.trace import KeepDouble, TangentTrace, Trace
+from hf_teleport.trace import KeepDouble, Region, TangentTrace, Trace
 
 
 def test_records_input_weight_bias_and_gradient():
@@ -11,7 +11,7 @@ def test_records_input_weight_bias_and_gradient():
     with Trace(layer.parameters()) as trace:
         output = layer(x)
     output.square().sum().backward()
-    (use,) = trace.uses[layer.weight]
+    ((use,),) = trace.uses[layer.weight].values()
     assert use.call.input is x
     assert use.call.bias is layer.bias
     torch.testing.assert_close(use.output_gradient, 2 * output.detach())
@@ -22,7 +22,8 @@ def test_functional_uses_and_repeated_calls():
     weight = nn.Parameter(torch.randn(4, 4))
     with Trace([weight]) as trace:
         F.linear(F.linear(torch.randn(2, 4), weight), weight)
-    assert len(trace.uses[weight]) == 2
+    ((first, second),) = trace.uses[weight].values()
+    assert first is not second
 
 
 def test_other_operations_are_named_and_getters_are_not_uses():
@@ -30,8 +31,8 @@ def test_other_operations_are_named_and_getters_are_not_uses():
     with Trace([weight]) as trace:
         _ = weight.shape, weight.dtype, weight.device, weight.detach()
         weight.square().sum()
-        torch.einsum("ij,kj->ik", torch.randn(2, 4), weight)
-    assert trace.other_uses == {weight: {"square", "einsum"}}
+        torch.cdist(torch.randn(2, 4), weight)
+    assert trace.other_uses == {weight: {"square", "cdist"}}
 
 
 def test_in_place_operations_after_the_layer_do_not_confuse_its_gradient():
@@ -41,7 +42,8 @@ def test_in_place_operations_after_the_layer_do_not_confuse_its_gradient():
         output = layer(x)
         output.mul_(2)
     output.sum().backward()
-    torch.testing.assert_close(trace.uses[layer.weight][0].output_gradient, torch.full((5, 3), 2.0))
+    ((use,),) = trace.uses[layer.weight].values()
+    torch.testing.assert_close(use.output_gradient, torch.full((5, 3), 2.0))
 
 
 def test_other_parameters_are_not_followed():
@@ -51,21 +53,63 @@ def test_other_parameters_are_not_followed():
     assert set(trace.uses) == {followed.weight}
 
 
+def test_views_are_followed_to_their_part_of_the_parameter():
+    weight = nn.Parameter(torch.randn(6, 4))
+    x = torch.randn(2, 4)
+    with Trace([weight]) as trace:
+        top, bottom = weight.chunk(2)
+        F.linear(x, top)
+        x @ bottom.t()
+        F.linear(x, weight.view(2, 3, 4)[1])
+    assert not trace.other_uses
+    regions = {region: len(uses) for region, uses in trace.uses[weight].items()}
+    assert regions == {Region((3, 4), (4, 1), 0): 1, Region((4, 3), (1, 4), 12): 1, Region((3, 4), (4, 1), 12): 1}
+    with torch.no_grad():
+        Region((4, 3), (1, 4), 12).view(weight).zero_()
+    assert torch.equal(weight[3:], torch.zeros(3, 4))
+
+
+def test_inside_of_multi_head_attention_is_seen():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    x = torch.randn(2, 3, 8)
+    with Trace(attention.parameters()) as trace:
+        attention(x, x, x)
+    assert set(trace.uses) == {attention.in_proj_weight, attention.out_proj.weight}
+    with Trace(attention.parameters()) as trace:
+        attention(x, x + 1, x + 1)
+    assert len(trace.uses[attention.in_proj_weight]) == 3
+
+
 def test_tangent_product_by_hand_and_calls_that_do_not_match():
     layer = nn.Linear(4, 3)
     x, shift = torch.randn(5, 4), torch.randn(5, 4)
     with Trace(layer.parameters()) as trace:
         output = layer(x)
     output.square().sum().backward()
-    gradient = trace.uses[layer.weight][0].output_gradient
-    with torch.no_grad(), TangentTrace(trace.uses) as tangent:
+    ((region, (use,)),) = trace.uses[layer.weight].items()
+    with torch.no_grad(), TangentTrace(trace.uses, []) as tangent:
         layer(x + shift)
-    torch.testing.assert_close(tangent.products()[layer.weight], (gradient.T @ shift)[None], rtol=1e-4, atol=1e-5)
-    for inputs in ([x[:3]], [x, x]):
-        with torch.no_grad(), TangentTrace(trace.uses) as tangent:
+    product = tangent.products[layer.weight][region]
+    torch.testing.assert_close(product, (use.output_gradient.T @ shift)[None], rtol=1e-4, atol=1e-5)
+    for inputs in ([x[:3]], [x, x], [x[:3], x]):
+        with torch.no_grad(), TangentTrace(trace.uses, []) as tangent:
             for input in inputs:
                 layer(input)
-        assert tangent.products() == {}
+        assert tangent.products[layer.weight][region] is None
+
+
+def test_a_tangent_forward_makes_the_choices_of_the_first():
+    scores = torch.tensor([[1.0, 3.0, 2.0], [5.0, 4.0, 6.0]])
+    shifted = torch.tensor([[1.0, 3.0, 4.0], [5.0, 7.0, 6.0]])
+    with Trace([]) as trace:
+        scores.topk(1)
+        scores.argmax(-1)
+    with TangentTrace({}, trace.choices):
+        values, indices = torch.topk(shifted, 1, dim=-1)
+        best = torch.argmax(shifted, dim=-1)
+    assert indices.tolist() == [[1], [2]]
+    assert values.tolist() == [[3.0], [6.0]]
+    assert best.tolist() == [1, 2]
 
 
 def test_keep_double_leaves_out_casts_of_float64_only():

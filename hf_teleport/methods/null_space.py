@@ -28,7 +28,7 @@ class NullSpace(Method):
 
     @property
     def movable(self) -> list[nn.Parameter]:
-        return [parameter for layer in self.layers for parameter in layer.parameters]
+        return list(dict.fromkeys(parameter for layer in self.layers for parameter in layer.parameters))
 
     def evaluate(self, batch: object, seed: int) -> Point:
         exact = self.config.hessian == "exact"
@@ -84,18 +84,27 @@ class NullSpace(Method):
     def _represent(self, point: Point) -> None:
         for layer in self.layers:
             representation = self._representations.setdefault(layer, Representation())
-            layer.represent(point.trace.uses.get(layer.weight, []), representation)
+            layer.represent(point.trace.uses[layer.weight][layer.region], representation)
 
     def _decompose(self) -> None:
         """Turn what was represented into null spaces, and note their dimensions in the reports."""
+        for layer in self.layers:
+            report = self.reports[layer.weight]
+            report.null_dim, report.input_dim = 0, 0
         for layer, representation in self._representations.items():
             subspace = null_space(representation, self.config.energy_threshold, layer.weight.dtype)
             self.subspaces[layer] = subspace
             report = self.reports[layer.weight]
-            report.null_dim, report.input_dim = subspace.null_dim, subspace.dim
-            if not subspace.null_dim:
-                report.reason = (
-                    f"no null space: {representation.num_rows} input rows span all {subspace.dim} dimensions at "
-                    f"tau = {self.config.energy_threshold:g}; take fewer samples, or energy_threshold below 1"
-                )
+            report.null_dim = (report.null_dim or 0) + subspace.null_dim
+            report.input_dim = (report.input_dim or 0) + subspace.dim
+            report.reason = (
+                "" if report.null_dim else _spanned(representation.num_rows, subspace.dim, self.config.energy_threshold)
+            )
         self._representations = {}
+
+
+def _spanned(rows: int, dim: int, tau: float) -> str:
+    return (
+        f"no null space: {rows} input rows span all {dim} dimensions at tau = {tau:g}; "
+        "take fewer samples, or energy_threshold below 1"
+    )

@@ -61,21 +61,25 @@ class Projector(ABC):
         return self.output_rows(output_gradient).mT @ self.rows(input)
 
 
-_REGISTRY: dict[Callable[..., Any], type[Projector]] = {}
+_REGISTRY: dict[Callable[..., Any], list[type[Projector]]] = {}
 _P = TypeVar("_P", bound=type[Projector])
 
 
 def register(*operations: Callable[..., Any]) -> Callable[[_P], _P]:
-    """Class decorator: this family covers these torch functions, as a `TorchFunctionMode` sees them."""
+    """Class decorator: this family covers these functions, as a `TorchFunctionMode` sees them.
+
+    Several families may cover one function (a matrix product has its weight on the right or on the left); the first whose `bind`
+    finds a followed weight is taken, the last registered being asked first.
+    """
 
     def decorate(projector: _P) -> _P:
         for operation in operations:
-            _REGISTRY[operation] = projector
+            _REGISTRY[operation] = [projector, *_REGISTRY.get(operation, [])]
         return projector
 
     return decorate
 
 
-def projector_for(operation: Callable[..., Any]) -> type[Projector] | None:
-    """The family that covers an operation, or None."""
-    return _REGISTRY.get(operation)
+def projectors_for(operation: Callable[..., Any]) -> list[type[Projector]]:
+    """The families that cover an operation."""
+    return _REGISTRY.get(operation, [])

@@ -92,6 +92,53 @@ class Conv(Projector):
         return self.to_matrix(gradient)
 
 
+@register(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+@dataclass(frozen=True)
+class TransposedConv(Projector):
+    """`F.conv_transpose1d/2d/3d`, weight (channels in, channels out / groups, *kernel); N = samples x input positions.
+
+    Each input position is multiplied to a whole patch, and the patches are added up where they overlap. So Z here is those
+    patches, and D are the patches of the output's gradient. A bias is added after that and is no part of it.
+    """
+
+    role: ClassVar[str] = "conv"
+
+    forward: Conv  # the convolution that this one transposes, and whose patches are meant
+    groups: int
+
+    @classmethod
+    def bind(
+        cls,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Call | None:
+        dims = weight.dim() - 2
+        stride = _per_dim(stride, dims)
+        if any(extra >= step for extra, step in zip(_per_dim(output_padding, dims), stride, strict=True)):
+            return None  # the output then has more patches than the input has positions
+        sides = tuple(p for size in reversed(_per_dim(padding, dims)) for p in (size, size))
+        forward = Conv(tuple(weight.shape[2:]), stride, sides, _per_dim(dilation, dims), groups)
+        return Call(cls(forward, groups), input, weight, None)
+
+    def rows(self, input: Tensor) -> Tensor:
+        return self.forward.output_rows(input)
+
+    def output_rows(self, output: Tensor) -> Tensor:
+        return self.forward.rows(output)
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (self.groups, -1)).flatten(2).mT
+
+    def from_matrix(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return matrix.mT.reshape(shape)
+
+
 def _per_dim(value: Any, dims: int) -> tuple[int, ...]:
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * dims if len(values) == 1 else values

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from hf_teleport.projectors.base import Call, Projector, register
 
+MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
 
-class _LastDimension(Projector):
+
+class LastDimension(Projector):
     """Rows are samples, or the tokens of a sequence."""
 
     def rows(self, input: Tensor) -> Tensor:
@@ -20,7 +22,7 @@ class _LastDimension(Projector):
 
 
 @register(F.linear)
-class Linear(_LastDimension):
+class Linear(LastDimension):
     """`F.linear`, weight (o, d): nn.Linear and its subclasses."""
 
     @classmethod
@@ -34,8 +36,8 @@ class Linear(_LastDimension):
         return matrix.reshape(shape)
 
 
-@register(torch.addmm, torch.Tensor.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm)
-class TransposedLinear(_LastDimension):
+@register(torch.addmm, torch.Tensor.addmm, *MATMULS)
+class TransposedLinear(LastDimension):
     """`x @ W` and `torch.addmm(bias, x, W)`, weight (d, o): Transformers' Conv1D (GPT-2) and hand-written layers."""
 
     @classmethod
