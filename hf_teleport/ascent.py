@@ -19,11 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_teleport.isolation import seed_everything, shifted
+from hf_teleport.isolation import forget_caches, seed_everything, shifted
 from hf_teleport.layers import Layer
 from hf_teleport.trace import KeepDouble, TangentTrace, Trace, Use, Uses
 
 _Trace = TypeVar("_Trace", bound=Trace)
+
+# A shift is too long if it moves some input by more than this many times sqrt(eps) of its size; this many are tried.
+_LONG_SHIFT = 100
+_SHIFTS = 4
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 """`loss_fn(model, batch)`: the mean loss of the batch, a scalar."""
@@ -74,7 +78,7 @@ def evaluate(model: nn.Module, loss_fn: LossFn, batch: Any, *, seed: int, differ
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     trace = Trace(parameters)
-    seed_everything(seed)
+    _start_afresh(model, seed)
     # Fused attention kernels have no second derivative; the plain one does.
     plain_kernels = sdpa_kernel([SDPBackend.MATH]) if differentiable_gradients else nullcontext()
     with torch.enable_grad(), trace, plain_kernels:
@@ -82,6 +86,12 @@ def evaluate(model: nn.Module, loss_fn: LossFn, batch: Any, *, seed: int, differ
     _check_loss(loss)
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True, create_graph=differentiable_gradients)
     return Point(batch, seed, float(loss.detach()), parameters, list(gradients), trace)
+
+
+def _start_afresh(model: nn.Module, seed: int) -> None:
+    """Before a forward: nothing cached from other weights, and the random numbers of this seed."""
+    forget_caches(model)
+    seed_everything(seed)
 
 
 def _check_loss(loss: Any) -> None:
@@ -100,9 +110,11 @@ def fast_direction(
 ) -> dict[Layer, Tensor]:
     """`Dᵀ Ẋ` along a direction u for each layer, by one forward without autograd at `W + εu`.
 
-    Equal to `H u` up to a part in the span of the layer's inputs, so after a projection at tau = 1 to `(H u) P`. The step is
-    `ε = sqrt(eps) ||W|| / ||u||`, where truncation and rounding errors balance for the precision of the weights. In float64 the
-    unshifted forward is run once more as well, both without the casts to float32 that many models contain.
+    Equal to `H u` up to a part in the span of the layer's inputs, so after a projection at tau = 1 to `(H u) P`. The shift is
+    `ε = sqrt(eps) ||W|| / ||u||`, where truncation and rounding errors balance for the precision of the weights. If it moves
+    some layer's input by far more than sqrt(eps) of its size, the network is more sensitive than its weights show (a layer norm
+    of a nearly constant input, for instance), and a shorter one is tried. In float64 the unshifted forward is run once more as
+    well, all of them without the casts to float32 that many models contain.
 
     Returns:
         For each layer (G, o, d), with one more column, of zeros, for a bias: it comes after the input, which it cannot shift.
@@ -111,15 +123,21 @@ def fast_direction(
     if length == 0 or not layers:
         return {}
     dtype = layers[0].weight.dtype
-    epsilon = torch.finfo(dtype).eps ** 0.5 * norm(point.parameters) / length
     uses: Uses = {layer.weight: {} for layer in layers}
     for layer in layers:
         uses[layer.weight][layer.region] = point.trace.uses[layer.weight][layer.region]
     if dtype == torch.float64:
         precise = _forward(model, loss_fn, point, Trace(uses), dtype)
         uses = _in_double(uses, precise.uses)
-    with shifted(point.parameters, direction, epsilon):
-        trace = _forward(model, loss_fn, point, TangentTrace(uses, point.trace.choices), dtype)
+    small = torch.finfo(dtype).eps ** 0.5
+    epsilon = small * norm(point.parameters) / length
+    for _ in range(_SHIFTS):
+        with shifted(point.parameters, direction, epsilon):
+            trace = _forward(model, loss_fn, point, TangentTrace(uses, point.trace.choices), dtype)
+        relative_shift = trace.relative_shift()
+        if relative_shift <= _LONG_SHIFT * small:
+            break
+        epsilon *= small / relative_shift
     products = {}
     for layer in layers:
         product = trace.products[layer.weight].get(layer.region)
@@ -131,7 +149,7 @@ def fast_direction(
 
 def _forward(model: nn.Module, loss_fn: LossFn, point: Point, trace: _Trace, dtype: torch.dtype) -> _Trace:
     """A traced forward without autograd, drawing the random numbers that the point's forward drew."""
-    seed_everything(point.seed)
+    _start_afresh(model, point.seed)
     with torch.no_grad(), KeepDouble() if dtype == torch.float64 else nullcontext(), trace:
         loss_fn(model, point.batch)
     return trace

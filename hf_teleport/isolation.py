@@ -41,11 +41,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        forget_caches(model)
         for module, mode in modes.items():
             module.training = mode
         for buffer, saved in buffers:
             if not torch.equal(buffer, saved):
                 buffer.copy_(saved)
+
+
+def forget_caches(model: nn.Module) -> None:
+    """Pass through train mode: a module that caches in eval mode what depends on its weights (LeViT's biases) drops it then."""
+    model.train()
+    model.eval()
 
 
 @contextmanager

@@ -48,6 +48,11 @@ class Use:
     call: Call
     output_gradient: Tensor | None = None
 
+    def keep(self, gradient: Tensor) -> None:
+        """Hook for the output's gradient. The first backward is the one that is meant; a double backward comes here too."""
+        if self.output_gradient is None:
+            self.output_gradient = gradient.detach()
+
 
 Uses = dict[nn.Parameter, dict[Region, list[Use]]]
 """For each parameter the parts of it that multiplied an input, each with its uses in the order of the calls."""
@@ -59,7 +64,8 @@ class Trace(TorchFunctionMode):
     Attributes:
         uses: those that a projector covers.
         other_uses: for each parameter, the names of operations that consumed it otherwise.
-        choices: what the model chose by `topk` or `argmax` (the experts of each token), in the order of the calls.
+        choices: what the model chose by `topk` or `argmax` (the experts of each token), in the order of the calls, each with
+            the shape of what it chose from.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
@@ -67,7 +73,7 @@ class Trace(TorchFunctionMode):
         self._followed = {id(parameter): parameter for parameter in parameters}
         self.uses: Uses = defaultdict(lambda: defaultdict(list))
         self.other_uses: dict[nn.Parameter, set[str]] = defaultdict(set)
-        self.choices: list[Tensor] = []
+        self.choices: list[tuple[torch.Size, Tensor]] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -105,11 +111,13 @@ class Trace(TorchFunctionMode):
         use = Use(call)
         self.uses[weight][region].append(use)
         if output.requires_grad:
-            output.register_hook(lambda gradient: setattr(use, "output_gradient", gradient.detach()))
+            output.register_hook(use.keep)
 
     def _choose(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         output = func(*args, **kwargs)
-        self.choices.append(output if isinstance(output, Tensor) else output.indices)
+        indices = output if isinstance(output, Tensor) else output.indices
+        # A copy: models go on to change indices in place.
+        self.choices.append((args[0].shape, indices.clone()))
         return output
 
 
@@ -124,11 +132,16 @@ class TangentTrace(Trace):
         choices: those of the unshifted forward.
     """
 
-    def __init__(self, uses: Uses, choices: list[Tensor]):
+    def __init__(self, uses: Uses, choices: list[tuple[torch.Size, Tensor]]):
         super().__init__(uses)
         self._awaited = {weight: {region: iter(calls) for region, calls in parts.items()} for weight, parts in uses.items()}
         self._made = iter(choices)
         self.products: dict[nn.Parameter, dict[Region, Tensor | None]] = defaultdict(dict)
+        self._relative_shifts: list[Tensor] = []
+
+    def relative_shift(self) -> float:
+        """`||X' - X|| / ||X||` of the use whose input moved most."""
+        return float(torch.stack(self._relative_shifts).max()) if self._relative_shifts else 0.0
 
     def _see(self, weight: nn.Parameter, region: Region, call: Call, output: Tensor) -> None:
         awaited = self._awaited[weight].get(region)
@@ -140,19 +153,22 @@ class TangentTrace(Trace):
             products[region] = None
         elif use.output_gradient is not None and products.get(region, ()) is not None:
             shift = call.input - use.call.input
+            # An input of zeros, with no scale of its own, says nothing.
+            self._relative_shifts.append((shift.norm() / use.call.input.norm()).nan_to_num(0, 0, 0))
             product = call.projector.weight_gradient(shift, use.output_gradient, region.shape)
             known = products.get(region)
             products[region] = product if known is None else known + product
 
     def _choose(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        output, made = func(*args, **kwargs), next(self._made, None)
+        output = func(*args, **kwargs)
+        shape, made = next(self._made, (None, None))
         indices = output if isinstance(output, Tensor) else output.indices
-        if made is None or made.shape != indices.shape:
+        if made is None or shape != args[0].shape or made.shape != indices.shape:
             return output
         if isinstance(output, Tensor):
-            return made
+            return made.clone()
         dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
-        return type(output)((args[0].gather(dim, made), made))
+        return type(output)((args[0].gather(dim, made), made.clone()))
 
 
 _CHOICES = {torch.topk, torch.Tensor.topk, torch.argmax, torch.Tensor.argmax}

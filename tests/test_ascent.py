@@ -94,6 +94,33 @@ def test_fast_is_exact_on_linear(bias):
     assert_fast_is_exact(model, lambda model, x: model(x), torch.randn(5, 6).double(), minimum=2)
 
 
+def test_fast_is_exact_where_the_network_is_far_more_sensitive_than_its_weights_are_large():
+    """A layer norm of a nearly constant stream, as in a DeiT at initialisation, multiplies a shift a millionfold."""
+
+    class Sensitive(Middle):
+        def __init__(self):
+            super().__init__(nn.Linear(12, 12), nn.Linear(6, 12), nn.Linear(12, 3))
+            self.token = nn.Parameter(1e-7 * torch.randn(12))
+            self.norm = nn.LayerNorm(12, eps=1e-12)
+
+        def forward(self, x):
+            return super().forward(x) + self.above(self.layer(self.norm(self.token))).square().mean()
+
+    assert_fast_is_exact(Sensitive().double(), lambda model, x: model(x), torch.randn(5, 6).double(), minimum=2)
+
+
+def test_a_double_backward_leaves_the_kept_gradients_of_outputs_alone():
+    model, batch = build("gpt2")
+    model.eval()
+    point = evaluate(model, loss_fn, batch, seed=0, differentiable_gradients=True)
+    layers, _ = audit(model, point, TeleportConfig())
+    u = [None if g is None else g.detach() for g in point.gradients]
+    before = fast_direction(model, loss_fn, point, u, layers)
+    exact_direction(point, u, layers)
+    after = fast_direction(model, loss_fn, point, u, layers)
+    assert all(torch.equal(before[layer], after[layer]) for layer in layers)
+
+
 def test_first_layer_has_no_direction():
     model = Middle(nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3)).double()
     fast, exact, whole, subspace = directions(model, lambda model, x: model(x), torch.randn(5, 12).double())["below"]

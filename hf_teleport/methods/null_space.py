@@ -97,14 +97,14 @@ class NullSpace(Method):
             report = self.reports[layer.weight]
             report.null_dim = (report.null_dim or 0) + subspace.null_dim
             report.input_dim = (report.input_dim or 0) + subspace.dim
-            report.reason = (
-                "" if report.null_dim else _spanned(representation.num_rows, subspace.dim, self.config.energy_threshold)
-            )
+            report.reason = "" if report.null_dim else _spanned(representation, subspace, self.config.energy_threshold)
         self._representations = {}
 
 
-def _spanned(rows: int, dim: int, tau: float) -> str:
+def _spanned(representation: Representation, subspace: Subspace, tau: float) -> str:
+    groups, width, _ = subspace.basis.shape
+    each = f" in each of {groups} groups" if groups > 1 else ""
     return (
-        f"no null space: {rows} input rows span all {dim} dimensions at tau = {tau:g}; "
+        f"no null space: {representation.num_rows} input rows span all {width} dimensions{each} at tau = {tau:g}; "
         "take fewer samples, or energy_threshold below 1"
     )

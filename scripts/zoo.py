@@ -1,0 +1,199 @@
+"""Teleport tiny versions of the architectures that Transformers ships, and write down how it went.
+
+    python scripts/zoo.py --output docs/zoo.md            # all of them, a few minutes on one core
+    python scripts/zoo.py llama mixtral vit               # some, to the screen
+
+Rerun it for a new release of Transformers. Weights are random, attention is the default, tau = 1, one batch.
+"""
+
+import argparse
+import json
+import math
+import platform
+import re
+import time
+import traceback
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+from zoo_models import FAMILIES, NAMES, build, loss_fn
+
+from hf_teleport import TeleportConfig, Teleporter
+from hf_teleport.ascent import evaluate, exact_direction, fast_direction
+from hf_teleport.audit import audit
+from hf_teleport.isolation import evaluation_mode
+from hf_teleport.report import LayerReport
+from hf_teleport.subspace import Representation, null_space
+
+# Short names for the reasons, by how they begin.
+REASONS = ["elementwise", "embedding", "tied", "frozen", "the loss does not depend", "used by", "audit", "not selected"]
+
+
+HEADER = """# The zoo
+
+Tiny architectures of Transformers, built from configs with random weights, each teleported once on one batch at tau = 1. Made by
+`python scripts/zoo.py --output docs/zoo.md`; rerun it to check a new release of Transformers.
+
+{versions}. {count} architectures ran, {failed} did not. Largest relative loss change {change:.0e} in float32, {change_64:.0e} in
+float64. In {nine_tenths} of {count}, at least nine tenths of the matrix elements may move.
+
+- *may move*, *moved*: share of the elements of trainable weights with two or more dimensions; embeddings, learned positions and
+  tokens, and tied weights are left aside. What may move but did not has no null space at these sizes, or nothing trainable below it.
+- *loss*: relative change of the loss on the batch. Many architectures compute their loss in float32 whatever the weights are.
+- *growth*: of the gradient norm. An event ends when it has doubled, or after 8 steps.
+- *fast = exact*: relative difference between the direction without double backward and the one with it, in float64; empty where double
+  backward or float64 does not run.
+- *stay*: weights that may not move, by reason; the report of a teleport says it for each.
+
+| family | architecture | may move | moved | loss, float32 | loss, float64 | growth | fast = exact | stay |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+@dataclass
+class Row:
+    """What one architecture's teleport came to."""
+
+    name: str
+    movable: float  # share of the elements of matrix-like weights, embeddings and tied ones aside, that may move
+    moved: float  # the same of those that did
+    loss_change: float  # relative, float32
+    loss_change_64: float | None  # relative, float64; None: the architecture does not run in float64
+    growth: float  # of the gradient norm
+    agreement: float | None  # relative difference of the fast and the exact direction, float64
+    skipped: dict[str, int]  # weights that may not move, by reason
+    stopped: str
+    seconds: float
+
+
+def matrix_like(layer: LayerReport) -> bool:
+    """Whether a weight is one that one expects to move."""
+    added = re.search("embed|position|token|quer", layer.name.rsplit(".", 1)[-1]) and layer.role == "other"
+    aside = layer.role == "embedding" or added or layer.reason.startswith(("tied", "elementwise", "embedding", "frozen"))
+    return len(layer.shape) >= 2 and not aside
+
+
+def share(layers: list[LayerReport], wanted: Any) -> float:
+    """Elements of the wanted layers among those of all matrix-like ones."""
+    sizes = [(math.prod(layer.shape), wanted(layer)) for layer in layers if matrix_like(layer)]
+    return sum(size for size, yes in sizes if yes) / max(1, sum(size for size, _ in sizes))
+
+
+def shorten(reason: str) -> str:
+    return next((short for short in REASONS if reason.startswith(short)), reason)
+
+
+def teleport(name: str, dtype: torch.dtype) -> Any:
+    """One event at tau = 1 and its report."""
+    model, batch = build(name, dtype)
+    return Teleporter(model, TeleportConfig(learning_rate=0.01, max_loss_change=None)).teleport([batch], loss_fn)
+
+
+def agreement(name: str) -> float | None:
+    """Relative difference between the fast direction and that by double backward, all layers together."""
+    model, batch = build(name, torch.float64)
+    difference = length = 0.0
+    with evaluation_mode(model):
+        point = evaluate(model, loss_fn, batch, seed=0, differentiable_gradients=True)
+        layers, _ = audit(model, point, TeleportConfig())
+        direction = [None if g is None else g.detach() for g in point.gradients]
+        fast = fast_direction(model, loss_fn, point, direction, layers)
+        exact = exact_direction(point, direction, layers)
+        for layer in layers:
+            representation = Representation()
+            layer.represent(point.trace.uses[layer.weight][layer.region], representation)
+            subspace = null_space(representation, 1.0)
+            if layer in exact and layer in fast:
+                a, b = subspace.project(fast[layer]), subspace.project(exact[layer])
+                difference += float((a - b).square().sum())
+                length += float(b.square().sum())
+    return (difference / length) ** 0.5 if length else None
+
+
+def measure(name: str) -> Row:
+    """Everything about one architecture."""
+    start = time.perf_counter()
+    report = teleport(name, torch.float32)
+    seconds = time.perf_counter() - start
+    change_64 = worst = None
+    try:
+        double = teleport(name, torch.float64)
+        change_64 = abs(double.loss_after / double.loss_before - 1)
+        worst = agreement(name)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:  # no float64, or no second derivative
+        tqdm.write(f"{name}: {str(error).splitlines()[0][:120]}")
+    return Row(
+        name,
+        share(report.layers, lambda layer: layer.movable),
+        share(report.layers, lambda layer: layer.moved),
+        abs(report.loss_after / report.loss_before - 1),
+        change_64,
+        report.grad_norm_after / report.grad_norm_before,
+        worst,
+        dict(Counter(shorten(layer.reason) for layer in report.layers if not layer.movable)),
+        report.stopped_because,
+        seconds,
+    )
+
+
+def page(rows: list[Row], failed: dict[str, str]) -> str:
+    """The matrix as Markdown."""
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    nine_tenths = sum(row.movable >= 0.9 for row in rows)
+    lines = HEADER.format(
+        versions=versions,
+        count=len(rows),
+        failed=len(failed),
+        change=max(row.loss_change for row in rows),
+        change_64=max(row.loss_change_64 or 0 for row in rows),
+        nine_tenths=nine_tenths,
+    ).splitlines()
+    family_of = {name: family for family, names in FAMILIES.items() for name in names}
+    for row in rows:
+        stay = ", ".join(f"{count} {reason}" for reason, count in sorted(row.skipped.items()))
+        cells = [
+            family_of[row.name],
+            row.name,
+            f"{row.movable:.1%}",
+            f"{row.moved:.1%}",
+            f"{row.loss_change:.0e}",
+            "" if row.loss_change_64 is None else f"{row.loss_change_64:.0e}",
+            f"{row.growth:.2f}",
+            "" if row.agreement is None else f"{row.agreement:.0e}",
+            stay,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [f"\n- {name} failed: {reason}" for name, reason in failed.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=NAMES, help="architectures; default: all")
+    parser.add_argument("--output", type=Path, help="write the matrix to this Markdown file, and its numbers beside it as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    rows, failed = [], {}
+    for name in tqdm(args.names, unit="model"):
+        try:
+            rows.append(measure(name))
+        except Exception as error:  # the matrix is to say which architecture fails, and go on
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            tqdm.write("".join(traceback.format_exc(limit=-3)))
+    text = page(rows, failed)
+    print(text)
+    if args.output:
+        args.output.write_text(text)
+        args.output.with_suffix(".json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
+
+
+if __name__ == "__main__":
+    main()
