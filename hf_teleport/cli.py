@@ -1,0 +1,145 @@
+"""The `hf-teleport` command."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from hf_teleport.inspection import THRESHOLDS, Inspection, inspect_model
+from hf_teleport.synthetic import synthetic_batch, synthetic_loss
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="hf-teleport", description="Teleportation for Transformers models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    look = commands.add_parser("inspect", help="what would move in a model, and what would not and why")
+    look.add_argument("model", help="a Hub id, a local folder, or a config name (llama, bert, vit, ...) for random weights")
+    look.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="sizes for a config name, e.g. hidden_size=64")
+    look.add_argument("--data", type=Path, help="parquet, JSON or CSV file of rows with the model's inputs; default: random ones")
+    look.add_argument("--batch_size", type=int, default=2, help="samples in the batch")
+    look.add_argument("--length", type=int, default=16, help="tokens in a random sequence")
+    look.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    look.set_defaults(run=_inspect)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"hf-teleport: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    model = load_model(arguments.model, dict(_setting(text) for text in arguments.set))
+    if arguments.data:
+        batch = _rows(arguments.data, arguments.batch_size)
+    else:
+        batch = synthetic_batch(model, arguments.batch_size, arguments.length)
+    inspection = inspect_model(model, batch, synthetic_loss)
+    if arguments.json:
+        print(json.dumps(inspection.to_dict(), indent=1))
+    else:
+        _print_table(arguments.model, inspection)
+
+
+def load_model(name: str, sizes: dict[str, Any] | None = None) -> nn.Module:
+    """A saved model from a folder or the Hub, or one with random weights from a config name.
+
+    Raises:
+        ValueError: a name that is neither, or sizes for a saved model.
+        OSError: the Hub cannot be reached, or has no such model.
+    """
+    import transformers
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if name in CONFIG_MAPPING and not Path(name).exists():
+        config = CONFIG_MAPPING[name](**(sizes or {}))
+        for auto in _heads():
+            if type(config) in auto._model_mapping:
+                _check_memory(name, auto, config)
+                return auto.from_config(config)
+        raise ValueError(f"Transformers has a config {name!r} but no model for it that this knows how to build.")
+    if sizes:
+        raise ValueError(f"--set gives the sizes of a config name, but {name!r} is none; known are llama, bert, vit, ...")
+    config = AutoConfig.from_pretrained(name)
+    heads = [getattr(transformers, head, None) for head in config.architectures or []]
+    model_class = next((head for head in heads if head is not None), transformers.AutoModel)
+    return model_class.from_pretrained(name)
+
+
+def _check_memory(name: str, auto: Any, config: Any) -> None:
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
+    # Weights, gradients, and copies of both; four bytes each.
+    if 16 * count > psutil.virtual_memory().available:
+        raise ValueError(
+            f"{name} has {count:.2g} parameters by default, too many for this machine's memory; give smaller sizes, for instance "
+            "--set num_hidden_layers=2 hidden_size=256."
+        )
+
+
+def _heads() -> list[Any]:
+    """Auto classes by how telling their loss is."""
+    import transformers
+
+    names = ["CausalLM", "Seq2SeqLM", "MaskedLM", "ImageClassification", "AudioClassification", "SequenceClassification"]
+    return [getattr(transformers, f"AutoModelFor{name}") for name in names] + [transformers.AutoModel]
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ValueError(f"--set {text!r}: write KEY=VALUE, for instance hidden_size=64.")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _rows(file: Path, count: int) -> dict[str, Any]:
+    from datasets import load_dataset
+    from transformers import default_data_collator
+
+    kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}.get(file.suffix)
+    if kind is None or not file.exists():
+        raise ValueError(f"--data {str(file)!r}: give an existing .parquet, .json, .jsonl or .csv file.")
+    rows = load_dataset(kind, data_files=str(file), split="train")
+    return default_data_collator([rows[i] for i in range(min(count, len(rows)))])
+
+
+def _print_table(name: str, inspection: Inspection) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{name}: what a teleport would move")
+    table.add_column("layer", overflow="fold")
+    for column in ("role", "shape", "tokens", *(f"null dim\ntau {tau:g}" for tau in THRESHOLDS), "seconds", "moves"):
+        table.add_column(column, no_wrap=True)
+    notes: dict[str, int] = {}
+    for layer in inspection.layers:
+        if len(layer.shape) < 2 and not layer.movable:
+            continue
+        table.add_row(
+            layer.name,
+            layer.role,
+            "x".join(map(str, layer.shape)),
+            str(layer.tokens or ""),
+            *(str(layer.null_dims.get(f"{tau:g}", "")) for tau in THRESHOLDS),
+            f"{layer.seconds:.3f}" if layer.movable else "",
+            "yes" if layer.moved else f"no ({notes.setdefault(layer.reason, len(notes) + 1)})",
+        )
+    console = Console()
+    console.print(table)
+    for reason, number in notes.items():
+        console.print(f"({number}) {reason}", highlight=False)
+    elementwise = sum(len(layer.shape) < 2 and not layer.movable for layer in inspection.layers)
+    console.print(
+        f"{inspection.movable_share:.1%} of the elements may move, {inspection.moved_share:.1%} did in one step on this batch; "
+        f"{elementwise} elementwise parameters are not shown; decompositions {sum(x.seconds for x in inspection.layers):.2f} s."
+    )

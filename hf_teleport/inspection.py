@@ -1,0 +1,98 @@
+"""What would move in a model, at which energy thresholds, and what the decompositions cost: without training it."""
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from hf_teleport.ascent import LossFn, evaluate
+from hf_teleport.audit import audit
+from hf_teleport.config import TeleportConfig
+from hf_teleport.isolation import evaluation_mode, preserved_rng
+from hf_teleport.report import LayerReport, moved_share
+from hf_teleport.subspace import Representation, core_dims, rank_tolerance
+from hf_teleport.teleporter import Teleporter
+
+THRESHOLDS = (1.0, 0.999, 0.99)
+
+
+@dataclass
+class InspectedLayer(LayerReport):
+    """A layer's report with what a decomposition of its inputs says.
+
+    Attributes:
+        tokens: input rows on this batch: samples, tokens or patches; over all uses and regions.
+        null_dims: dimension of the null space at each threshold, by its number as text.
+        seconds: of the decomposition, which serves all thresholds.
+    """
+
+    tokens: int = 0
+    null_dims: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass
+class Inspection:
+    """What an inspection found.
+
+    Attributes:
+        layers: one for each parameter; biases that move with their layer are part of it.
+        moved_share: elements that one step at tau = 1 moved, of those of all layers.
+        movable_share: elements that may move, given a null space and a direction.
+        loss: on the batch.
+    """
+
+    layers: list[InspectedLayer]
+    loss: float
+
+    @property
+    def moved_share(self) -> float:
+        return moved_share(list(self.layers))
+
+    @property
+    def movable_share(self) -> float:
+        return moved_share([LayerReport(x.name, x.role, x.shape, moved=x.movable) for x in self.layers])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        return {
+            "layers": [asdict(layer) for layer in self.layers],
+            "moved_share": self.moved_share,
+            "movable_share": self.movable_share,
+            "loss": self.loss,
+        }
+
+
+def inspect_model(model: nn.Module, batch: Any, loss_fn: LossFn, config: TeleportConfig | None = None) -> Inspection:
+    """Judge each weight of a model on one batch, decompose the inputs of those that may move, and try one step.
+
+    The step is made at tau = 1, and afterwards the weights are those before.
+
+    Raises:
+        ValueError: as `Teleporter.teleport`.
+    """
+    config = config or TeleportConfig()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = Teleporter(model, TeleportConfig(**{**config.to_dict(), **_ONE_STEP})).teleport([batch], loss_fn)
+    model.load_state_dict(weights)
+    inspected = {layer.name: InspectedLayer(**asdict(layer)) for layer in report.layers}
+    with preserved_rng(), evaluation_mode(model):
+        point = evaluate(model, loss_fn, batch, seed=config.seed)
+        layers, _ = audit(model, point, config)
+        for layer in layers:
+            found = inspected[layer.name]
+            start = time.perf_counter()
+            representation = Representation()
+            layer.represent(point.trace.uses[layer.weight][layer.region], representation)
+            values, vectors = representation.decompose()
+            found.seconds += time.perf_counter() - start
+            found.tokens += representation.num_rows
+            groups, width, _ = vectors.shape
+            for tau in THRESHOLDS:
+                core = core_dims(values, tau, rank_tolerance(width, representation.dtype))
+                found.null_dims[f"{tau:g}"] = found.null_dims.get(f"{tau:g}", 0) + groups * width - int(core.sum())
+    return Inspection(list(inspected.values()), report.loss_before)
+
+
+_ONE_STEP = {"num_batches": 1, "steps_per_batch": 1, "energy_threshold": 1.0, "max_growth": None, "grad_norm_cap": None}

@@ -1,0 +1,77 @@
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_teleport.cli import load_model, main
+
+from tiny_models import build
+
+SIZES = ["hidden_size=32", "intermediate_size=48", "num_hidden_layers=1", "num_attention_heads=4", "vocab_size=50"]
+
+
+def test_inspect_a_config_name_as_a_table(capsys):
+    assert main(["inspect", "bert", "--set", *SIZES]) == 0
+    out = capsys.readouterr().out
+    assert "what a teleport would move" in out
+    assert "tied" in out
+    assert "of the elements may move" in out
+
+
+def test_inspect_a_saved_folder_as_json(tmp_path, capsys):
+    model, _ = build("llama", dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path), "--json", "--length", "7", "--batch_size", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    layers = {layer["name"]: layer for layer in found["layers"]}
+    query = layers["model.layers.1.self_attn.q_proj"]
+    assert query["role"] == "q"
+    assert query["moved"]
+    assert query["tokens"] == 7
+    assert query["null_dim"] == query["null_dims"]["1"] == 32 - 7
+    assert query["null_dims"]["1"] <= query["null_dims"]["0.999"] <= query["null_dims"]["0.99"]
+    assert "embedding" in layers["model.embed_tokens"]["reason"]
+    assert 0.5 < found["moved_share"] <= found["movable_share"] < 1
+
+
+def test_rows_of_data(tmp_path, capsys):
+    Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 3).to_parquet(tmp_path / "rows.parquet")
+    assert (
+        main(
+            [
+                "inspect",
+                "gpt2",
+                "--set",
+                "n_embd=24",
+                "n_layer=1",
+                "n_head=2",
+                "vocab_size=40",
+                "--data",
+                str(tmp_path / "rows.parquet"),
+                "--json",
+            ]
+        )
+        == 0
+    )
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert next(layer for layer in layers if layer["role"] == "qkv")["tokens"] == 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["inspect", "no/such/place"], "hf-teleport:"),
+        (["inspect", "bert", "--set", "hidden_size"], "write KEY=VALUE"),
+        (["inspect", "bert", "--set", *SIZES, "--data", "nothing.parquet"], "existing"),
+        (["inspect", "llama", "--set", "num_hidden_layers=4000"], "too many for this machine's memory"),
+    ],
+)
+def test_bad_input_is_said_with_exit_code_2(words, said, capsys):
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_sizes_are_for_config_names_only(tmp_path):
+    with pytest.raises(ValueError, match="--set gives the sizes of a config name"):
+        load_model(str(tmp_path), {"hidden_size": 3})

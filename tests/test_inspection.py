@@ -1,0 +1,25 @@
+import torch
+
+from hf_teleport.inspection import inspect_model
+
+from tiny_models import build, loss_fn
+
+
+def test_weights_modes_and_gradients_are_as_before():
+    model, batch = build("vit")
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = inspect_model(model, batch, loss_fn)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert found.loss > 0
+
+
+def test_every_layer_has_dimensions_and_a_verdict():
+    model, batch = build("resnet")
+    for layer in inspect_model(model, batch, loss_fn).layers:
+        assert layer.moved != bool(layer.reason)
+        assert bool(layer.null_dims) == layer.movable
+        if layer.movable:
+            assert layer.null_dims["1"] == layer.null_dim
+            assert layer.tokens > 0
