@@ -18,7 +18,7 @@ from hf_teleport.report import LayerReport
 from hf_teleport.roles import role_of
 from hf_teleport.trace import Region, Use
 
-# Relative difference up to which two ways to compute one gradient agree, in float32; rounding scales with the dtype.
+# Relative difference up to which two ways to compute one gradient in float32 agree.
 _AGREEMENT = 1e-3
 
 
@@ -107,6 +107,8 @@ def _why_not(
         return "frozen: requires_grad is False"
     if not selected(name, role, config):
         return "not selected by target_modules / exclude_modules"
+    if parameter.dtype not in (torch.float32, torch.float64):
+        return f"its precision, {parameter.dtype}, cannot hold a move exactly: load the model in float32 (bf16=True trains it in bf16)"
     if parameter.dim() < 2:
         return "elementwise: it scales or shifts features and multiplies no input, so it has no null space"
     if others == ["embedding"] and not parts:

@@ -115,9 +115,10 @@ class Trace(TorchFunctionMode):
 
     def _choose(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         output = func(*args, **kwargs)
+        scores = args[0] if args else kwargs["input"]
         indices = output if isinstance(output, Tensor) else output.indices
         # A copy: models go on to change indices in place.
-        self.choices.append((args[0].shape, indices.clone()))
+        self.choices.append((scores.shape, indices.clone()))
         return output
 
 
@@ -161,14 +162,15 @@ class TangentTrace(Trace):
 
     def _choose(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         output = func(*args, **kwargs)
+        scores = args[0] if args else kwargs["input"]
         shape, made = next(self._made, (None, None))
         indices = output if isinstance(output, Tensor) else output.indices
-        if made is None or shape != args[0].shape or made.shape != indices.shape:
+        if made is None or shape != scores.shape or made.shape != indices.shape:
             return output
         if isinstance(output, Tensor):
             return made.clone()
         dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
-        return type(output)((args[0].gather(dim, made), made.clone()))
+        return type(output)((scores.gather(dim, made), made.clone()))
 
 
 _CHOICES = {torch.topk, torch.Tensor.topk, torch.argmax, torch.Tensor.argmax}

@@ -1,11 +1,11 @@
 """When to teleport, and with which batches: the glue between Transformers' Trainer and the Teleporter.
 
--from transformers import Trainer, TrainingArguments
-+from hf_teleport import TeleportTrainer as Trainer, TeleportTrainingArguments as TrainingArguments
+-trainer = Trainer(model, TrainingArguments("out"), train_dataset=rows)
++trainer = TeleportTrainer(model, TeleportTrainingArguments("out"), train_dataset=rows)
 """
 
 import logging
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -118,7 +118,7 @@ class TeleportMixin(_Base):
 
     def _teleport_loss(self, model: nn.Module, batch: Any) -> Tensor:
         # compute_loss may take the labels out of the batch it is given.
-        return self.compute_loss(model, dict(batch) if isinstance(batch, dict) else batch)
+        return self.compute_loss(model, dict(batch) if isinstance(batch, Mapping) else batch)
 
     @contextmanager
     def _teleport_bar(self, epoch: int) -> Iterator[Any]:

@@ -151,3 +151,10 @@ def test_all_linear_leaves_out_the_head():
 def test_unknown_target_names_the_nearest(setting, value):
     with pytest.raises(ValueError, match=rf"{setting} = .*matches no layer.*(query|names)"):
         judge(*build("bert"), **{setting: value})
+
+
+def test_weights_loaded_in_half_precision_stay_with_a_reason():
+    model, batch = build("llama", dtype=torch.bfloat16)
+    reports = judge(model, batch)
+    assert not any(report.movable for report in reports.values())
+    assert "load the model in float32" in reports["lm_head"].reason

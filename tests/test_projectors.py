@@ -193,6 +193,7 @@ def test_uses_that_a_family_does_not_cover_are_not_bound():
     assert family.bind(torch.randn(3), torch.randn(2, 5), weight, beta=2) is None
     assert family.bind(torch.randn(2, 5), torch.randn(4, 5, 3)) is None
     assert family.bind(torch.randn(2, 5), weight) is not None
+    assert family.bind(input=torch.randn(2, 5), other=weight) is None
 
 
 def scaled_product(input, weight):

@@ -106,7 +106,7 @@ def test_a_tangent_forward_makes_the_choices_of_the_first():
         scores.argmax(-1)
     with TangentTrace({}, trace.choices):
         values, indices = torch.topk(shifted, 1, dim=-1)
-        best = torch.argmax(shifted, dim=-1)
+        best = torch.argmax(input=shifted, dim=-1)
     assert indices.tolist() == [[1], [2]]
     assert values.tolist() == [[3.0], [6.0]]
     assert best.tolist() == [1, 2]

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import (
+    BatchEncoding,
     GPT2Config,
     GPT2LMHeadModel,
     Trainer,
@@ -218,6 +219,21 @@ def test_language_model_with_datasets_and_unused_columns(tmp_path):
     layers = {layer.name: layer for layer in trainer.teleport_reports[0].layers}
     assert "tied" in layers["transformer.wte"].reason
     assert layers["transformer.h.1.attn.c_attn"].moved
+
+
+def test_batch_encodings_keep_their_labels(tmp_path, digits):
+    def collate(rows):
+        return BatchEncoding({key: torch.stack([row[key] for row in rows]) for key in rows[0]})
+
+    trainer = TeleportTrainer(
+        vit(),
+        TrainingArguments(**arguments(tmp_path, label_smoothing_factor=0.1)),
+        train_dataset=digits,
+        data_collator=collate,
+        teleport_config=TeleportConfig(epochs=1, num_batches=2, batch_size=2),
+    )
+    trainer.train()
+    assert trainer.teleport_reports[0].steps
 
 
 def test_bf16_mixed_precision_is_off_inside(tmp_path, digits):

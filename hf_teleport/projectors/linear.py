@@ -42,8 +42,10 @@ class TransposedLinear(LastDimension):
 
     @classmethod
     def bind(cls, *tensors: Tensor, **options: Any) -> Call | None:
+        if len(tensors) not in (2, 3) or options:
+            return None
         *bias, input, weight = tensors
-        plain = weight.dim() == 2 and not options and all(b.dim() == 1 for b in bias)
+        plain = weight.dim() == 2 and all(b.dim() == 1 for b in bias)
         return Call(cls(), input, weight, bias[0] if bias else None) if plain else None
 
     def to_matrix(self, weight: Tensor) -> Tensor:
