@@ -1,5 +1,6 @@
 """The teleport settings as training arguments, for `HfArgumentParser`, YAML files and the command line."""
 
+import re
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any
 
@@ -40,9 +41,11 @@ class TeleportArguments(_Settings):  # type: ignore[misc, valid-type]
             ValueError: a value that is not allowed.
         """
         settings = {f.name: getattr(self, PREFIX + f.name) for f in fields(TeleportConfig)}
-        # argparse hands over a list even where one word is meant for all layers.
-        if settings["target_modules"] == ["all-linear"]:
-            settings["target_modules"] = "all-linear"
+        # argparse hands over a list even where one word is a regular expression, or means all layers.
+        for name in ("target_modules", "exclude_modules"):
+            value = settings[name]
+            if isinstance(value, list) and len(value) == 1 and not re.fullmatch(r"(?!all-linear$)[\w.-]+", value[0]):
+                settings[name] = value[0]
         return TeleportConfig(**settings)
 
 

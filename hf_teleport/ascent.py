@@ -62,8 +62,9 @@ class Point:
 
 def norm(tensors: Iterable[Tensor | None]) -> float:
     """Euclidean norm of all the numbers in a list of tensors, accumulated in float64."""
-    norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.float64) for t in tensors if t is not None]
-    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+    real = (torch.view_as_real(t.detach()) if t.is_complex() else t.detach() for t in tensors if t is not None)
+    norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in real]
+    return float(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))) if norms else 0.0
 
 
 def evaluate(model: nn.Module, loss_fn: LossFn, batch: Any, *, seed: int, differentiable_gradients: bool = False) -> Point:
@@ -131,11 +132,11 @@ def fast_direction(
         uses = _in_double(uses, precise.uses)
     small = torch.finfo(dtype).eps ** 0.5
     epsilon = small * norm(point.parameters) / length
-    for _ in range(_SHIFTS):
+    for attempt in range(_SHIFTS):
         with shifted(point.parameters, direction, epsilon):
             trace = _forward(model, loss_fn, point, TangentTrace(uses, point.trace.choices), dtype)
         relative_shift = trace.relative_shift()
-        if relative_shift <= _LONG_SHIFT * small:
+        if relative_shift <= _LONG_SHIFT * small or attempt == _SHIFTS - 1:
             break
         epsilon *= small / relative_shift
     products = {}

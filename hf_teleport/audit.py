@@ -7,19 +7,26 @@ unforeseen.
 
 import difflib
 import re
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
 
 from hf_teleport.ascent import Point
 from hf_teleport.config import TeleportConfig
-from hf_teleport.layers import Layer
+from hf_teleport.layers import Layer, laid_out_like
 from hf_teleport.report import LayerReport
 from hf_teleport.roles import role_of
 from hf_teleport.trace import Region, Use
 
 # Relative difference up to which two ways to compute one gradient in float32 agree.
 _AGREEMENT = 1e-3
+
+# What PEFT puts behind the name of a layer that it adapts: `q_proj.lora_A.default`, `q_proj.base_layer`.
+_ADAPTER = re.compile(r"\.(lora_\w+(\.\w+)?|base_layer)$")
+
+UNUSED = "the loss does not depend on it on the teleport data"
+TIED_VIEWS = "tied: different views of the same elements multiply different inputs"
 
 
 def audit(model: nn.Module, point: Point, config: TeleportConfig) -> tuple[list[Layer], dict[nn.Parameter, LayerReport]]:
@@ -40,6 +47,7 @@ def audit(model: nn.Module, point: Point, config: TeleportConfig) -> tuple[list[
     gradients = dict(zip(point.parameters, point.gradients, strict=True))
     head = _output_layer(model)
     owners = _owners(model)
+    places = Counter(parameter.data_ptr() for parameter in owners)
     check_targets(config, [name for name, _, _ in owners.values()])
     layers: list[Layer] = []
     reports: dict[nn.Parameter, LayerReport] = {}
@@ -47,11 +55,14 @@ def audit(model: nn.Module, point: Point, config: TeleportConfig) -> tuple[list[
         parts = point.trace.uses.get(parameter, {})
         uses = [use for calls in parts.values() for use in calls]
         if uses:
-            role = role_of(name, uses[0].call.projector.role, is_head=module is head and is_weight)
+            own = re.sub(_ADAPTER, "", name)
+            role = role_of(own, uses[0].call.projector.role, is_head=module is head and is_weight)
         else:
             role = _role_of_other(module, name)
         report = reports[parameter] = LayerReport(name, role, list(parameter.shape))
         report.reason = _why_not(parameter, name, role, parts, point, gradients.get(parameter), config)
+        if places[parameter.data_ptr()] > 1 and parameter.numel():
+            report.reason = "tied: another parameter shares its storage"
         if report.reason:
             continue
         report.movable = True
@@ -108,7 +119,7 @@ def _why_not(
     if not selected(name, role, config):
         return "not selected by target_modules / exclude_modules"
     if parameter.dtype not in (torch.float32, torch.float64):
-        return f"its precision, {parameter.dtype}, cannot hold a move exactly: load the model in float32 (bf16=True trains it in bf16)"
+        return f"{parameter.dtype} cannot hold a move exactly: load the model in float32 (bf16=True trains it in bf16)"
     if parameter.dim() < 2:
         return "elementwise: it scales or shifts features and multiplies no input, so it has no null space"
     if others == ["embedding"] and not parts:
@@ -116,25 +127,25 @@ def _why_not(
     if others and parts:
         return f"tied: also used by {', '.join(others)}, which sees other inputs"
     if gradient is None:
-        return "the loss does not depend on it on the teleport data"
+        return UNUSED
     if others:
         return f"used by {', '.join(others)}, in a way that no registered projector covers"
     if not parts:
         return "used by an operation that torch functions do not show, a custom kernel for instance"
     if any(use.call.projector != calls[0].call.projector for calls in parts.values() for use in calls):
         return "used by operations with different options"
-    if _overlap(parameter, list(parts)):
-        return "tied: different views of the same elements multiply different inputs"
+    if overlap(parameter, list(parts)):
+        return TIED_VIEWS
     return _disagreement(parameter, parts, gradient.detach())
 
 
-def _overlap(parameter: nn.Parameter, regions: list[Region]) -> bool:
+def overlap(parameter: nn.Parameter, regions: list[Region]) -> bool:
     """Whether some element lies in two of the regions, or twice in one."""
     if any(size > 1 and stride == 0 for region in regions for size, stride in zip(region.shape, region.stride, strict=True)):
         return True
     if len(regions) == 1:
         return False
-    count = torch.zeros_like(parameter, dtype=torch.uint8)
+    count = laid_out_like(parameter, None, torch.uint8)
     for region in regions:
         region.view(count).add_(1)
     return bool((count > 1).any())
@@ -142,7 +153,7 @@ def _overlap(parameter: nn.Parameter, regions: list[Region]) -> bool:
 
 def _disagreement(parameter: nn.Parameter, parts: dict[Region, list[Use]], gradient: Tensor) -> str:
     """The check itself: `Dᵀ X`, summed over the followed uses, against autograd's gradient."""
-    followed = torch.zeros_like(parameter, dtype=gradient.dtype)
+    followed = laid_out_like(parameter, None)
     for region, calls in parts.items():
         for use in calls:
             if use.output_gradient is not None:
@@ -184,9 +195,11 @@ def selected(name: str, role: str, config: TeleportConfig) -> bool:
 
 
 def _matches(name: str, pattern: list[str] | str) -> bool:
+    """By the layer's name, or for an adapter of PEFT by its name without the adapter's, or by that of the adapted layer."""
+    names = {name, re.sub(r"(\.lora_\w+)\.\w+$", r"\1", name), re.sub(_ADAPTER, "", name)}
     if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
-    return any(name == end or name.endswith(f".{end}") for end in pattern)
+        return any(re.fullmatch(pattern, name) for name in names)
+    return any(name == end or name.endswith(f".{end}") for end in pattern for name in names)
 
 
 def check_targets(config: TeleportConfig, names: list[str]) -> None:

@@ -6,6 +6,9 @@ the command line, a YAML file and plain Python all speak of the same settings.
 
 import difflib
 import math
+import operator
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -25,12 +28,13 @@ class TeleportConfig:
     epochs: list[int] | int | str = _setting(
         1,
         "Before which epochs to teleport: a count N of first epochs (the paper: 5), or a list of epoch "
-        "indices from 0. On the command line a list is written '0,2,4'. 0 or an empty list: never.",
+        "indices from 0. On the command line a list is written '0,2,4'. 0 or an empty list: never. A stream without "
+        "length is one epoch.",
     )
     warmup_steps: int = _setting(
         0,
         "Optimizer steps to train before the first teleport may happen (the paper: 40 for CNNs). A scheduled "
-        "epoch that begins earlier teleports at this step instead of at its first.",
+        "epoch that begins earlier teleports at this step instead of at its first; one that also ends earlier does not.",
     )
     num_batches: int = _setting(8, "Teleport batches in one event (the paper's b, 32 there).")
     batch_size: int | None = _setting(
@@ -49,15 +53,16 @@ class TeleportConfig:
         "1: the exact null space, the loss on the teleport data does not change.",
     )
     grad_norm_cap: float | None = _setting(
-        None, "Go on to the next teleport batch when the gradient norm on this one passes this value (the paper's CAP)."
+        None,
+        "Go on to the next teleport batch when the gradient norm on this one passes this value (the paper's CAP). None: never.",
     )
     max_growth: float | None = _setting(
-        2.0, "Go on to the next teleport batch when the gradient norm on this one has grown by this factor."
+        2.0, "Go on to the next teleport batch when the gradient norm on this one has grown by this factor. None or inf: never."
     )
     max_loss_change: float | None = _setting(
         0.01,
         "Largest relative change of the loss on the teleport data. A step beyond it is halved, then undone; "
-        "an event that ends beyond it is undone. None: no limit, as in the paper.",
+        "an event that ends beyond it is undone. None or inf: no limit, as in the paper.",
     )
     scope: Literal["joint", "batch"] = _setting(
         "joint",
@@ -82,11 +87,17 @@ class TeleportConfig:
 
     def __post_init__(self) -> None:
         self.epochs = parse_epochs(self.epochs)
-        for name in ("learning_rate", "energy_threshold", "grad_norm_cap", "max_growth", "max_loss_change"):
-            value = getattr(self, name)
-            # YAML reads 1e-3 (no dot) as a string, so numbers are converted here.
-            if value is not None:
-                setattr(self, name, _number(name, value))
+        # YAML reads 1e-3 (no dot) as a string, so numbers are converted here.
+        for name in ("learning_rate", "energy_threshold"):
+            setattr(self, name, _number(name, getattr(self, name)))
+        for name in ("grad_norm_cap", "max_growth", "max_loss_change"):
+            setattr(self, name, _limit(name, getattr(self, name)))
+        for name in ("warmup_steps", "num_batches", "steps_per_batch", "seed"):
+            setattr(self, name, _integer(name, getattr(self, name)))
+        if self.batch_size is not None:
+            self.batch_size = _integer("batch_size", self.batch_size)
+        for name in ("target_modules", "exclude_modules"):
+            setattr(self, name, _modules(name, getattr(self, name)))
         _require(0 < self.energy_threshold <= 1, "energy_threshold", self.energy_threshold, "0 < tau <= 1")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
         _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
@@ -140,6 +151,31 @@ def _number(name: str, value: Any) -> float:
     return number
 
 
+def _limit(name: str, value: Any) -> float | None:
+    """A number, or None for no limit, which on the command line is 'inf'."""
+    if value is None or str(value).lower() in ("inf", "none"):
+        return None
+    return _number(name, value)
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return int(value) if isinstance(value, str) else operator.index(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} = {value!r} is not allowed; allowed: a whole number.") from None
+
+
+def _modules(name: str, value: Any) -> list[str] | str | None:
+    if value is None or isinstance(value, str):
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"{name} = {value!r} is not allowed: as a regular expression it fails, {error}.") from None
+        return value
+    _require(isinstance(value, Iterable) and all(isinstance(v, str) for v in value), name, value, "a list of names, or a text")
+    return list(value)
+
+
 def parse_epochs(epochs: list[int] | int | str) -> list[int] | int:
     """'5' is a count; '0,2,4' and '[0]' are lists of epoch indices."""
     parsed: list[int] | int
@@ -149,10 +185,10 @@ def parse_epochs(epochs: list[int] | int | str) -> list[int] | int:
             is_list = text.startswith("[") or "," in text
             numbers = [int(part) for part in text.strip("[]").split(",") if part.strip()]
             parsed = numbers if is_list else numbers[0]
-        elif isinstance(epochs, int):
-            parsed = epochs
+        elif isinstance(epochs, Iterable):
+            parsed = [operator.index(epoch) for epoch in epochs]
         else:
-            parsed = [int(epoch) for epoch in epochs]
+            parsed = operator.index(epochs)
     except (TypeError, ValueError, IndexError):
         parsed = -1
     smallest = parsed if isinstance(parsed, int) else min(parsed, default=0)

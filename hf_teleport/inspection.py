@@ -10,7 +10,7 @@ from hf_teleport.ascent import LossFn, evaluate
 from hf_teleport.audit import audit
 from hf_teleport.config import TeleportConfig
 from hf_teleport.isolation import evaluation_mode, preserved_rng
-from hf_teleport.report import LayerReport, moved_share
+from hf_teleport.report import LayerReport, share
 from hf_teleport.subspace import Representation, core_dims, rank_tolerance
 from hf_teleport.teleporter import Teleporter
 
@@ -48,11 +48,11 @@ class Inspection:
 
     @property
     def moved_share(self) -> float:
-        return moved_share(list(self.layers))
+        return share(self.layers, lambda layer: layer.moved)
 
     @property
     def movable_share(self) -> float:
-        return moved_share([LayerReport(x.name, x.role, x.shape, moved=x.movable) for x in self.layers])
+        return share(self.layers, lambda layer: layer.movable)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, for JSON."""

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -36,17 +36,38 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     whose loss is held fixed is the one that evaluation sees.
     """
     modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     model.eval()
     try:
         yield
     finally:
-        forget_caches(model)
+        # Through the methods, for modules that do more than set a flag, and then each module's own flag.
+        model.train()
+        model.train(modes[model])
         for module, mode in modes.items():
             module.training = mode
-        for buffer, saved in buffers:
+        for module, name, buffer, saved in buffers:
             if not torch.equal(buffer, saved):
                 buffer.copy_(saved)
+            module._buffers[name] = buffer
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Autocast is off, whether it is around or wrapped into the model's forward by Accelerate: projections need every digit."""
+    wrapped, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
+    kinds = {parameter.device.type for parameter in model.parameters()} | {"cpu"}
+    with ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if wrapped is not None and original is not None:
+            model.__dict__["forward"] = original
+            stack.callback(model.__dict__.__setitem__, "forward", wrapped)
+        yield
 
 
 def forget_caches(model: nn.Module) -> None:
@@ -62,8 +83,11 @@ def shifted(parameters: Iterable[nn.Parameter], directions: Iterable[Tensor | No
     try:
         for parameter, direction in zip(parameters, directions, strict=True):
             if direction is not None:
-                originals.append((parameter, parameter.data))
-                parameter.data = parameter.data + epsilon * direction
+                data = parameter.data
+                originals.append((parameter, data))
+                # With the strides of the original, by which views of it are known.
+                moved = torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, device=data.device)
+                parameter.data = torch.add(data, direction, alpha=epsilon, out=moved)
         yield
     finally:
         for parameter, data in originals:

@@ -41,16 +41,15 @@ class Layer:
         """Add the inputs of all uses to a representation, in slices of the batch to bound the memory of patches."""
         for use in uses:
             input = use.call.input.detach()
-            slices = max(1, input.shape[0] // 64) if self.projector.role == "conv" else 1
+            batched = input.dim() == len(self.region.shape)
+            slices = max(1, input.shape[0] // 64) if self.projector.role == "conv" and batched else 1
             for part in input.tensor_split(slices):
                 representation.add(self.rows(use.call.projector, part))
 
     def matrix(self, tensors: dict[nn.Parameter, Tensor | None]) -> Tensor:
         """Values given for weight and bias (gradients, for instance) as one matrix (G, o, d or d + 1)."""
-        weight = tensors[self.weight]
-        if weight is None:
-            raise ValueError(f"no value for the weight of {self.name!r}")
-        matrix = self.projector.to_matrix(self.region.view(laid_out_like(self.weight, weight)))
+        weight = laid_out_like(self.weight, tensors[self.weight])
+        matrix = self.projector.to_matrix(self.region.view(weight))
         if self.bias is None:
             return matrix
         bias = tensors[self.bias]
@@ -66,8 +65,10 @@ class Layer:
         self.region.view(self.weight).add_(self.projector.from_matrix(move, self.region.shape), alpha=scale)
 
 
-def laid_out_like(parameter: Tensor, values: Tensor) -> Tensor:
-    """The values with the parameter's strides, so that its regions are found in them."""
-    if values.stride() == parameter.stride():
+def laid_out_like(parameter: Tensor, values: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """The values, or zeros for None, with the parameter's strides, so that its regions are found in them."""
+    if values is not None and values.stride() == parameter.stride():
         return values
-    return torch.empty_strided(parameter.shape, parameter.stride(), dtype=values.dtype, device=values.device).copy_(values)
+    dtype = dtype or (parameter.dtype if values is None else values.dtype)
+    laid_out = torch.empty_strided(parameter.shape, parameter.stride(), dtype=dtype, device=parameter.device)
+    return laid_out.zero_() if values is None else laid_out.copy_(values)

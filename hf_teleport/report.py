@@ -1,12 +1,14 @@
 """What a teleport did: for the user to read, the tracker to log, a file to keep."""
 
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
 @dataclass
 class LayerReport:
-    """One trainable weight of the model: moved, or not and why.
+    """One parameter of the model: moved, or not and why.
 
     Attributes:
         name: the layer's dotted name; the parameter's where the layer owns several weights.
@@ -62,7 +64,7 @@ class TeleportReport:
     @property
     def moved_share(self) -> float:
         """Weight elements that moved, of those of all reported weights."""
-        return moved_share(self.layers)
+        return share(self.layers, lambda layer: layer.moved)
 
     def metrics(self) -> dict[str, float | str]:
         """The numbers for a tracker, by plain names."""
@@ -93,17 +95,10 @@ class TeleportReport:
         return _json_safe({**asdict(self), "null_dim": self.null_dim, "moved_share": self.moved_share})
 
 
-def moved_share(layers: list[LayerReport]) -> float:
-    """Weight elements that moved, of those of all the given weights."""
-    sizes = [(_size(layer.shape), layer.moved) for layer in layers]
-    return sum(size for size, moved in sizes if moved) / max(1, sum(size for size, _ in sizes))
-
-
-def _size(shape: list[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
+def share(layers: Iterable[LayerReport], counts: Callable[[LayerReport], bool]) -> float:
+    """The elements of the weights that count, of those of all the given weights."""
+    sizes = [(math.prod(layer.shape), counts(layer)) for layer in layers]
+    return sum(size for size, yes in sizes if yes) / max(1, sum(size for size, _ in sizes))
 
 
 def _json_safe(value: Any) -> Any:

@@ -15,20 +15,23 @@ from torch import Tensor, nn
 
 from hf_teleport.ascent import LossFn, Point, norm
 from hf_teleport.config import TeleportConfig
-from hf_teleport.isolation import Snapshot, evaluation_mode, preserved_rng
+from hf_teleport.isolation import Snapshot, evaluation_mode, full_precision, preserved_rng
 from hf_teleport.methods import METHODS, Method, Move
 from hf_teleport.report import LayerReport, TeleportReport
 
 logger = logging.getLogger(__name__)
 
+_NO_DIRECTION = "its direction is zero: no trainable weight lies below it, or no gradient reaches its output"
+
 _NO_STEP = {
+    "no_direction": "no layer has a direction; a model of one layer has none, nor has fresh LoRA (B = 0): teleport it later",
     "non_finite": "the loss or its gradient is not finite on the teleport data; check that data, and the learning rate",
     "max_loss_change": "every step changed the loss by more than max_loss_change; lower the teleport learning_rate, or raise it",
     "grad_norm_cap": "the gradient norm is above grad_norm_cap already; raise it to go further",
     "max_growth": "every step overshot max_growth; lower the teleport learning_rate",
 }
 
-# A step that meets an objection is tried again at half its length this many times before the event ends.
+# A step that meets an objection is tried again at half its length this many times before the batch's turn ends.
 _HALVINGS = 4
 
 # A step may pass `max_growth` by this factor; one that jumps further is too long to trust.
@@ -88,19 +91,20 @@ class Teleporter:
             ValueError: no batch, a loss that is no scalar or has no gradient, a target module that matches nothing, or no
                 layer that may move. The weights are untouched.
         """
-        batches = list(batches)
-        if not batches:
-            raise ValueError("there are no teleport batches: pass at least one batch of data to teleport on.")
         start = time.perf_counter()
-        with preserved_rng(), evaluation_mode(self.model):
+        with preserved_rng(), evaluation_mode(self.model), full_precision(self.model):
+            batches = list(batches)
+            if not batches:
+                raise ValueError("there are no teleport batches: pass at least one batch of data to teleport on.")
             method = METHODS[self.config.method](self.model, loss_fn, self.config)
             before = self._measure(method, batches, method.survey)
             if not before.finite:
+                _explain(method, set(), 0, "non_finite")
                 return self._report(method, before, before, 0, "non_finite", start)
+            method.fit()
             _require_movable(method)
             snapshot = Snapshot(method.movable)
             try:
-                method.fit()
                 steps, reason = self._ascend(method, batches, before)
                 after = self._measure(method, batches) if steps else before
                 accepted = after.finite and self._within(after.loss, before.loss)
@@ -111,13 +115,7 @@ class Teleporter:
                 snapshot.restore()
                 reason = "max_loss_change" if after.finite else "non_finite"
                 steps, after = 0, before
-            changed = snapshot.changed()
-            for parameter, report in method.reports.items():
-                report.moved = parameter in changed
-                if report.moved:
-                    report.reason = ""
-                elif not report.reason:
-                    report.reason = _why_still(steps, reason)
+            _explain(method, snapshot.changed(), steps, reason)
             return self._report(method, before, after, steps, reason, start, undone=not accepted)
 
     def check(self, batch: Any, loss_fn: LossFn) -> tuple[float, list[LayerReport]]:
@@ -129,7 +127,7 @@ class Teleporter:
         Raises:
             ValueError: as `teleport`.
         """
-        with preserved_rng(), evaluation_mode(self.model):
+        with preserved_rng(), evaluation_mode(self.model), full_precision(self.model):
             method = METHODS[self.config.method](self.model, loss_fn, self.config)
             point = method.evaluate(batch, self.config.seed)
             if point.finite:
@@ -237,16 +235,20 @@ class Teleporter:
             layers=list(method.reports.values()),
         )
         if not steps:
-            reasons = Counter(layer.reason for layer in report.layers if layer.movable)
-            why = reasons.most_common(1)[0][0] if reason == "no_direction" and reasons else _NO_STEP.get(reason, reason)
+            spanned = Counter(layer.reason for layer in report.layers if layer.movable and layer.null_dim == 0)
+            why = spanned.most_common(1)[0][0] if reason == "no_direction" and spanned else _NO_STEP.get(reason, reason)
             logger.warning("The teleport changed nothing: %s.", why)
         return report
 
 
-def _why_still(steps: int, reason: str) -> str:
-    if steps:
-        return "its direction is zero: no trainable weight lies below it, so its input does not change along the gradient"
-    return f"no step was kept ({reason})"
+def _explain(method: Method, changed: set[nn.Parameter], steps: int, reason: str) -> None:
+    """Note in each report whether its weight moved, and if not, why."""
+    for parameter, report in method.reports.items():
+        report.moved = parameter in changed
+        if report.moved:
+            report.reason = ""
+        elif not report.reason:
+            report.reason = _NO_DIRECTION if steps else f"no step was kept ({reason})"
 
 
 def _require_movable(method: Method) -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hf_teleport.projectors import Call, projectors_for
+from hf_teleport.projectors import Call, Projector, projectors_for
 
 # Functions written in Python that hide the operations inside from a mode, and what must be looked at is inside.
 _COMPOSITES = {F.multi_head_attention_forward}
@@ -71,6 +71,7 @@ class Trace(TorchFunctionMode):
     def __init__(self, parameters: Iterable[nn.Parameter]):
         super().__init__()
         self._followed = {id(parameter): parameter for parameter in parameters}
+        self._aliases: list[Tensor] = []  # kept, so that no other tensor gets their id
         self.uses: Uses = defaultdict(lambda: defaultdict(list))
         self.other_uses: dict[nn.Parameter, set[str]] = defaultdict(set)
         self.choices: list[tuple[torch.Size, Tensor]] = []
@@ -95,8 +96,13 @@ class Trace(TorchFunctionMode):
     def _record(
         self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], touched: list[nn.Parameter], output: Any
     ) -> None:
+        if func in _ALIASES:
+            # What is done with a detached weight is seen too; autograd does not see it, and so the audit finds it out.
+            self._followed[id(output)] = touched[0]
+            self._aliases.append(output)
+            return
         for family in projectors_for(func):
-            call = family.bind(*args, **kwargs)
+            call = _bound(family, args, kwargs)
             weight = None if call is None else self._parameter(call.weight)
             if call is not None and weight is not None:
                 self._see(weight, Region.of(call.weight, weight), call, output)
@@ -142,7 +148,8 @@ class TangentTrace(Trace):
 
     def relative_shift(self) -> float:
         """`||X' - X|| / ||X||` of the use whose input moved most."""
-        return float(torch.stack(self._relative_shifts).max()) if self._relative_shifts else 0.0
+        shifts = [shift.to(self._relative_shifts[0].device) for shift in self._relative_shifts]
+        return float(torch.stack(shifts).max()) if shifts else 0.0
 
     def _see(self, weight: nn.Parameter, region: Region, call: Call, output: Tensor) -> None:
         awaited = self._awaited[weight].get(region)
@@ -173,6 +180,7 @@ class TangentTrace(Trace):
         return type(output)((scores.gather(dim, made), made.clone()))
 
 
+_ALIASES = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 _CHOICES = {torch.topk, torch.Tensor.topk, torch.argmax, torch.Tensor.argmax}
 
 
@@ -193,6 +201,13 @@ class KeepDouble(TorchFunctionMode):
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
             kwargs = {key: torch.float64 if a is torch.float32 else a for key, a in kwargs.items()}
         return func(*args, **kwargs)
+
+
+def _bound(family: type[Projector], args: Any, kwargs: dict[str, Any]) -> Call | None:
+    try:
+        return family.bind(*args, **kwargs)
+    except TypeError:  # called by keywords that the family does not name
+        return None
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

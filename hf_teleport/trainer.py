@@ -4,13 +4,16 @@
 +trainer = TeleportTrainer(model, TeleportTrainingArguments("out"), train_dataset=rows)
 """
 
+import copy
 import logging
+import random
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
@@ -21,7 +24,7 @@ from hf_teleport.arguments import TeleportArguments
 from hf_teleport.config import TeleportConfig
 from hf_teleport.distributed import broadcast_weights, check_strategy
 from hf_teleport.isolation import preserved_rng
-from hf_teleport.report import LayerReport, TeleportReport, moved_share
+from hf_teleport.report import TeleportReport, share
 from hf_teleport.schedule import teleport_steps
 from hf_teleport.teleporter import Teleporter
 
@@ -57,12 +60,16 @@ class TeleportMixin(_Base):
             teleport_config = own or TeleportConfig()
         self.teleport_config = teleport_config
         self.teleport_dataset = self.train_dataset if teleport_dataset is None else teleport_dataset
-        if isinstance(self.teleport_dataset, Sized) and not len(self.teleport_dataset):
-            raise ValueError(_EMPTY)
         self.teleport_reports: list[TeleportReport] = []
         self._teleport_steps: dict[int, int] = {}
         self._last_step_seen = -1
         self.add_callback(_BeforeTraining(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; an empty data set to teleport on is refused at once."""
+        if self.teleport_config.epochs and isinstance(self.teleport_dataset, Sized) and not len(self.teleport_dataset):
+            raise ValueError(_EMPTY)
+        return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """A training step; before the first micro-batch of a scheduled step, a teleport."""
@@ -80,8 +87,7 @@ class TeleportMixin(_Base):
         with self._teleport_bar(epoch) as progress, preserved_rng():
             batches = self._teleport_batches(config.num_batches, event=self.state.global_step)
             model = self.accelerator.unwrap_model(self.model)
-            with _plain_forward(model):
-                report = Teleporter(model, config, progress).teleport(batches, self._teleport_loss)
+            report = Teleporter(model, config, progress).teleport(batches, self._teleport_loss)
             broadcast_weights(model)
         self.teleport_reports.append(report)
         numbers = {f"teleport/{name}": v for name, v in report.metrics().items() if not isinstance(v, str)}
@@ -93,9 +99,15 @@ class TeleportMixin(_Base):
     def get_teleport_dataloader(self, event: int) -> DataLoader:
         """Batches for the teleport before step `event`: drawn at random by a generator of their own.
 
-        Every process draws the same batches. Override it to choose them otherwise.
+        Every process draws the same batches. A stream gives its first rows; one that can be read only once needs a
+        `teleport_dataset` beside it. Override this to choose batches otherwise.
+
+        Raises:
+            ValueError: there is no data set.
         """
-        dataset, collator = self.teleport_dataset, self.data_collator
+        dataset, collator = self.teleport_dataset, _own_copy(self.data_collator)
+        if dataset is None:
+            raise ValueError(_EMPTY)
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description="teleport")
         else:
@@ -117,8 +129,9 @@ class TeleportMixin(_Base):
         return [self._prepare_inputs(batch) for batch in islice(loader, count)]
 
     def _teleport_loss(self, model: nn.Module, batch: Any) -> Tensor:
-        # compute_loss may take the labels out of the batch it is given.
-        return self.compute_loss(model, dict(batch) if isinstance(batch, Mapping) else batch)
+        # As in training: the loss is a mean over the batch's items, and compute_loss may take the labels out of the batch.
+        _, count = self.get_batch_samples(iter([batch]), 1, self.args.device)
+        return self.compute_loss(model, dict(batch) if isinstance(batch, Mapping) else batch, num_items_in_batch=count)
 
     @contextmanager
     def _teleport_bar(self, epoch: int) -> Iterator[Any]:
@@ -152,8 +165,7 @@ class TeleportMixin(_Base):
             if not batches:
                 raise ValueError(_EMPTY)
             model = self.accelerator.unwrap_model(self.model)
-            with _plain_forward(model):
-                loss, layers = Teleporter(model, self.teleport_config).check(batches[0], self._teleport_loss)
+            loss, layers = Teleporter(model, self.teleport_config).check(batches[0], self._teleport_loss)
         if not self.is_world_process_zero():
             return
         if not layers:
@@ -163,16 +175,25 @@ class TeleportMixin(_Base):
                 loss,
             )
             return
-        ready = [layer for layer in layers if layer.movable]
-        share = moved_share([LayerReport(x.name, x.role, x.shape, moved=x.movable) for x in layers])
         self._tell(
-            f"Teleports before steps {sorted(self._teleport_steps)}: {len(ready)} of {len(layers)} weights "
-            f"({share:.0%} of the elements) may move."
+            f"Teleports before steps {sorted(self._teleport_steps)}: {sum(layer.movable for layer in layers)} of {len(layers)} "
+            f"weights ({share(layers, lambda layer: layer.movable):.0%} of the elements) may move."
         )
 
 
 class TeleportTrainer(TeleportMixin, Trainer):
     """`Trainer` that teleports before scheduled epochs. All of Trainer's arguments, and those of `TeleportMixin`."""
+
+
+def _own_copy(collator: Any) -> Any:
+    """A collator whose random generators are copies: drawing from them does not move those of training."""
+    own = copy.copy(collator)
+    for name, value in list(getattr(own, "__dict__", {}).items()):
+        if isinstance(value, torch.Generator):
+            setattr(own, name, value.clone_state())
+        elif isinstance(value, (np.random.Generator, np.random.RandomState, random.Random)):
+            setattr(own, name, copy.deepcopy(value))
+    return own
 
 
 class _BeforeTraining(TrainerCallback):
@@ -183,18 +204,3 @@ class _BeforeTraining(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         self._trainer._plan_teleports(train_dataloader)
-
-
-@contextmanager
-def _plain_forward(model: nn.Module) -> Iterator[None]:
-    """The model's forward without the autocast that Accelerate wraps around it: projections need full precision."""
-    wrapped = model.__dict__.get("forward")
-    original = model.__dict__.get("_original_forward")
-    if wrapped is None or original is None:
-        yield
-        return
-    model.__dict__["forward"] = original
-    try:
-        yield
-    finally:
-        model.__dict__["forward"] = wrapped

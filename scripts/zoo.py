@@ -37,20 +37,22 @@ REASONS = ["elementwise", "embedding", "tied", "frozen", "the loss does not depe
 
 HEADER = """# The zoo
 
-Tiny architectures of Transformers, built from configs with random weights, each teleported once on one batch at tau = 1. Made by
-`python scripts/zoo.py --output docs/zoo.md`; rerun it to check a new release of Transformers.
+Tiny architectures of Transformers, built from configs with random weights, each teleported once on one batch at tau = 1.
+Made by `python scripts/zoo.py --output docs/zoo.md`; rerun it to check a new release of Transformers.
 
-{versions}. {count} architectures ran, {failed} did not. Largest relative loss change {change:.0e} in float32, {change_64:.0e} in
-float64. In {nine_tenths} of {count}, at least nine tenths of the matrix elements may move.
+{versions}. {count} architectures ran, {failed} did not. Largest relative loss change {change:.0e} in float32,
+{change_64:.0e} in float64. In {nine_tenths} of {count}, at least nine tenths of the matrix elements may move.
 
-- *may move*, *moved*: share of the elements of trainable weights with two or more dimensions; embeddings, learned positions and
-  tokens, and tied weights are left aside. What may move but did not has no null space at these sizes, or nothing trainable below it.
+- *may move*, *moved*: share of the elements of trainable weights with two or more dimensions; embeddings, learned positions
+  and tokens, and tied weights are left aside. What may move but did not has no null space at these sizes, or nothing
+  trainable below it.
 - *loss*: relative change of the loss on the batch. Many architectures compute their loss in float32 whatever the weights are.
 - *growth*: of the gradient norm. An event ends when it has doubled, or after 8 steps.
-- *fast = exact*: relative difference between the direction without double backward and the one with it, in float64; empty where
-  double backward or float64 does not run. It is large where a model detaches part of its forward (rt_detr, deformable_detr), which
-  a difference of two forwards follows and double backward does not, and where activations vanish or explode through tens of
-  layers, as in deep networks with batch norm at initialisation (mobilenet, mobilevit, efficientnet): no one shift suits all layers.
+- *fast = exact*: relative difference between the direction without double backward and the one with it, in float64; empty
+  where double backward or float64 does not run. It is large where a model detaches part of its forward (rt_detr,
+  deformable_detr), which a difference of two forwards follows and double backward does not, and where activations vanish or
+  explode through tens of layers, as in deep networks with batch norm at initialisation (mobilenet, mobilevit, efficientnet):
+  no one shift suits all layers.
 - *stay*: weights that may not move, by reason; the report of a teleport says it for each.
 
 | family | architecture | may move | moved | loss, float32 | loss, float64 | growth | fast = exact | stay |

@@ -120,6 +120,20 @@ def test_lora_moves_and_its_base_stays():
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
 
 
+def test_adapters_are_named_as_peft_users_name_them():
+    base = LlamaForCausalLM(
+        LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=40)
+    )
+    model = peft.get_peft_model(base, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    ids = torch.randint(0, 40, (1, 5))
+    for target, expected in ((["lora_B"], "lora_B"), (["q_proj"], "q_proj"), (r".*\.v_proj", "v_proj")):
+        report = report_of(model, {"input_ids": ids, "labels": ids}, target_modules=target)
+        movable = [layer for layer in report.layers if layer.movable]
+        assert movable
+        assert all(expected in layer.name for layer in movable)
+        assert {layer.role for layer in movable} <= {"q", "v"}
+
+
 class TTTLinear(nn.Module):
     """Test-time training with a linear inner model: its weight W is learned, token by token, while the sequence is read.
 

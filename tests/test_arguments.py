@@ -29,6 +29,8 @@ def test_every_setting_is_an_argument_with_the_same_default_and_help():
         (["--teleport_energy_threshold", "0.99"], {"energy_threshold": 0.99}),
         (["--teleport_target_modules", "q_proj", "v_proj"], {"target_modules": ["q_proj", "v_proj"]}),
         (["--teleport_target_modules", "all-linear"], {"target_modules": "all-linear"}),
+        (["--teleport_target_modules", r".*\.0\.(q|k)_proj"], {"target_modules": r".*\.0\.(q|k)_proj"}),
+        (["--teleport_max_growth", "inf", "--teleport_max_loss_change", "inf"], {"max_growth": None, "max_loss_change": None}),
         (["--teleport_scope", "batch", "--teleport_hessian", "exact"], {"scope": "batch", "hessian": "exact"}),
         (["--teleport_batch_size", "3", "--teleport_grad_norm_cap", "9"], {"batch_size": 3, "grad_norm_cap": 9.0}),
     ],

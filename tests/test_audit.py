@@ -85,7 +85,8 @@ def test_a_hidden_use_is_caught_by_the_gradient():
         @staticmethod
         def forward(ctx, x, weight):
             ctx.save_for_backward(x, weight)
-            return x @ weight.detach().t()
+            # Through NumPy, which no torch function mode follows.
+            return torch.from_numpy(x.detach().numpy() @ weight.detach().numpy().T)
 
         @staticmethod
         def backward(ctx, gradient):

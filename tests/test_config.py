@@ -1,5 +1,6 @@
 import re
 
+import numpy as np
 import pytest
 
 from hf_teleport import TeleportConfig
@@ -24,6 +25,12 @@ from hf_teleport import TeleportConfig
         ({"objective": "luck"}, "grad_norm"),
         ({"method": "magic"}, "null_space"),
         ({"step_size": "big"}, "relative"),
+        ({"num_batches": 2.5}, "whole number"),
+        ({"seed": None}, "whole number"),
+        ({"learning_rate": None}, "a finite number"),
+        ({"epochs": [0.5]}, "epochs = [0.5]"),
+        ({"target_modules": 3}, "a list of names"),
+        ({"exclude_modules": "(unclosed"}, "as a regular expression it fails"),
         ({"epochs": "often"}, "epochs = 'often'"),
         ({"epochs": -1}, "epochs = -1"),
         ({"epochs": [0, -2]}, "list of epoch indices"),
@@ -54,3 +61,9 @@ def test_round_trip_through_a_dict():
 def test_unknown_key_names_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'energy_threshold'"):
         TeleportConfig.from_dict({"energy_treshold": 1})
+
+
+def test_numbers_as_text_and_numpy_numbers():
+    config = TeleportConfig(num_batches="8", warmup_steps="40", epochs=np.int64(3), seed=np.int64(2), max_growth="inf")
+    assert (config.num_batches, config.warmup_steps, config.epochs, config.seed) == (8, 40, 3, 2)
+    assert config.max_growth is None

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_teleport.isolation import Snapshot, evaluation_mode, preserved_rng, seed_everything, shifted
+from hf_teleport.isolation import Snapshot, evaluation_mode, full_precision, preserved_rng, seed_everything, shifted
 
 
 def draws():
@@ -66,3 +66,44 @@ def test_snapshot():
     snapshot.restore()
     assert snapshot.changed() == set()
     assert torch.equal(layer.weight, before)
+
+
+def test_a_buffer_that_is_replaced_comes_back():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(1))
+
+    model = Counting()
+    count = model.count
+    with evaluation_mode(model):
+        model.count = model.count + 1
+    assert model.count is count
+    assert model.count.item() == 0
+
+
+def test_a_module_that_does_more_than_set_a_flag_is_left_as_it_was():
+    class Merging(nn.Module):
+        merged = False
+
+        def train(self, mode=True):
+            self.merged = not mode
+            return super().train(mode)
+
+    for mode in (True, False):
+        model = Merging().train(mode)
+        with evaluation_mode(model):
+            assert model.merged
+        assert (model.training, model.merged) == (mode, not mode)
+
+
+def test_full_precision_inside_autocast_and_inside_a_wrapped_forward():
+    model = nn.Linear(3, 2)
+    plain = model.forward
+    model._original_forward = plain
+    model.forward = torch.autocast("cpu", torch.bfloat16)(plain)
+    wrapped = model.forward
+    with torch.autocast("cpu", torch.bfloat16), full_precision(model):
+        assert model(torch.randn(1, 3)).dtype == torch.float32
+    assert model.forward is wrapped
+    assert model(torch.randn(1, 3)).dtype == torch.bfloat16

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from hf_teleport import TeleportConfig, Teleporter
@@ -331,3 +332,154 @@ def test_another_method_runs_under_the_same_roof(monkeypatch):
     assert (report.steps, report.stopped_because) == (2, "steps_done")
     assert all(layer.moved for layer in report.layers)
     assert report.loss_after == pytest.approx(report.loss_before, rel=1e-12)
+
+
+# What only shows with several batches, hidden uses, or modules with a life of their own.
+
+
+def square(model, batch):
+    return model(batch).square().mean()
+
+
+class SecondUse(nn.Module):
+    """A layer that a negative batch uses a second time, with other inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.layer, self.above = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        y = self.layer(torch.tanh(self.below(x)))
+        if x.sum() < 0:
+            y = y + torch.cdist(y, self.layer.weight)
+        return self.above(torch.tanh(y))
+
+
+def test_a_use_that_only_a_later_batch_has_keeps_the_weight():
+    first = torch.rand(4, 12).double()
+    model = SecondUse().double()
+    report = Teleporter(model, TeleportConfig(max_loss_change=None)).teleport([first, -first], square)
+    layers = {layer.name: layer for layer in report.layers}
+    assert "tied: also used by cdist" in layers["layer"].reason
+    assert layers["above"].moved
+    assert report.loss_after == pytest.approx(report.loss_before, rel=1e-10)
+
+
+class Sliced(nn.Module):
+    """As many columns of a weight as the batch has rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.above = nn.Linear(12, 16), nn.Linear(16, 3)
+        self.table = nn.Parameter(torch.randn(16, 16) / 4)
+
+    def forward(self, x):
+        y = torch.tanh(self.below(x))
+        return self.above(y).square().mean() + (y @ self.table[:, : len(x)]).square().mean()
+
+
+def test_parts_that_overlap_between_batches_keep_the_weight():
+    config = TeleportConfig(max_loss_change=None)
+    batches = [torch.randn(n, 12).double() for n in (3, 5)]
+    report = Teleporter(Sliced().double(), config).teleport(batches, lambda model, x: model(x))
+    assert "different views" in next(layer for layer in report.layers if layer.name == "table").reason
+    assert report.loss_after == pytest.approx(report.loss_before, rel=1e-10)
+
+
+class Expert(nn.Module):
+    """A positive batch goes to one expert, a negative one to the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.experts = nn.Linear(12, 12), nn.ModuleList([nn.Linear(12, 4), nn.Linear(12, 4)])
+
+    def forward(self, x):
+        return self.experts[int(x.sum() < 0)](torch.tanh(self.below(x)))
+
+
+@pytest.mark.parametrize("scope", ["joint", "batch"])
+def test_a_layer_that_only_a_later_batch_uses_moves_too(scope):
+    batch = torch.rand(4, 12).double()
+    config = TeleportConfig(scope=scope, max_loss_change=None, max_growth=None)
+    report = Teleporter(Expert().double(), config).teleport([batch, -batch], square)
+    assert {layer.name for layer in report.layers if layer.moved} == {"experts.0", "experts.1"}
+
+
+class Detached(nn.Module):
+    """A weight that is used a second time behind autograd's back."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.layer = nn.Linear(12, 12), nn.Linear(12, 6)
+
+    def forward(self, x):
+        y = torch.tanh(self.below(x))
+        return self.layer(y).square().mean() + (x @ self.layer.weight.detach().t() * self.layer(y)).square().mean()
+
+
+def test_a_detached_use_and_shared_storage_keep_the_weight():
+    batch = torch.randn(3, 12).double()
+    model = Detached().double()
+    report = Teleporter(model, TeleportConfig(max_loss_change=None, max_growth=None)).teleport([batch], lambda m, x: m(x))
+    assert report.loss_after == pytest.approx(report.loss_before, rel=1e-10)
+
+    shared = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3)).double()
+    shared[2].weight.data = shared[0].weight.data
+    report = Teleporter(shared, TeleportConfig()).teleport([batch], square)
+    assert [layer.name for layer in report.layers if "shares its storage" in layer.reason] == ["0", "2"]
+    assert report.layers[-1].moved
+
+
+def test_batches_drawn_from_a_shuffling_loader_leave_the_random_state():
+    loader = torch.utils.data.DataLoader(torch.randn(8, 48).double(), batch_size=4, shuffle=True)
+    model, rng = mlp(), torch.get_rng_state()
+    Teleporter(model).teleport(loader, square)
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_accelerate_with_mixed_precision_in_a_loop_of_ones_own():
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    model = accelerator.prepare(mlp(dtype=torch.float32))
+    seen = []
+
+    def loss(model, batch):
+        output = model(batch[0])
+        seen.append(output.dtype)
+        return nn.functional.cross_entropy(output, batch[1])
+
+    report = Teleporter(model).teleport([data(dtype=torch.float32)], loss)
+    assert report.steps
+    assert set(seen) == {torch.float32}
+    assert model.train()(data(dtype=torch.float32)[0]).dtype == torch.float32  # Accelerate gives its outputs in float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Teleporter(mlp(dtype=torch.float32)).teleport([data(dtype=torch.float32)], cross_entropy).steps
+
+
+def test_strange_parameters():
+    class Strange(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.below, self.above = nn.Linear(12, 40), nn.Linear(20, 3)
+            self.strided = nn.Parameter((torch.randn(40, 40) / 6)[:, :20])
+            self.spectrum = nn.Parameter(torch.randn(20, dtype=torch.cfloat))
+            self.count = nn.Parameter(torch.tensor([3]), requires_grad=False)
+
+        def forward(self, x):
+            y = torch.tanh(self.below(x)) @ self.strided
+            return self.above(y + torch.fft.ifft(torch.fft.fft(y) * self.spectrum).real)
+
+    report = Teleporter(Strange(), TeleportConfig(max_growth=None)).teleport([torch.randn(4, 12)], square)
+    layers = {layer.name: layer for layer in report.layers}
+    assert layers["strided"].moved
+    assert "cannot hold a move" in layers["spectrum"].reason
+    assert report.loss_after == pytest.approx(report.loss_before, rel=1e-5)
+
+
+def test_an_unbatched_convolution_of_many_channels():
+    model = nn.Sequential(nn.Conv1d(2, 130, 1), nn.Tanh(), nn.Conv1d(130, 8, 3, padding=1)).double()
+    assert Teleporter(model).teleport([torch.randn(2, 9).double()], square).layers[1].moved
+
+
+def test_before_a_loss_that_is_not_finite_every_layer_has_its_reason():
+    report = Teleporter(mlp()).teleport([data(), (data()[0] * float("nan"), data()[1])], cross_entropy)
+    assert all(layer.reason and not layer.moved for layer in report.layers)

@@ -135,6 +135,42 @@ def test_teleporting_leaves_batches_and_random_numbers_alone(tmp_path, digits):
         assert (numpy_a == numpy_b).all()
 
 
+def test_a_collator_with_a_generator_of_its_own_draws_the_same_for_training(tmp_path, digits):
+    class Noisy:
+        def __init__(self):
+            self.generator = torch.Generator().manual_seed(3)
+            self.numpy = np.random.default_rng(3)
+
+        def __call__(self, rows):
+            images = torch.stack([row["pixel_values"] for row in rows])
+            noise = torch.randn(images.shape, generator=self.generator) * float(self.numpy.random())
+            return {"pixel_values": images + noise, "labels": torch.stack([row["labels"] for row in rows])}
+
+    seen = []
+    for config in (TeleportConfig(epochs=0), TeleportConfig(epochs=2, num_batches=2, batch_size=2)):
+        trainer = RecordingTeleportTrainer(
+            vit(), TrainingArguments(**arguments(tmp_path)), train_dataset=digits, data_collator=Noisy(), teleport_config=config
+        )
+        trainer.train()
+        seen.append(trainer.seen)
+    assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(*seen, strict=True))
+
+
+def test_a_loss_function_that_divides_by_the_number_of_items(tmp_path, digits):
+    def loss(outputs, labels, num_items_in_batch=None):
+        return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    trainer = TeleportTrainer(
+        vit(),
+        TrainingArguments(**arguments(tmp_path)),
+        train_dataset=digits,
+        compute_loss_func=loss,
+        teleport_config=TeleportConfig(epochs=1, num_batches=1, batch_size=2),
+    )
+    trainer.train()
+    assert trainer.teleport_reports[0].loss_before == pytest.approx(2.3, rel=0.3)
+
+
 def test_metrics_are_logged_under_teleport(tmp_path, digits):
     trainer = teleport_trainer(tmp_path, digits)
     trainer.train()
@@ -339,8 +375,16 @@ def test_a_model_without_a_loss(tmp_path, digits):
 
 @pytest.mark.parametrize("empty", ["train_dataset", "teleport_dataset"])
 def test_an_empty_data_set(tmp_path, digits, empty):
+    trainer = TeleportTrainer(
+        vit(), TrainingArguments(**arguments(tmp_path)), eval_dataset=digits, **{"train_dataset": digits, empty: digits.first(0)}
+    )
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert_error_before_training(trainer, "the data set to teleport on is empty")
+
+
+def test_a_teleport_by_hand_without_data(tmp_path):
     with pytest.raises(ValueError, match="the data set to teleport on is empty"):
-        TeleportTrainer(vit(), TrainingArguments(**arguments(tmp_path)), **{"train_dataset": digits, empty: digits.first(0)})
+        TeleportTrainer(vit(), TrainingArguments(**arguments(tmp_path))).teleport()
 
 
 def test_a_stream_without_rows(tmp_path, digits):

@@ -9,12 +9,14 @@ import math
 from torch import Tensor, nn
 
 from hf_teleport.ascent import LossFn, Point, evaluate, exact_direction, fast_direction, norm
-from hf_teleport.audit import audit
+from hf_teleport.audit import TIED_VIEWS, UNUSED, audit, overlap
 from hf_teleport.config import TeleportConfig
 from hf_teleport.layers import Layer
 from hf_teleport.methods.base import Method, Move
 from hf_teleport.objectives import OBJECTIVES
+from hf_teleport.report import LayerReport
 from hf_teleport.subspace import Representation, Subspace, null_space, rank_tolerance
+from hf_teleport.trace import Region
 
 
 class NullSpace(Method):
@@ -35,14 +37,46 @@ class NullSpace(Method):
         return evaluate(self.model, self.loss_fn, batch, seed=seed, differentiable_gradients=exact)
 
     def survey(self, point: Point) -> None:
-        if not self.reports:
-            self.layers, self.reports = audit(self.model, point, self.config)
+        layers, reports = audit(self.model, point, self.config)
+        self._merge(layers, reports)
         if self.config.scope == "joint":
             self._represent(point)
 
+    def _merge(self, layers: list[Layer], reports: dict[nn.Parameter, LayerReport]) -> None:
+        """Take in one batch's audit: a weight moves if some batch lets it and none forbids it.
+
+        Not to be used by a batch forbids nothing: an expert may get its first tokens in the second.
+        """
+        for parameter, report in reports.items():
+            known = self.reports.setdefault(parameter, report)
+            if known.reason == UNUSED or (known.movable and report.reason not in ("", UNUSED)):
+                self.reports[parameter] = report
+        known_layers = {(layer.weight, layer.region): layer for layer in self.layers}
+        for layer in layers:
+            known_layer = known_layers.get((layer.weight, layer.region))
+            if known_layer is None:
+                self.layers.append(layer)
+            elif known_layer.bias is not layer.bias:
+                self.reports[layer.weight].movable = False
+                self.reports[layer.weight].reason = "its bias is used otherwise in another teleport batch"
+
     def fit(self) -> None:
+        for parameter, regions in self._regions().items():
+            if overlap(parameter, regions):
+                self.reports[parameter].movable = False
+                self.reports[parameter].reason = TIED_VIEWS
+        self.layers = [layer for layer in self.layers if self.reports[layer.weight].movable]
+        for layer in self.layers:
+            if layer.bias is not None:
+                self.reports.pop(layer.bias, None)
         if self.config.scope == "joint":
             self._decompose()
+
+    def _regions(self) -> dict[nn.Parameter, list[Region]]:
+        regions: dict[nn.Parameter, list[Region]] = {}
+        for layer in self.layers:
+            regions.setdefault(layer.weight, []).append(layer.region)
+        return regions
 
     def begin(self, point: Point) -> None:
         if self.config.scope == "batch":
@@ -51,7 +85,7 @@ class NullSpace(Method):
 
     def propose(self, point: Point) -> Move | None:
         direction = OBJECTIVES[self.config.objective](point.gradients)
-        layers = [layer for layer in self.layers if self.subspaces[layer].null_dim]
+        layers = [layer for layer, subspace in self.subspaces.items() if subspace.null_dim]
         if self.config.hessian == "exact":
             products = exact_direction(point, direction, layers)
         else:
@@ -83,15 +117,20 @@ class NullSpace(Method):
 
     def _represent(self, point: Point) -> None:
         for layer in self.layers:
-            representation = self._representations.setdefault(layer, Representation())
-            layer.represent(point.trace.uses[layer.weight][layer.region], representation)
+            uses = point.trace.uses.get(layer.weight, {}).get(layer.region, [])
+            if uses:
+                layer.represent(uses, self._representations.setdefault(layer, Representation()))
 
     def _decompose(self) -> None:
         """Turn what was represented into null spaces, and note their dimensions in the reports."""
+        self.subspaces = {}
         for layer in self.layers:
             report = self.reports[layer.weight]
             report.null_dim, report.input_dim = 0, 0
-        for layer, representation in self._representations.items():
+        for layer in self.layers:
+            representation = self._representations.get(layer)
+            if representation is None:
+                continue
             subspace = null_space(representation, self.config.energy_threshold, layer.weight.dtype)
             self.subspaces[layer] = subspace
             report = self.reports[layer.weight]

@@ -3,7 +3,7 @@
 Teleportation needs one view of a layer: `Z = X Wᵀ`, with the layer's input as rows X and its weight as a matrix
 W. A `Projector` gives that view for one operation, for instance `torch.nn.functional.linear`. The registry is keyed by the
 operation that *consumes* the weight and not by module class: `nn.Linear`, a subclass of it, and a bare `nn.Parameter` handed to
-`F.linear` are then one case, whatever library they come from. To add a family, subclass `Projector`, fill in five
+`F.linear` are then one case, whatever library they come from. To add a family, subclass `Projector`, fill in three
 methods and decorate it with `@register(the_function)`.
 """
 
@@ -48,13 +48,13 @@ class Projector(ABC):
     def output_rows(self, output: Tensor) -> Tensor:
         """Z, or the gradient D with respect to it, as rows, (G, N, o)."""
 
-    @abstractmethod
     def to_matrix(self, weight: Tensor) -> Tensor:
-        """W: the weight as matrices, (G, o, d)."""
+        """W: the weight as matrices, (G, o, d). Default: it is one matrix (o, d)."""
+        return weight.unsqueeze(0)
 
-    @abstractmethod
     def from_matrix(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The inverse of `to_matrix`: (G, o, d) back to the weight's own shape."""
+        return matrix.reshape(shape)
 
     def weight_gradient(self, input: Tensor, output_gradient: Tensor, shape: tuple[int, ...]) -> Tensor:
         """`Dᵀ X`, (G, o, d): the gradient of a weight of this shape. Override it where X is wasteful to build."""

@@ -18,6 +18,3 @@ class Bilinear(LastDimension):
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1).unsqueeze(0)
-
-    def from_matrix(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return matrix.reshape(shape)

@@ -75,9 +75,6 @@ class Conv(Projector):
     def to_matrix(self, weight: Tensor) -> Tensor:
         return weight.unflatten(0, (self.groups, -1)).flatten(2)
 
-    def from_matrix(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return matrix.reshape(shape)
-
     def weight_gradient(self, input: Tensor, output_gradient: Tensor, shape: tuple[int, ...]) -> Tensor:
         # The library's own kernel: patches overlap, and as rows they would take prod(kernel) times the memory.
         batched = output_gradient if output_gradient.dim() == len(self.kernel) + 2 else output_gradient.unsqueeze(0)

@@ -29,12 +29,6 @@ class Linear(LastDimension):
     def bind(cls, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
         return Call(cls(), input, weight, bias)
 
-    def to_matrix(self, weight: Tensor) -> Tensor:
-        return weight.unsqueeze(0)
-
-    def from_matrix(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return matrix.reshape(shape)
-
 
 @register(torch.addmm, torch.Tensor.addmm, *MATMULS)
 class TransposedLinear(LastDimension):

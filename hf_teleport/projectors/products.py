@@ -1,5 +1,6 @@
 """Products of tensors with a weight that is not a plain `x @ W`: from the left, one matrix for each expert, any einsum."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +28,6 @@ class LeftProduct(Projector):
 
     def output_rows(self, output: Tensor) -> Tensor:
         return output.mT.reshape(1, -1, output.shape[-2])
-
-    def to_matrix(self, weight: Tensor) -> Tensor:
-        return weight.unsqueeze(0)
-
-    def from_matrix(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return matrix.reshape(shape)
 
 
 class _Stacked(Projector):
@@ -143,7 +138,7 @@ class Einsum(Projector):
         groups, summed, made = self._indices()
         aligned = torch.einsum(f"{self.weight_indices}->{groups}{made}{summed}", weight)
         size = dict(self.sizes)
-        lead, o = (_product(size[i] for i in part) for part in (groups, made))
+        lead, o = (math.prod(size[i] for i in part) for part in (groups, made))
         return aligned.reshape(lead, o, -1)
 
     def from_matrix(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -154,10 +149,3 @@ class Einsum(Projector):
 
 def _is_parameter(tensor: Tensor) -> bool:
     return isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter)
-
-
-def _product(sizes: Any) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
