@@ -18,9 +18,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/installed
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info
