@@ -41,6 +41,13 @@ def _inspect(arguments: argparse.Namespace) -> None:
         batch = _rows(arguments.data, arguments.batch_size)
     else:
         batch = synthetic_batch(model, arguments.batch_size, arguments.length)
+    try:
+        with torch.no_grad():
+            synthetic_loss(model, batch)
+    except Exception as error:  # whatever a model says to inputs that do not suit it
+        raise ValueError(
+            f"{type(model).__name__} cannot take these inputs ({', '.join(batch)}): {error}. Give rows that suit it with --data."
+        ) from error
     inspection = inspect_model(model, batch, synthetic_loss)
     if arguments.json:
         print(json.dumps(inspection.to_dict(), indent=1))

@@ -58,6 +58,12 @@ def test_rows_of_data(tmp_path, capsys):
     assert next(layer for layer in layers if layer["role"] == "qkv")["tokens"] == 2 * 4
 
 
+def test_rows_that_do_not_suit_the_model_are_said(tmp_path, capsys):
+    Dataset.from_list([{"pixel_values": [1.0, 2.0]}] * 2).to_parquet(tmp_path / "rows.parquet")
+    assert main(["inspect", "bert", "--set", *SIZES, "--data", str(tmp_path / "rows.parquet")]) == 2
+    assert "cannot take these inputs (pixel_values)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -1,3 +1,6 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as tf
@@ -6,6 +9,9 @@ from torch import nn
 from hf_teleport.synthetic import synthetic_batch, synthetic_loss
 
 from tiny_models import MODELS, build
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import zoo_models
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -17,6 +23,14 @@ def test_a_loss_from_random_inputs(name):
     assert torch.isfinite(loss)
     again = synthetic_batch(model, batch_size=2, length=6)
     assert all(torch.equal(batch[key], again[key]) for key in batch)
+
+
+@pytest.mark.parametrize("name", ["bart", "swin", "detr", "upernet", "videomae", "speech_to_text", "wav2vec2", "clip", "blip"])
+def test_kinds_of_the_zoo(name):
+    model, _ = zoo_models.build(name)
+    loss = synthetic_loss(model, synthetic_batch(model, batch_size=2, length=6))
+    assert loss.requires_grad
+    assert torch.isfinite(loss)
 
 
 def test_a_model_without_a_loss_and_one_for_audio():
