@@ -121,12 +121,13 @@ def _rows(file: Path, count: int) -> dict[str, Any]:
 
 
 def _print_table(name: str, inspection: Inspection) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{name}: what a teleport would move")
-    table.add_column("layer", overflow="fold")
-    for column in ("role", "shape", "tokens", *(f"null dim\ntau {tau:g}" for tau in THRESHOLDS), "seconds", "moves"):
+    table = Table(title=f"{name}: what a teleport would move; null dimensions at tau", box=box.SIMPLE)
+    table.add_column("layer", overflow="fold", min_width=20)
+    for column in ("moves", "role", "shape", "rows", *(f"{tau:g}" for tau in THRESHOLDS), "seconds"):
         table.add_column(column, no_wrap=True)
     notes: dict[str, int] = {}
     for layer in inspection.layers:
@@ -134,14 +135,15 @@ def _print_table(name: str, inspection: Inspection) -> None:
             continue
         table.add_row(
             layer.name,
+            "yes" if layer.moved else f"no ({notes.setdefault(layer.reason, len(notes) + 1)})",
             layer.role,
             "x".join(map(str, layer.shape)),
             str(layer.tokens or ""),
             *(str(layer.null_dims.get(f"{tau:g}", "")) for tau in THRESHOLDS),
             f"{layer.seconds:.3f}" if layer.movable else "",
-            "yes" if layer.moved else f"no ({notes.setdefault(layer.reason, len(notes) + 1)})",
         )
-    console = Console()
+    # A pipe has no width of its own, and a table cut to 80 columns says little.
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(table)
     for reason, number in notes.items():
         console.print(f"({number}) {reason}", highlight=False)

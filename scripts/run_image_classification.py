@@ -131,8 +131,10 @@ def main(argv: list[str]) -> None:
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     if images.history and trainer.is_world_process_zero():
         Path(images.history).write_text(json.dumps(history.rows))
-    for name, value in trainer.evaluate().items():
-        print(f"{name:28} {value:.4f}")
+    scores = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        for name, value in scores.items():
+            print(f"{name:30} {value:.4f}")
     trainer.save_model()
 
 
