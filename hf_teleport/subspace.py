@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Share of a matrix below which what a projection leaves of it is projected once more.
+_LITTLE = 0.1
+
 # Rows x width above which a layer's input is taken in slices, to bound the memory of the float64 copy.
 _SLICE = 2**24
 
@@ -90,7 +93,13 @@ class Subspace:
     def project(self, matrix: Tensor) -> Tensor:
         """`M P` for M (G, o, d): its part in the null space."""
         part = (matrix @ self.basis) @ self.basis.mT
-        return part if self.spans_null else matrix - part
+        if self.spans_null:
+            return part
+        rest = matrix - part
+        # Where little is left, rounding of the large part taken off is in it too. A second projection takes that off.
+        if rest.norm() < _LITTLE * matrix.norm():
+            rest = rest - (rest @ self.basis) @ self.basis.mT
+        return rest
 
 
 def core_dims(singular_values: Tensor, energy_threshold: float, tolerance: float) -> Tensor:

@@ -67,6 +67,15 @@ def test_all_zero_rows_leave_everything_free(num_rows, tau):
     torch.testing.assert_close(found.project(weights), weights)
 
 
+def test_a_small_part_in_the_null_space_is_free_of_the_rounding_of_a_large_one_outside():
+    rows = torch.randn(1, 3, 12)
+    found = null_space(representation_of(rows), 1.0)
+    matrix = 1e6 * torch.randn(1, 4, 3) @ rows + torch.randn(1, 4, 12)
+    projected = found.project(matrix)
+    assert projected.norm() < 10 * 48**0.5
+    assert (projected @ rows.mT).norm() < 1e-6 * projected.norm() * rows.norm()
+
+
 def test_groups_may_have_different_ranks():
     rows = torch.zeros(2, 20, 5, dtype=torch.float64)
     rows[0] = torch.randn(20, 5)
