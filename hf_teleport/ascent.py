@@ -170,7 +170,10 @@ def _in_double(uses: Uses, precise: Uses) -> Uses:
 def exact_direction(point: Point, direction: list[Tensor | None], layers: list[Layer]) -> dict[Layer, Tensor]:
     """`H u` for each layer by double backward, as matrices like those of `fast_direction`, bias column included.
 
-    Needs a point made with `differentiable_gradients=True`, and operations that can be differentiated twice.
+    Needs a point made with `differentiable_gradients=True`.
+
+    Raises:
+        ValueError: an operation of the model cannot be differentiated twice.
     """
     pairs = [
         (g, u.detach())
@@ -181,6 +184,9 @@ def exact_direction(point: Point, direction: list[Tensor | None], layers: list[L
         return {}
     inner = sum(((g * u).sum() for g, u in pairs), start=torch.zeros((), device=pairs[0][0].device))
     wanted = [p for layer in layers for p in layer.parameters]
-    found = torch.autograd.grad(inner, wanted, allow_unused=True, retain_graph=True)
+    try:
+        found = torch.autograd.grad(inner, wanted, allow_unused=True, retain_graph=True)
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"hessian='exact' needs operations that can be differentiated twice ({error}); use 'fast'.") from error
     products: dict[nn.Parameter, Tensor | None] = dict(zip(wanted, found, strict=True))
     return {layer: layer.matrix(products) for layer in layers if products[layer.weight] is not None}

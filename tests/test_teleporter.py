@@ -483,3 +483,22 @@ def test_an_unbatched_convolution_of_many_channels():
 def test_before_a_loss_that_is_not_finite_every_layer_has_its_reason():
     report = Teleporter(mlp()).teleport([data(), (data()[0] * float("nan"), data()[1])], cross_entropy)
     assert all(layer.reason and not layer.moved for layer in report.layers)
+
+
+def test_exact_mode_says_before_it_starts_that_a_model_has_no_second_derivative():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.square()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, gradient):
+            return 2 * ctx.saved_tensors[0] * gradient
+
+    model = mlp()
+    config = TeleportConfig(hessian="exact")
+    for run in (lambda t, loss: t.check(data(), loss), lambda t, loss: t.teleport([data()], loss)):
+        with pytest.raises(ValueError, match=r"differentiated twice.*use 'fast'"):
+            run(Teleporter(model, config), lambda model, batch: Once.apply(model(batch[0])).square().mean())

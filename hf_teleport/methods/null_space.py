@@ -38,6 +38,9 @@ class NullSpace(Method):
 
     def survey(self, point: Point) -> None:
         layers, reports = audit(self.model, point, self.config)
+        if not self.reports and self.config.hessian == "exact":
+            # Whether the model can be differentiated twice shows here, before training, and not at the first step.
+            exact_direction(point, OBJECTIVES[self.config.objective](point.gradients), layers)
         self._merge(layers, reports)
         if self.config.scope == "joint":
             self._represent(point)
