@@ -47,12 +47,11 @@ Made by `python scripts/zoo.py --output docs/zoo.md`; rerun it to check a new re
   and tokens, and tied weights are left aside. What may move but did not has no null space at these sizes, or nothing
   trainable below it.
 - *loss*: relative change of the loss on the batch. Many architectures compute their loss in float32 whatever the weights are.
-  In mobilevit, with a gradient norm of 7e7 at these weights, the last bit of a float64 weight is worth 1e-10 of the loss.
 - *growth*: of the gradient norm. An event ends when it has doubled, or after 8 steps.
 - *fast = exact*: relative difference between the direction without double backward and the one with it, in float64; empty
   where double backward or float64 does not run. It is large where a model detaches part of its forward (rt_detr,
   deformable_detr), which a difference of two forwards follows and double backward does not, and where activations vanish or
-  explode through tens of layers, as in deep networks with batch norm at initialisation (mobilenet, mobilevit, efficientnet):
+  explode through tens of layers, as in deep networks with batch norm at initialisation (mobilenet, efficientnet):
   no one shift suits all layers.
 - *stay*: weights that may not move, by reason; the report of a teleport says it for each.
 

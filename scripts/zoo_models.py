@@ -466,6 +466,7 @@ ZOO = {
             patch_size=2,
             hidden_sizes=[16, 24, 32],
             neck_hidden_sizes=[8] * 7,
+            initializer_range=0.2,  # at 0.1 the signal dies out in so narrow a network, and batch norm blows up the rest
         ),
         "swiftformer": staged("SwiftFormerForImageClassification", depths=[1, 1, 1, 1], embed_dims=[8, 8, 16, 16]),
         "levit": staged(
@@ -489,8 +490,10 @@ ZOO = {
         "convnext": staged("ConvNextForImageClassification", **STAGES),
         "convnextv2": staged("ConvNextV2ForImageClassification", **STAGES),
         # the default dropout, 0.999, leaves nothing to learn from
-        "mobilenet_v1": staged("MobileNetV1ForImageClassification", depth_multiplier=0.25, classifier_dropout_prob=0.1),
-        "mobilenet_v2": staged("MobileNetV2ForImageClassification", depth_multiplier=0.25),
+        "mobilenet_v1": staged(
+            "MobileNetV1ForImageClassification", initializer_range=0.3, depth_multiplier=0.25, classifier_dropout_prob=0.1
+        ),
+        "mobilenet_v2": staged("MobileNetV2ForImageClassification", initializer_range=0.3, depth_multiplier=0.25),
         "efficientnet": staged("EfficientNetForImageClassification", **EFFICIENT),
         "bit": staged("BitForImageClassification", embedding_size=8, num_groups=4, **STAGES),
         "focalnet": staged(
