@@ -9,7 +9,7 @@ from torch import nn
 from hf_teleport.ascent import LossFn, evaluate
 from hf_teleport.audit import audit
 from hf_teleport.config import TeleportConfig
-from hf_teleport.isolation import evaluation_mode, preserved_rng
+from hf_teleport.isolation import Snapshot, evaluation_mode, full_precision, preserved_rng
 from hf_teleport.report import LayerReport, share
 from hf_teleport.subspace import Representation, core_dims, rank_tolerance
 from hf_teleport.teleporter import Teleporter
@@ -73,11 +73,11 @@ def inspect_model(model: nn.Module, batch: Any, loss_fn: LossFn, config: Telepor
         ValueError: as `Teleporter.teleport`.
     """
     config = config or TeleportConfig()
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    snapshot = Snapshot(model.parameters())
     report = Teleporter(model, TeleportConfig(**{**config.to_dict(), **_ONE_STEP})).teleport([batch], loss_fn)
-    model.load_state_dict(weights)
+    snapshot.restore()
     inspected = {layer.name: InspectedLayer(**asdict(layer)) for layer in report.layers}
-    with preserved_rng(), evaluation_mode(model):
+    with preserved_rng(), evaluation_mode(model), full_precision(model):
         point = evaluate(model, loss_fn, batch, seed=config.seed)
         layers, _ = audit(model, point, config)
         for layer in layers:

@@ -23,3 +23,11 @@ def test_every_layer_has_dimensions_and_a_verdict():
         if layer.movable:
             assert layer.null_dims["1"] == layer.null_dim
             assert layer.tokens > 0
+
+
+def test_under_autocast_and_with_buffers():
+    model, batch = build("resnet", dtype=torch.float32)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert any(layer.moved for layer in inspect_model(model, batch, loss_fn).layers)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
 from hf_teleport.models import CNNConfig, CNNForImageClassification, MLPConfig, MLPForImageClassification
 
@@ -20,6 +20,32 @@ def test_loss_logits_and_round_trip(make, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(loaded(pixel_values=images).logits, outputs.logits)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+def test_accumulated_batches_are_averaged(make, tmp_path):
+    rows = [{"pixel_values": torch.randn(2, 8, 8), "labels": torch.tensor(i % 3)} for i in range(8)]
+    weights = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            optim="sgd",
+            learning_rate=0.5,
+            max_grad_norm=0,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        model = make()
+        Trainer(model, arguments, train_dataset=rows).train()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*weights)
 
 
 def test_shapes_of_the_paper():

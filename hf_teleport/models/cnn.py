@@ -29,6 +29,8 @@ class CNNForImageClassification(PreTrainedModel):
     """Classifies images (batch, channels, height, width) with convolutions."""
 
     config_class = CNNConfig
+    # The loss is a mean over the batch: Trainer divides it by the number of accumulated batches.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: CNNConfig):
         super().__init__(config)

@@ -31,6 +31,8 @@ class MLPForImageClassification(PreTrainedModel):
     """Classifies images (batch, channels, height, width) with fully connected layers."""
 
     config_class = MLPConfig
+    # The loss is a mean over the batch: Trainer divides it by the number of accumulated batches.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: MLPConfig):
         super().__init__(config)
