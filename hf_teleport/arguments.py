@@ -11,16 +11,21 @@ from hf_teleport.config import TeleportConfig
 PREFIX = "teleport_"
 
 # The types that the command line parses, where those of TeleportConfig are unions that argparse does not know.
-_PARSED_AS: dict[str, Any] = {"epochs": str, "target_modules": list[str] | None, "exclude_modules": list[str] | None}
+_PARSED_AS: dict[str, Any] = {
+    "epochs": str,
+    "steps": str | None,
+    "target_modules": list[str] | None,
+    "exclude_modules": list[str] | None,
+}
 
 
 def _prefixed(setting: Any) -> tuple[str, Any, Any]:
-    default = setting.default if setting.name != "epochs" else str(setting.default)
-    if default is MISSING:
-        raise TypeError(f"TeleportConfig.{setting.name} needs a default")
     # In argparse's help a percent sign starts a format.
     metadata = {"help": setting.metadata["help"].replace("%", "%%")}
     annotation = _PARSED_AS.get(setting.name, setting.type)
+    if setting.default is MISSING:
+        return f"{PREFIX}{setting.name}", annotation, field(default_factory=setting.default_factory, metadata=metadata)
+    default = setting.default if setting.name != "epochs" else str(setting.default)
     return f"{PREFIX}{setting.name}", annotation, field(default=default, metadata=metadata)
 
 

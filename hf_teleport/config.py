@@ -9,11 +9,15 @@ import math
 import operator
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
+
+SYMMETRIES = ("stream", "value_output", "query_key", "chain", "scaling")
 
 
 def _setting(default: Any, help: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -35,6 +39,14 @@ class TeleportConfig:
         0,
         "Optimizer steps to train before the first teleport may happen (the paper: 40 for CNNs). A scheduled "
         "epoch that begins earlier teleports at this step instead of at its first; one that also ends earlier does not.",
+    )
+    steps: list[int] | None = _setting(
+        None,
+        "Before which optimizer steps to teleport, counted from 0, instead of before `epochs`. On the command line "
+        "'10' or '10,100'.",
+    )
+    every_steps: int | None = _setting(
+        None, "From the first teleport on, teleport again after this many optimizer steps. None: do not."
     )
     num_batches: int = _setting(8, "Teleport batches in one event (the paper's b, 32 there).")
     batch_size: int | None = _setting(
@@ -74,7 +86,37 @@ class TeleportConfig:
         "'fast': Hessian-vector products by one forward at shifted weights. 'exact': by double backward, the reference.",
     )
     objective: Literal["grad_norm"] = _setting("grad_norm", "What the teleport climbs: half the squared gradient norm.")
-    method: Literal["null_space"] = _setting("null_space", "How the level set is found and followed.")
+    method: Literal["null_space", "basis", "null_space+basis"] = _setting(
+        "null_space",
+        "'null_space': climb inside the null space of every layer's inputs (the paper). 'basis': turn the model's exact "
+        "symmetries to where Adam works best. 'null_space+basis': one after the other.",
+    )
+    basis: Literal["gradient", "predicted_decrease", "activation", "random"] = _setting(
+        "gradient",
+        "For method 'basis', where to turn: 'gradient': eigenvectors of the gradients' second moment; 'predicted_decrease': a "
+        "rotation that climbs ||g||_1; 'activation': eigenvectors of what the weights read; 'random': a control.",
+    )
+    symmetries: list[str] = _setting(
+        ["stream", "value_output", "query_key", "chain"],
+        "For method 'basis', which symmetries to turn: 'stream' (residual stream), 'value_output' and 'query_key' (in each "
+        "head), 'chain' (two weights with nothing between, LoRA's for instance), 'scaling' (balance gated and ReLU units).",
+    )
+    second_moment: Literal["turn", "measure", "reset"] = _setting(
+        "turn",
+        "For method 'basis', the optimizer's averages of squared gradients: 'turn' them by the squared rotation, 'measure' them "
+        "on the teleport batches, or 'reset' the optimizer's state of each turned weight.",
+    )
+    blocking_gains: Literal["leave", "hold", "round"] = _setting(
+        "leave",
+        "For method 'basis', what to do about a norm's gain that stops the residual stream from turning because it can't be "
+        "folded (tied embeddings, post-norm), once training has made it uneven: 'leave' the stream; 'hold' such gains untrained "
+        "until the first teleport; 'round' them to their mean at the teleport, a change of the loss, under `max_loss_change`.",
+    )
+    min_misalignment: float = _setting(
+        0.0,
+        "For method 'basis', leave an event out if no symmetry's second moment has this share of its squares off the diagonal "
+        "(0 to 1). With `every_steps`: turn again only when the basis has grown old.",
+    )
     target_modules: list[str] | str | None = _setting(
         None,
         "Layers that may move, by PEFT's conventions: a list of names or name endings, a regular expression that "
@@ -87,8 +129,12 @@ class TeleportConfig:
 
     def __post_init__(self) -> None:
         self.epochs = parse_epochs(self.epochs)
+        self.steps = parse_steps(self.steps)
+        if self.every_steps is not None:
+            self.every_steps = _integer("every_steps", self.every_steps)
+        self.symmetries = [self.symmetries] if isinstance(self.symmetries, str) else list(self.symmetries)
         # YAML reads 1e-3 (no dot) as a string, so numbers are converted here.
-        for name in ("learning_rate", "energy_threshold"):
+        for name in ("learning_rate", "energy_threshold", "min_misalignment"):
             setattr(self, name, _number(name, getattr(self, name)))
         for name in ("grad_norm_cap", "max_growth", "max_loss_change"):
             setattr(self, name, _limit(name, getattr(self, name)))
@@ -108,6 +154,10 @@ class TeleportConfig:
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "a positive number, or None")
         _require(self.max_growth is None or self.max_growth > 1, "max_growth", self.max_growth, "a number above 1, or None")
+        _require(self.every_steps is None or self.every_steps >= 1, "every_steps", self.every_steps, "1 or more, or None")
+        _require(0 <= self.min_misalignment <= 1, "min_misalignment", self.min_misalignment, "0 to 1")
+        unknown = [kind for kind in self.symmetries if kind not in SYMMETRIES]
+        _require(bool(self.symmetries) and not unknown, "symmetries", self.symmetries, f"some of {', '.join(SYMMETRIES)}")
         for setting in fields(self):
             choices = getattr(setting.type, "__args__", ()) if _is_literal(setting.type) else ()
             value = getattr(self, setting.name)
@@ -127,6 +177,10 @@ class TeleportConfig:
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise ValueError(f"unknown teleport setting {key!r}; {hint}Known: {', '.join(known)}.")
         return cls(**settings)
+
+    def each_method(self) -> list["TeleportConfig"]:
+        """The same settings once for each method of an event, in order."""
+        return [replace(self, method=name) for name in self.method.split("+")]  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain Python values."""
@@ -174,6 +228,16 @@ def _modules(name: str, value: Any) -> list[str] | str | None:
         return value
     _require(isinstance(value, Iterable) and all(isinstance(v, str) for v in value), name, value, "a list of names, or a text")
     return list(value)
+
+
+def parse_steps(steps: list[int] | int | str | None) -> list[int] | None:
+    """'10,100', '10', 10 and [10, 100] are lists of steps; None and an empty text are none."""
+    if steps is None or (isinstance(steps, str) and not steps.strip()):
+        return None
+    numbers = steps.strip().strip("[]").split(",") if isinstance(steps, str) else [steps] if isinstance(steps, int) else steps
+    parsed = sorted({_integer("steps", number) for number in numbers})
+    _require(all(number >= 0 for number in parsed), "steps", steps, "optimizer steps from 0, for instance '10,100'")
+    return parsed
 
 
 def parse_epochs(epochs: list[int] | int | str) -> list[int] | int:

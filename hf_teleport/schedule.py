@@ -13,7 +13,7 @@ def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int)
     """The optimizer steps before which to teleport, each with the epoch it belongs to.
 
     Args:
-        config: `epochs` and `warmup_steps` are read.
+        config: `epochs`, `warmup_steps`, `steps` and `every_steps` are read.
         steps_per_epoch: optimizer steps in one epoch.
         max_steps: optimizer steps in the whole run.
 
@@ -21,8 +21,10 @@ def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int)
         `{step: epoch}`, both counted from 0; an event happens just before its step. Empty: never.
 
     Raises:
-        ValueError: a listed epoch begins after the run ends, or the warm-up outlasts every scheduled epoch.
+        ValueError: a listed epoch or step lies beyond the run, or the warm-up outlasts every scheduled epoch.
     """
+    if config.steps is not None:
+        return _repeated(config, _listed(config.steps, max_steps), steps_per_epoch, max_steps)
     num_epochs = -(-max_steps // steps_per_epoch)
     scheduled = parse_epochs(config.epochs)
     if isinstance(scheduled, int):
@@ -51,4 +53,20 @@ def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int)
             f"warmup_steps = {config.warmup_steps} outlasts every scheduled epoch ({epochs}, {steps_per_epoch} steps "
             "each), so no teleport would happen; lower it or schedule later epochs."
         )
+    return _repeated(config, list(steps), steps_per_epoch, max_steps)
+
+
+def _listed(steps: list[int], max_steps: int) -> list[int]:
+    if beyond := [step for step in steps if step >= max_steps]:
+        raise ValueError(
+            f"teleport steps {beyond} lie beyond the run, which has {max_steps} optimizer steps (0 to {max_steps - 1}); "
+            "train for longer or remove them from `steps`."
+        )
     return steps
+
+
+def _repeated(config: TeleportConfig, steps: list[int], steps_per_epoch: int, max_steps: int) -> dict[int, int]:
+    """The steps with their epochs, and from the first on every N-th step too."""
+    if steps and config.every_steps:
+        steps = sorted({*steps, *range(steps[0], max_steps, config.every_steps)})
+    return {step: step // steps_per_epoch for step in steps}

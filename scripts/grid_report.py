@@ -21,11 +21,18 @@ from scipy import stats
 Runs = dict[str, pd.DataFrame]
 
 
+def load(file: Path) -> pd.DataFrame:
+    """A CSV file of grid.py; the loss of a run that diverged is infinite, so that means and `last` do not pass over it."""
+    rows = pd.read_csv(file)
+    losses = ["train_loss", "test_loss"]
+    return rows.assign(**{name: rows[name].fillna(np.inf) for name in losses})
+
+
 def read(files: list[Path]) -> Runs:
     """One frame an arm; the arm without teleports is called 'baseline' and taken from wherever it is."""
     parts = defaultdict(list)
     for file in files:
-        for epochs, rows in pd.read_csv(file).groupby("teleport_epochs"):
+        for epochs, rows in load(file).groupby("teleport_epochs"):
             parts["baseline" if epochs == 0 else f"{file.stem}, {epochs} epochs"].append(rows)
     return {name: pd.concat(frames) for name, frames in sorted(parts.items())}
 
@@ -35,13 +42,13 @@ def final(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.sort_values("step").groupby(["learning_rate", "seed"], as_index=False).last()
 
 
-def interval(values: np.ndarray) -> str:
+def interval(values: np.ndarray, digits: int = 4) -> str:
     """Mean and half-width of its 95 % interval."""
     mean = values.mean()
-    if len(values) < 2:
-        return f"{mean:.4f}"
+    if len(values) < 2 or not np.isfinite(values).all():
+        return f"{mean:.{digits}f}"
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return f"{mean:.4f} ± {half:.4f}"
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
 def best_rate(rows: pd.DataFrame) -> float:
@@ -49,26 +56,42 @@ def best_rate(rows: pd.DataFrame) -> float:
     return float(final(rows).groupby("learning_rate")["train_loss"].mean().idxmin())
 
 
-def table(runs: Runs) -> str:
-    """Final training loss, learning rates down, arms across; then each arm at its best."""
+def at_best(rows: pd.DataFrame) -> pd.DataFrame:
+    """The last evaluation of each run at the arm's best learning rate, indexed by seed."""
+    finals = final(rows)
+    return finals[finals["learning_rate"] == best_rate(rows)].set_index("seed")
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """A table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines])
+
+
+def rates_table(runs: Runs) -> str:
+    """Final training loss, learning rates down, arms across."""
     rates = sorted({rate for rows in runs.values() for rate in rows["learning_rate"]})
-    lines = ["| learning rate | " + " | ".join(runs) + " |", "| --- |" + " --- |" * len(runs)]
+    lines = []
     for rate in rates:
-        cells = []
+        cells = [f"{rate:g}"]
         for rows in runs.values():
             values = final(rows).query("learning_rate == @rate")["train_loss"].to_numpy()
             cells.append(interval(values) if len(values) else "")
-        lines.append(f"| {rate:g} | " + " | ".join(cells) + " |")
-    columns = ["arm", "best learning rate", "training loss", "minus the baseline's best", "test loss", "test accuracy"]
-    columns += ["CPU seconds", "of them teleporting"]
-    lines += ["", "| " + " | ".join(columns) + " |", "| --- |" + " --- |" * (len(columns) - 1)]
-    reference = final(runs["baseline"]).query("learning_rate == @best_rate(@runs['baseline'])").set_index("seed")["train_loss"]
+        lines.append(cells)
+    return markdown(["learning rate", *runs], lines)
+
+
+def best_table(runs: Runs) -> str:
+    """Each arm at its best learning rate."""
+    header = ["arm", "best learning rate", "training loss", "minus the baseline's best", "test loss", "test accuracy"]
+    header += ["CPU seconds", "of them teleporting"]
+    reference = at_best(runs["baseline"])["train_loss"]
+    lines = []
     for name, rows in runs.items():
-        rate = best_rate(rows)
-        best = final(rows).query("learning_rate == @rate").set_index("seed")
+        best = at_best(rows)
         difference = (best["train_loss"] - reference).dropna().to_numpy()
         cells = [
-            f"{rate:g}",
+            name,
+            f"{best_rate(rows):g}",
             interval(best["train_loss"].to_numpy()),
             "" if name == "baseline" else interval(difference),
             interval(best["test_loss"].to_numpy()),
@@ -76,8 +99,8 @@ def table(runs: Runs) -> str:
             f"{best['cpu_seconds'].mean():.1f}",
             f"{best['teleport_seconds'].mean():.1f}",
         ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(header, lines)
 
 
 def plot(runs: Runs, file: Path) -> None:
@@ -102,7 +125,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="write a plot here")
     args = parser.parse_args()
     runs = read(args.files)
-    print(table(runs))
+    print(rates_table(runs), best_table(runs), sep="\n\n")
     if args.plot:
         plot(runs, args.plot)
 

@@ -49,21 +49,41 @@ class History(TrainerCallback):
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
-        self._spent, self._since = [0.0, 0.0], [0.0, 0.0]
+        self._spent = [0.0, 0.0]
+        # When the clocks were started; None while they stand.
+        self._since: list[float] | None = None
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._since = [time.perf_counter(), time.process_time()]
+        self._start()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_evaluate:
+            self._stop()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = [time.perf_counter(), time.process_time()]
-        self._spent = [spent + n - s for spent, n, s in zip(self._spent, now, self._since, strict=True)]
-        self._since = []
+        self._stop()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        now = [time.perf_counter(), time.process_time()] if self._since else []
-        running = [n - s for n, s in zip(now, self._since, strict=True)] or [0.0, 0.0]
-        seconds, cpu_seconds = (spent + r for spent, r in zip(self._spent, running, strict=True))
+        seconds, cpu_seconds = self._elapsed()
         self.rows.append({"step": state.global_step, "seconds": seconds, "cpu_seconds": cpu_seconds, **logs})
+
+    def _start(self) -> None:
+        if self._since is None:
+            self._since = _clocks()
+
+    def _stop(self) -> None:
+        self._spent, self._since = self._elapsed(), None
+
+    def _elapsed(self) -> list[float]:
+        running = [0.0, 0.0] if self._since is None else [n - s for n, s in zip(_clocks(), self._since, strict=True)]
+        return [spent + r for spent, r in zip(self._spent, running, strict=True)]
+
+
+def _clocks() -> list[float]:
+    return [time.perf_counter(), time.process_time()]
 
 
 def build_model(name: str, data: ImageTensors) -> Any:
@@ -110,9 +130,9 @@ def make_trainer(
     )
 
 
-def parse(argv: list[str]) -> tuple[ImageArguments, TeleportTrainingArguments]:
-    """Arguments from an optional YAML file, overridden by the command line."""
-    parser = HfArgumentParser([ImageArguments, TeleportTrainingArguments])
+def parse(argv: list[str], kind: type = ImageArguments) -> tuple[Any, TeleportTrainingArguments]:
+    """Arguments of the script, a dataclass, and of training: from an optional YAML file, overridden by the command line."""
+    parser = HfArgumentParser([kind, TeleportTrainingArguments])
     from_file: dict[str, Any] = {}
     if argv and not argv[0].startswith("-"):
         from_file = yaml.safe_load(Path(argv.pop(0)).read_text())

@@ -34,6 +34,15 @@ from hf_teleport import TeleportConfig
         ({"epochs": "often"}, "epochs = 'often'"),
         ({"epochs": -1}, "epochs = -1"),
         ({"epochs": [0, -2]}, "list of epoch indices"),
+        ({"steps": "soon"}, "steps = 'soon'"),
+        ({"steps": [-1]}, "optimizer steps from 0"),
+        ({"every_steps": 0}, "every_steps = 0"),
+        ({"basis": "best"}, "'gradient', 'predicted_decrease', 'activation', 'random'"),
+        ({"symmetries": ["stream", "time"]}, "some of stream, value_output"),
+        ({"symmetries": []}, "some of stream"),
+        ({"second_moment": "keep"}, "'turn', 'measure', 'reset'"),
+        ({"blocking_gains": "cut"}, "'leave', 'hold', 'round'"),
+        ({"min_misalignment": 2}, "0 to 1"),
     ],
 )
 def test_bad_values_are_named_with_what_is_allowed(settings, named):
@@ -47,6 +56,20 @@ def test_bad_values_are_named_with_what_is_allowed(settings, named):
 )
 def test_epochs_as_count_or_list(given, parsed):
     assert TeleportConfig(epochs=given).epochs == parsed
+
+
+@pytest.mark.parametrize(
+    ("given", "parsed"),
+    [(None, None), ("", None), ("10", [10]), (10, [10]), ("100,10", [10, 100]), ("[3]", [3]), ((7, 7, 2), [2, 7]), ([], [])],
+)
+def test_steps_as_text_or_numbers(given, parsed):
+    assert TeleportConfig(steps=given).steps == parsed
+
+
+def test_each_method_of_a_combination_has_its_own_settings():
+    config = TeleportConfig(method="null_space+basis", num_batches=3)
+    assert [(c.method, c.num_batches) for c in config.each_method()] == [("null_space", 3), ("basis", 3)]
+    assert TeleportConfig(method="basis").each_method() == [TeleportConfig(method="basis")]
 
 
 def test_yaml_numbers_written_without_a_dot_are_numbers():

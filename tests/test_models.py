@@ -2,7 +2,14 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
-from hf_teleport.models import CNNConfig, CNNForImageClassification, MLPConfig, MLPForImageClassification
+from hf_teleport.models import (
+    CNNConfig,
+    CNNForImageClassification,
+    MLPConfig,
+    MLPForImageClassification,
+    SeriesConfig,
+    SeriesTransformer,
+)
 
 MODELS = {
     "mlp": lambda: MLPForImageClassification(MLPConfig(image_size=8, num_channels=2, hidden_sizes=(12, 9), num_labels=3)),
@@ -58,3 +65,34 @@ def test_shapes_of_the_paper():
         (64, 32, 3, 3),
     ]
     assert cnn(torch.randn(2, 3, 32, 32)).logits.shape == (2, 10)
+
+
+def test_forecaster_learns_from_the_past_and_round_trips(tmp_path):
+    config = SeriesConfig(
+        channels=2, context=6, horizon=3, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+    )
+    model = SeriesTransformer(config).eval()
+    inputs, labels = torch.randn(5, 6, 2), torch.randn(5, 3, 2)
+    outputs = model(inputs=inputs, labels=labels)
+    assert outputs.logits.shape == (5, 3, 2)
+    torch.testing.assert_close(outputs.loss, (outputs.logits - labels).square().mean())
+    assert model(inputs=inputs).loss is None
+    # Every time step is attended to, and its place in the window counts.
+    for changed in (inputs.index_fill(1, torch.tensor([0]), 1.0), inputs.flip(1)):
+        assert not torch.allclose(model(inputs=changed).logits, outputs.logits)
+    model.save_pretrained(tmp_path)
+    loaded = SeriesTransformer.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(inputs=inputs).logits, outputs.logits)
+    loaded.train()
+    optimizer = torch.optim.Adam(loaded.parameters(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = loaded(inputs=inputs, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1 * outputs.loss
+
+
+def test_forecaster_says_which_heads_do_not_divide_its_width():
+    with pytest.raises(ValueError, match="num_attention_heads = 3 is not allowed; allowed: a divisor of hidden_size = 8"):
+        SeriesConfig(hidden_size=8, num_attention_heads=3)

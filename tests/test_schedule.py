@@ -36,6 +36,22 @@ def test_warmup_beyond_every_scheduled_epoch_is_an_error():
         teleport_steps(TeleportConfig(epochs=[0, 1], warmup_steps=40), 10, 50)
 
 
+def test_listed_steps_replace_epochs():
+    assert teleport_steps(TeleportConfig(epochs=2, steps=[3, 25]), 10, 50) == {3: 0, 25: 2}
+    assert teleport_steps(TeleportConfig(epochs=2, steps=[]), 10, 50) == {}
+
+
+def test_every_so_many_steps_from_the_first_on():
+    assert teleport_steps(TeleportConfig(steps=[5], every_steps=20), 10, 50) == {5: 0, 25: 2, 45: 4}
+    assert teleport_steps(TeleportConfig(epochs=[1], every_steps=15), 10, 50) == {10: 1, 25: 2, 40: 4}
+    assert teleport_steps(TeleportConfig(epochs=0, every_steps=15), 10, 50) == {}
+
+
+def test_a_step_beyond_the_end_is_an_error():
+    with pytest.raises(ValueError, match=r"\[50\] lie beyond the run, which has 50 optimizer steps"):
+        teleport_steps(TeleportConfig(steps=[5, 50]), 10, 50)
+
+
 @given(
     steps_per_epoch=st.integers(1, 20),
     num_epochs=st.integers(1, 10),

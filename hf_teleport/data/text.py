@@ -1,0 +1,118 @@
+"""Text from a local folder or a Hub id: a word-level tokenizer made from it, and rows for language models and classifiers."""
+
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from hf_teleport.data.rows import TensorRows, column, train_and_test
+
+PAD, UNKNOWN, END, START, MASK = "<pad>", "<unk>", "<eos>", "<cls>", "<mask>"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Sentences (N), and their classes (N,) if the data has any."""
+
+    sentences: list[str]
+    labels: Tensor | None = None
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes: the largest label and one; 0 without labels."""
+        return 0 if self.labels is None else int(self.labels.max()) + 1
+
+
+def load_texts(source: str, text_column: str = "sentence", label_column: str | None = None) -> tuple[Texts, Texts]:
+    """Training and test texts; without a test split, the validation split is the test set.
+
+    Args:
+        source: a folder with train and test, validation or valid files (parquet, csv, json), or a Hub id.
+        text_column: where the text is.
+        label_column: where the class is, as a whole number from 0; None: the texts have no classes.
+
+    Raises:
+        FileNotFoundError: a local path that does not exist.
+        ValueError: a split or a column is missing, or a label is negative (unlabelled test sets have -1).
+    """
+    return tuple(_texts(split, text_column, label_column) for split in train_and_test(source))  # type: ignore[return-value]
+
+
+def _texts(split, text_column: str, label_column: str | None) -> Texts:  # type: ignore[no-untyped-def]
+    sentences = column(split, text_column)
+    if label_column is None:
+        return Texts(sentences)
+    labels = torch.tensor(column(split, label_column))
+    if labels.is_floating_point() or bool((labels < 0).any()):
+        raise ValueError(
+            f"column {label_column!r} has labels such as {labels.min().item()}; allowed: whole numbers from 0. "
+            "Where the Hub's test split is unlabelled, give a folder with train and validation files."
+        )
+    return Texts(sentences, labels)
+
+
+def word_tokenizer(sentences: list[str], vocabulary_size: int, masked: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the most frequent words between blanks, special tokens counted in.
+
+    Args:
+        sentences: the training text.
+        vocabulary_size: at most so many tokens.
+        masked: for BERT-like models: there is a <mask>, and a <cls> stands before every sentence.
+
+    Raises:
+        ValueError: a vocabulary that the special tokens fill.
+    """
+    special = {"pad_token": PAD, "unk_token": UNKNOWN, "eos_token": END}
+    if masked:
+        special |= {"cls_token": START, "mask_token": MASK}
+    if vocabulary_size <= len(special):
+        raise ValueError(
+            f"vocabulary_size = {vocabulary_size} is not allowed; allowed: more than the {len(special)} special tokens."
+        )
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    # Not `Whitespace`, which also cuts at punctuation and would take words such as N.Y. and <unk> apart.
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    reserved = list(special.values())
+    trainer = trainers.WordLevelTrainer(vocab_size=vocabulary_size, special_tokens=reserved, show_progress=False)
+    # A text that has a special token as a word (Penn Treebank's <unk>) must not give it a second number.
+    words = ([word for word in sentence.split() if word not in reserved] for sentence in sentences)
+    tokenizer.train_from_iterator((" ".join(kept) for kept in words), trainer)
+    if masked:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{START} $A", special_tokens=[(START, tokenizer.token_to_id(START))]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def language_model_rows(sentences: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> TensorRows:
+    """The sentences one after the other, <eos> after each, cut into blocks: `input_ids` and `labels` (N, length).
+
+    The labels are the inputs, for Transformers' models shift them. What does not fill the last block is left out.
+
+    Raises:
+        ValueError: the text is shorter than one block.
+    """
+    end = tokenizer.eos_token_id
+    encoded = tokenizer(sentences, add_special_tokens=False)["input_ids"]
+    stream = torch.tensor([token for sentence in encoded for token in (*sentence, end)])
+    count = len(stream) // length
+    if not count:
+        raise ValueError(f"length = {length} is not allowed; allowed: at most the {len(stream)} tokens that the text has.")
+    blocks = stream[: count * length].view(count, length)
+    return TensorRows(input_ids=blocks, labels=blocks)
+
+
+def sentence_rows(texts: Texts, tokenizer: PreTrainedTokenizerFast, length: int) -> TensorRows:
+    """A row for each sentence, padded or cut: `input_ids`, `attention_mask` (N, length), and `labels` (N,) if it has classes."""
+    encoded = tokenizer(
+        texts.sentences,
+        padding="max_length",
+        truncation=True,
+        max_length=length,
+        return_tensors="pt",
+        return_token_type_ids=False,
+    )
+    labels = {} if texts.labels is None else {"labels": texts.labels}
+    return TensorRows(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], **labels)
