@@ -45,35 +45,60 @@ def audit(model: nn.Module, point: Point, config: TeleportConfig) -> tuple[list[
         ValueError: `target_modules` or `exclude_modules` match nothing.
     """
     gradients = dict(zip(point.parameters, point.gradients, strict=True))
-    head = _output_layer(model)
-    owners = _owners(model)
-    places = Counter(parameter.data_ptr() for parameter in owners)
-    check_targets(config, [name for name, _, _ in owners.values()])
+    reports = describe(model, point, config)
     layers: list[Layer] = []
-    reports: dict[nn.Parameter, LayerReport] = {}
-    for parameter, (name, module, is_weight) in owners.items():
+    for parameter, report in reports.items():
         parts = point.trace.uses.get(parameter, {})
-        uses = [use for calls in parts.values() for use in calls]
-        if uses:
-            own = re.sub(_ADAPTER, "", name)
-            role = role_of(own, uses[0].call.projector.role, is_head=module is head and is_weight)
-        else:
-            role = _role_of_other(module, name)
-        report = reports[parameter] = LayerReport(name, role, list(parameter.shape))
-        report.reason = _why_not(parameter, name, role, parts, point, gradients.get(parameter), config)
-        if places[parameter.data_ptr()] > 1 and parameter.numel():
-            report.reason = "tied: another parameter shares its storage"
+        report.reason = report.reason or _why_not(parameter, parts, point, gradients.get(parameter))
         if report.reason:
             continue
         report.movable = True
-        bias = _movable_bias(parameter, uses, point, gradients) if len(parts) == 1 else None
-        layers += [Layer(name, role, parameter, region, bias, calls[0].call.projector) for region, calls in parts.items()]
+        bias = (
+            _movable_bias(parameter, [use for calls in parts.values() for use in calls], point, gradients)
+            if len(parts) == 1
+            else None
+        )
+        layers += [
+            Layer(report.name, report.role, parameter, region, bias, calls[0].call.projector) for region, calls in parts.items()
+        ]
     for layer in layers:
         if layer.bias is not None:
             del reports[layer.bias]
     order = {weight: i for i, weight in enumerate(point.trace.uses)}
     layers.sort(key=lambda layer: order[layer.weight])
     return layers, reports
+
+
+def describe(model: nn.Module, point: Point, config: TeleportConfig) -> dict[nn.Parameter, LayerReport]:
+    """A report for each parameter, in the model's order: its name, its role, and what keeps it from moving by any method.
+
+    Raises:
+        ValueError: as `audit`.
+    """
+    head = _output_layer(model)
+    owners = _owners(model)
+    places = Counter(parameter.data_ptr() for parameter in owners)
+    check_targets(config, [name for name, _, _ in owners.values()])
+    reports: dict[nn.Parameter, LayerReport] = {}
+    for parameter, (name, module, is_weight) in owners.items():
+        use = next((use for calls in point.trace.uses.get(parameter, {}).values() for use in calls), None)
+        if use is not None:
+            own = re.sub(_ADAPTER, "", name)
+            role = role_of(own, use.call.projector.role, is_head=module is head and is_weight)
+        else:
+            role = _role_of_other(module, name)
+        report = reports[parameter] = LayerReport(name, role, list(parameter.shape))
+        if not parameter.requires_grad:
+            report.reason = "frozen: requires_grad is False"
+        elif not selected(name, role, config):
+            report.reason = "not selected by target_modules / exclude_modules"
+        elif parameter.dtype not in (torch.float32, torch.float64):
+            report.reason = (
+                f"{parameter.dtype} cannot hold a move exactly: load the model in float32 (bf16=True trains it in bf16)"
+            )
+        elif places[parameter.data_ptr()] > 1 and parameter.numel():
+            report.reason = "tied: another parameter shares its storage"
+    return reports
 
 
 def _owners(model: nn.Module) -> dict[nn.Parameter, tuple[str, nn.Module, bool]]:
@@ -103,23 +128,9 @@ def _role_of_other(module: nn.Module, name: str) -> str:
     return role_of(name, "other")
 
 
-def _why_not(
-    parameter: nn.Parameter,
-    name: str,
-    role: str,
-    parts: dict[Region, list[Use]],
-    point: Point,
-    gradient: Tensor | None,
-    config: TeleportConfig,
-) -> str:
-    """Why a weight must not move; empty if it may."""
+def _why_not(parameter: nn.Parameter, parts: dict[Region, list[Use]], point: Point, gradient: Tensor | None) -> str:
+    """Why a weight must not move by the null space of its inputs; empty if it may."""
     others = sorted(point.trace.other_uses.get(parameter, ()))
-    if not parameter.requires_grad:
-        return "frozen: requires_grad is False"
-    if not selected(name, role, config):
-        return "not selected by target_modules / exclude_modules"
-    if parameter.dtype not in (torch.float32, torch.float64):
-        return f"{parameter.dtype} cannot hold a move exactly: load the model in float32 (bf16=True trains it in bf16)"
     if parameter.dim() < 2:
         return "elementwise: it scales or shifts features and multiplies no input, so it has no null space"
     if others == ["embedding"] and not parts:

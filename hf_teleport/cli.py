@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import psutil
 import torch
 from torch import nn
 
+from hf_teleport.config import SYMMETRIES, TeleportConfig
 from hf_teleport.inspection import THRESHOLDS, Inspection, inspect_model
+from hf_teleport.report import SymmetryReport
 from hf_teleport.synthetic import synthetic_batch, synthetic_loss
+from hf_teleport.teleporter import Teleporter
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     look.add_argument("--data", type=Path, help="parquet, JSON or CSV file of rows with the model's inputs; default: random ones")
     look.add_argument("--batch_size", type=int, default=2, help="samples in the batch")
     look.add_argument("--length", type=int, default=16, help="tokens in a random sequence")
+    look.add_argument("--method", choices=["null_space", "basis"], default="null_space", help="of teleportation")
     look.add_argument("--json", action="store_true", help="print JSON instead of a table")
     look.set_defaults(run=_inspect)
     arguments = parser.parse_args(argv)
@@ -48,6 +53,15 @@ def _inspect(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"{type(model).__name__} cannot take these inputs ({', '.join(batch)}): {error}. Give rows that suit it with --data."
         ) from error
+    if arguments.method == "basis":
+        symmetries = (
+            Teleporter(model, TeleportConfig(method="basis", symmetries=list(SYMMETRIES))).check(batch, synthetic_loss).symmetries
+        )
+        if arguments.json:
+            print(json.dumps([asdict(symmetry) for symmetry in symmetries], indent=1))
+        else:
+            _print_symmetries(arguments.model, symmetries)
+        return
     inspection = inspect_model(model, batch, synthetic_loss)
     if arguments.json:
         print(json.dumps(inspection.to_dict(), indent=1))
@@ -120,9 +134,30 @@ def _rows(file: Path, count: int) -> dict[str, Any]:
     return default_data_collator([rows[i] for i in range(min(count, len(rows)))])
 
 
+def _print_symmetries(name: str, symmetries: list[SymmetryReport]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=f"{name}: symmetries that a change of basis can turn", box=box.SIMPLE)
+    for column in ("symmetry", "written by", "rotations", "weights", "turns"):
+        table.add_column(column, overflow="fold")
+    for symmetry in sorted(symmetries, key=lambda s: bool(s.reason)):
+        size = f"{symmetry.blocks} x {symmetry.size}"
+        table.add_row(
+            symmetry.kind, symmetry.name, size, str(symmetry.weights), f"no: {symmetry.reason}" if symmetry.reason else "yes"
+        )
+    _console().print(table)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # A pipe has no width of its own, and a table cut to 80 columns says little.
+    return Console() if sys.stdout.isatty() else Console(width=140)
+
+
 def _print_table(name: str, inspection: Inspection) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{name}: what a teleport would move; null dimensions at tau", box=box.SIMPLE)
@@ -142,8 +177,7 @@ def _print_table(name: str, inspection: Inspection) -> None:
             *(str(layer.null_dims.get(f"{tau:g}", "")) for tau in THRESHOLDS),
             f"{layer.seconds:.3f}" if layer.movable else "",
         )
-    # A pipe has no width of its own, and a table cut to 80 columns says little.
-    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console = _console()
     console.print(table)
     for reason, number in notes.items():
         console.print(f"({number}) {reason}", highlight=False)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch.distributed as dist
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 
 _REPLICATED = {
     DistributedType.NO,
@@ -29,11 +29,17 @@ def check_strategy(accelerator: Any) -> None:
         )
 
 
-def broadcast_weights(model: nn.Module) -> None:
-    """Give every rank the trainable weights of rank 0. All ranks teleport on the same data and should agree already;
-    this makes it certain where their kernels differ in the last bit."""
+def broadcast_weights(model: nn.Module, optimizer: Any = None) -> None:
+    """Give every rank the trainable weights of rank 0, and what the optimizer keeps for them.
+
+    All ranks teleport on the same data and should agree already; this makes it certain where kernels differ in the last bit.
+    """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return
+    state = {} if optimizer is None else optimizer.state
     for parameter in model.parameters():
         if parameter.requires_grad:
             dist.broadcast(parameter.data, src=0)
+            for value in state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.device == parameter.device:
+                    dist.broadcast(value, src=0)

@@ -1,8 +1,10 @@
 """Leave no trace: what a teleport may disturb is put back as it was."""
 
+import copy
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,10 +60,16 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
-    """Autocast is off, whether it is around or wrapped into the model's forward by Accelerate: projections need every digit."""
+    """TF32 is off, and autocast, whether it is around or wrapped into the model's forward by Accelerate.
+
+    Projections and changes of basis need every digit.
+    """
     wrapped, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
+    precision = torch.get_float32_matmul_precision()
     kinds = {parameter.device.type for parameter in model.parameters()} | {"cpu"}
     with ExitStack() as stack:
+        stack.callback(torch.set_float32_matmul_precision, precision)
+        torch.set_float32_matmul_precision("highest")  # no TF32
         for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))
         if wrapped is not None and original is not None:
@@ -95,16 +103,24 @@ def shifted(parameters: Iterable[nn.Parameter], directions: Iterable[Tensor | No
 
 
 class Snapshot:
-    """A copy of parameters to return to."""
+    """A copy of parameters to return to, and of what an optimizer keeps for them.
 
-    def __init__(self, parameters: Iterable[nn.Parameter]):
+    Args:
+        state: the optimizer's `state`, if it is to be restored too.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], state: dict[Any, Any] | None = None):
         self._saved = [(parameter, parameter.detach().clone()) for parameter in parameters]
+        self._state = state
+        self._kept = {} if state is None else {p: copy.deepcopy(state[p]) for p, _ in self._saved if p in state}
 
     def restore(self) -> None:
         """Put the copied values back, bit for bit."""
         with torch.no_grad():
             for parameter, saved in self._saved:
                 parameter.copy_(saved)
+        for parameter, kept in self._kept.items():
+            self._state[parameter] = copy.deepcopy(kept)  # type: ignore[index]
 
     def changed(self) -> set[nn.Parameter]:
         """The parameters that differ from their copy."""

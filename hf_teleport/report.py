@@ -32,17 +32,42 @@ class LayerReport:
 
 
 @dataclass
+class SymmetryReport:
+    """One symmetry of the model: turned, or not and why.
+
+    Attributes:
+        kind: 'stream', 'value_output', 'query_key', 'chain' or 'scaling'.
+        name: the weight that writes its features.
+        blocks, size: that many rotations of that many features.
+        weights: how many parameters it turns.
+        misalignment: share of the gradients' second moment, in squares, that was off the diagonal; None if it was not measured.
+        reason: why it was left out; empty if it was turned.
+    """
+
+    kind: str
+    name: str
+    blocks: int
+    size: int
+    weights: int
+    misalignment: float | None = None
+    reason: str = ""
+
+
+@dataclass
 class TeleportReport:
-    """One teleport event. Losses and gradient norms are those of the teleport data.
+    """One teleport event. Losses and gradient norms are those of the teleport data; for a change of basis, which holds for any
+    input, of its first batch.
 
     Attributes:
         loss_before, loss_after: mean loss over all teleport batches.
         grad_norm_before, grad_norm_after: norm of the mean gradient over all teleport batches, all trainable weights.
-        steps: ascent steps that were kept.
+        steps: ascent steps that were kept; a change of basis is one.
         stopped_because: why most of the batches' turns ended: 'steps_done', 'grad_norm_cap', 'max_growth', 'max_loss_change',
-            'non_finite', or 'no_direction' (no layer has both a null space and a gradient in it).
+            'non_finite', 'no_direction' (no layer has both a null space and a gradient in it), 'aligned' (the basis is good as it
+            is), or 'not_a_symmetry'.
         rolled_back: whether the whole event was undone, every weight being bit for bit what it was.
         seconds: wall-clock of the whole event, measurements included.
+        symmetries: for a method that turns symmetries, each that was found.
     """
 
     method: str
@@ -55,6 +80,13 @@ class TeleportReport:
     rolled_back: bool
     seconds: float
     layers: list[LayerReport] = field(default_factory=list)
+    symmetries: list[SymmetryReport] = field(default_factory=list)
+
+    @property
+    def misalignment(self) -> float | None:
+        """Mean over the measured symmetries, each block counting once."""
+        measured = [(s.misalignment, s.blocks) for s in self.symmetries if s.misalignment is not None]
+        return sum(value * blocks for value, blocks in measured) / sum(blocks for _, blocks in measured) if measured else None
 
     @property
     def null_dim(self) -> int:
@@ -78,6 +110,7 @@ class TeleportReport:
             "steps": self.steps,
             "seconds": self.seconds,
             "stopped_because": self.stopped_because,
+            **({} if self.misalignment is None else {"misalignment": self.misalignment}),
         }
 
     def summary(self) -> str:
@@ -92,7 +125,8 @@ class TeleportReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values. A number that is not finite becomes None, for JSON has no NaN."""
-        return _json_safe({**asdict(self), "null_dim": self.null_dim, "moved_share": self.moved_share})
+        derived = {name: getattr(self, name) for name in ("null_dim", "moved_share", "misalignment")}
+        return _json_safe({**asdict(self), **derived})
 
 
 def share(layers: Iterable[LayerReport], counts: Callable[[LayerReport], bool]) -> float:

@@ -17,7 +17,7 @@ from hf_teleport.ascent import LossFn, Point, norm
 from hf_teleport.config import TeleportConfig
 from hf_teleport.isolation import Snapshot, evaluation_mode, full_precision, preserved_rng
 from hf_teleport.methods import METHODS, Method, Move
-from hf_teleport.report import LayerReport, TeleportReport
+from hf_teleport.report import LayerReport, SymmetryReport, TeleportReport
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ _NO_STEP = {
     "non_finite": "the loss or its gradient is not finite on the teleport data; check that data, and the learning rate",
     "max_loss_change": "every step changed the loss by more than max_loss_change; lower the teleport learning_rate, or raise it",
     "grad_norm_cap": "the gradient norm is above grad_norm_cap already; raise it to go further",
+    "not_a_symmetry": "what was turned changes the model's gradients otherwise than a symmetry would; please report this model",
     "max_growth": "every step overshot max_growth; lower the teleport learning_rate",
 }
 
@@ -46,6 +47,10 @@ class _Measurement:
     grad_norms: list[float]
     grad_norm: float
 
+    def first(self) -> "_Measurement":
+        """That of the first batch alone."""
+        return _Measurement(self.losses[:1], self.grad_norms[:1], self.grad_norms[0])
+
     @property
     def loss(self) -> float:
         return sum(self.losses) / len(self.losses)
@@ -55,12 +60,30 @@ class _Measurement:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
+@dataclass
+class Check:
+    """What a teleport could do, found out without moving anything.
+
+    Attributes:
+        loss: on the batch, which may not be finite.
+        layers: a report for every weight; empty if the loss is not finite.
+        symmetries: for a method that turns symmetries, each that was found.
+        blocking: norm gains that must stay uniform if the residual stream is to turn.
+    """
+
+    loss: float
+    layers: list[LayerReport]
+    symmetries: list[SymmetryReport]
+    blocking: list[nn.Parameter]
+
+
 class Teleporter:
     """Teleports any `nn.Module` with any scalar loss.
 
     Args:
         model: its parameters with `requires_grad` are teleported, in place.
         config: the settings; `epochs`, `warmup_steps` and `batch_size` are for the trainer and are not read here.
+        optimizer: the one that trains the model. A change of basis turns its state along; without it only the weights turn.
         progress: called after each step with the number of steps taken and the most there can be.
 
     Example:
@@ -68,10 +91,15 @@ class Teleporter:
     """
 
     def __init__(
-        self, model: nn.Module, config: TeleportConfig | None = None, progress: Callable[[int, int], None] | None = None
+        self,
+        model: nn.Module,
+        config: TeleportConfig | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        optimizer: Any = None,
     ):
         self.model = model
         self.config = config or TeleportConfig()
+        self.optimizer = optimizer
         self._progress = progress or (lambda step, total: None)
 
     def teleport(self, batches: Iterable[Any], loss_fn: LossFn) -> TeleportReport:
@@ -96,44 +124,48 @@ class Teleporter:
             batches = list(batches)
             if not batches:
                 raise ValueError("there are no teleport batches: pass at least one batch of data to teleport on.")
-            method = METHODS[self.config.method](self.model, loss_fn, self.config)
+            method = self._method(loss_fn)
             before = self._measure(method, batches, method.survey)
             if not before.finite:
                 _explain(method, set(), 0, "non_finite")
                 return self._report(method, before, before, 0, "non_finite", start)
             method.fit()
             _require_movable(method)
-            snapshot = Snapshot(method.movable)
+            snapshot = method.snapshot()
             try:
-                steps, reason = self._ascend(method, batches, before)
-                after = self._measure(method, batches) if steps else before
-                accepted = after.finite and self._within(after.loss, before.loss)
+                steps, reason = self._jump(method) if method.once else self._ascend(method, batches, before)
+                if method.once and not method.reviews_all:  # it holds for every input, so one batch tells
+                    batches, before = batches[:1], before.first()
+                after = self._measure(method, batches, method.review) if steps else before
+                accepted = after.finite and self._within(after.loss, before.loss) and not method.objection
             except BaseException:
                 snapshot.restore()
                 raise
-            if not accepted:
+            if accepted:
+                method.accept()
+            else:
                 snapshot.restore()
-                reason = "max_loss_change" if after.finite else "non_finite"
+                reason = method.objection or ("max_loss_change" if after.finite else "non_finite")
                 steps, after = 0, before
             _explain(method, snapshot.changed(), steps, reason)
             return self._report(method, before, after, steps, reason, start, undone=not accepted)
 
-    def check(self, batch: Any, loss_fn: LossFn) -> tuple[float, list[LayerReport]]:
+    def check(self, batch: Any, loss_fn: LossFn) -> Check:
         """What a teleport on this batch could move, without moving anything.
-
-        Returns:
-            The loss, which may not be finite, and a report for every weight; empty if the loss is not finite.
 
         Raises:
             ValueError: as `teleport`.
         """
         with preserved_rng(), evaluation_mode(self.model), full_precision(self.model):
-            method = METHODS[self.config.method](self.model, loss_fn, self.config)
+            method = self._method(loss_fn)
             point = method.evaluate(batch, self.config.seed)
             if point.finite:
                 method.survey(point)
                 _require_movable(method)
-            return point.loss, list(method.reports.values())
+            return Check(point.loss, list(method.reports.values()), method.symmetries, method.blocking)
+
+    def _method(self, loss_fn: LossFn) -> Method:
+        return METHODS[self.config.method](self.model, loss_fn, self.config, self.optimizer)
 
     def _measure(self, method: Method, batches: list[Any], see: Callable[[Point], None] = lambda point: None) -> _Measurement:
         losses, grad_norms = [], []
@@ -147,6 +179,15 @@ class Teleporter:
                 break
             see(point)
         return _Measurement(losses, grad_norms, norm(total) / len(losses))
+
+    def _jump(self, method: Method) -> tuple[int, str]:
+        """The one move of a method that makes but one. Returns the number of moves, and why there is no other."""
+        move = method.propose()
+        if move is None:
+            return 0, "aligned"
+        move(1.0)
+        self._progress(1, 1)
+        return 1, "steps_done"
 
     def _ascend(self, method: Method, batches: list[Any], before: _Measurement) -> tuple[int, str]:
         """The steps on every batch in turn. Returns how many were kept, and why most of the turns ended."""
@@ -233,8 +274,9 @@ class Teleporter:
             rolled_back=undone,
             seconds=time.perf_counter() - start,
             layers=list(method.reports.values()),
+            symmetries=method.symmetries,
         )
-        if not steps:
+        if not steps and reason != "aligned":
             spanned = Counter(layer.reason for layer in report.layers if layer.movable and layer.null_dim == 0)
             why = spanned.most_common(1)[0][0] if reason == "no_direction" and spanned else _NO_STEP.get(reason, reason)
             logger.warning("The teleport changed nothing: %s.", why)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from hf_teleport.projectors import Call, Projector, projectors_for
 
 # Functions written in Python that hide the operations inside from a mode, and what must be looked at is inside.
-_COMPOSITES = {F.multi_head_attention_forward}
+COMPOSITES = {F.multi_head_attention_forward}
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class Trace(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _COMPOSITES:
-            with _without_python_overrides(), self:
+        if func in COMPOSITES:
+            with without_python_overrides(), self:
                 return func(*args, **kwargs)
         output = self._choose(func, args, kwargs) if func in _CHOICES else func(*args, **kwargs)
-        touched = [p for p in map(self._parameter, _tensors((*args, *kwargs.values()))) if p is not None]
+        touched = [p for p in map(self._parameter, tensors_in((*args, *kwargs.values()))) if p is not None]
         if touched:
             self._record(func, args, kwargs, touched, output)
         return output
@@ -109,7 +109,7 @@ class Trace(TorchFunctionMode):
                 touched = [p for p in touched if p is not weight and p is not call.bias]
                 break
         # Attribute getters such as `weight.dtype` come here too, and views, whose own uses are seen: neither is a use.
-        if any(o.requires_grad and self._parameter(o) is None for o in _tensors([output])):
+        if any(o.requires_grad and self._parameter(o) is None for o in tensors_in([output])):
             for parameter in touched:
                 self.other_uses[parameter].add(getattr(func, "__name__", str(func)))
 
@@ -210,7 +210,7 @@ def _bound(family: type[Projector], args: Any, kwargs: dict[str, Any]) -> Call |
         return None
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among values, and in lists and tuples among them."""
     for value in values:
         if isinstance(value, Tensor):
@@ -220,7 +220,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _without_python_overrides() -> Iterator[None]:
+def without_python_overrides() -> Iterator[None]:
     """`torch.nn.functional` runs its Python functions as they are; the operations that they call are still seen."""
     with mock.patch.object(F, "has_torch_function", return_value=False):
         yield

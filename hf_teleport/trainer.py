@@ -7,6 +7,7 @@
 import copy
 import logging
 import random
+import time
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import islice
@@ -62,12 +63,14 @@ class TeleportMixin(_Base):
         self.teleport_dataset = self.train_dataset if teleport_dataset is None else teleport_dataset
         self.teleport_reports: list[TeleportReport] = []
         self._teleport_steps: dict[int, int] = {}
+        self._held: list[nn.Parameter] = []
         self._last_step_seen = -1
-        self.add_callback(_BeforeTraining(self))
+        self.add_callback(_TeleportCallback(self))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; an empty data set to teleport on is refused at once."""
-        if self.teleport_config.epochs and isinstance(self.teleport_dataset, Sized) and not len(self.teleport_dataset):
+        scheduled = self.teleport_config.epochs if self.teleport_config.steps is None else self.teleport_config.steps
+        if scheduled and isinstance(self.teleport_dataset, Sized) and not len(self.teleport_dataset):
             raise ValueError(_EMPTY)
         return super().train(*args, **kwargs)
 
@@ -81,20 +84,27 @@ class TeleportMixin(_Base):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def teleport(self) -> TeleportReport:
-        """Teleport the model now, log what came of it, and return the report."""
-        config = self.teleport_config
-        epoch = self._teleport_steps.get(self.state.global_step, int(self.state.epoch or 0))
-        with self._teleport_bar(epoch) as progress, preserved_rng():
-            batches = self._teleport_batches(config.num_batches, event=self.state.global_step)
-            model = self.accelerator.unwrap_model(self.model)
-            report = Teleporter(model, config, progress).teleport(batches, self._teleport_loss)
-            broadcast_weights(model)
-        self.teleport_reports.append(report)
-        numbers = {f"teleport/{name}": v for name, v in report.metrics().items() if not isinstance(v, str)}
-        self.log({**numbers, "teleport/stopped_because": report.stopped_because})
-        if self.is_world_process_zero():
-            self._tell(f"Teleport before epoch {epoch}: {report.summary()}")
+        """Teleport the model now, log what came of it, and return the report: that of the last method, if there are several."""
+        step = self.state.global_step
+        for config in self.teleport_config.each_method():
+            with self._teleport_bar(step) as progress, preserved_rng():
+                batches = self._teleport_batches(config.num_batches, event=step)
+                report = self._teleporter(config, progress).teleport(batches, self._teleport_loss)
+                if not report.rolled_back:
+                    broadcast_weights(self._teleported_model, self.optimizer)
+            self.teleport_reports.append(report)
+            numbers = {f"teleport/{name}": v for name, v in report.metrics().items() if not isinstance(v, str)}
+            self.log({**numbers, "teleport/stopped_because": report.stopped_because})
+            if self.is_world_process_zero():
+                self._tell(f"Teleport before step {step}: {report.summary()}")
         return report
+
+    @property
+    def _teleported_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _teleporter(self, config: TeleportConfig, progress: Any = None) -> Teleporter:
+        return Teleporter(self._teleported_model, config, progress, self.optimizer)
 
     def get_teleport_dataloader(self, event: int) -> DataLoader:
         """Batches for the teleport before step `event`: drawn at random by a generator of their own.
@@ -134,9 +144,9 @@ class TeleportMixin(_Base):
         return self.compute_loss(model, dict(batch) if isinstance(batch, Mapping) else batch, num_items_in_batch=count)
 
     @contextmanager
-    def _teleport_bar(self, epoch: int) -> Iterator[Any]:
+    def _teleport_bar(self, at: int) -> Iterator[Any]:
         hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-        with tqdm(desc=f"Teleport (epoch {epoch})", unit="step", leave=False, disable=hidden) as bar:
+        with tqdm(desc=f"Teleport (step {at})", unit="step", leave=False, disable=hidden) as bar:
 
             def progress(step: int, total: int) -> None:
                 bar.total = total
@@ -152,11 +162,12 @@ class TeleportMixin(_Base):
 
         Raises:
             ValueError: an impossible schedule, an empty data set, a loss that cannot be teleported, a target module that matches
-                nothing, or no weight that may move.
+                nothing, no weight that may move, or an optimizer that a change of basis does not suit.
         """
         _, steps_per_epoch, *_, max_steps = self.set_initial_training_values(self.args, train_dataloader)
         self._teleport_steps = teleport_steps(self.teleport_config, steps_per_epoch, max_steps)
         self._last_step_seen = -1
+        self._held = []
         if not self._teleport_steps:
             return
         check_strategy(self.accelerator)
@@ -164,21 +175,33 @@ class TeleportMixin(_Base):
             batches = self._teleport_batches(1, event=min(self._teleport_steps))
             if not batches:
                 raise ValueError(_EMPTY)
-            model = self.accelerator.unwrap_model(self.model)
-            loss, layers = Teleporter(model, self.teleport_config).check(batches[0], self._teleport_loss)
+            start = time.perf_counter()
+            checks = [
+                self._teleporter(config).check(batches[0], self._teleport_loss) for config in self.teleport_config.each_method()
+            ]
+            seconds = time.perf_counter() - start
+        if self.teleport_config.blocking_gains == "hold":
+            self._held = [parameter for check in checks for parameter in check.blocking]
         if not self.is_world_process_zero():
             return
-        if not layers:
+        if not all(check.layers for check in checks):
             logger.warning(
                 "The loss on a teleport batch is %s before training has begun: teleports will be skipped as long as it "
                 "is not finite. Check the data and the learning rate.",
-                loss,
+                checks[0].loss,
             )
             return
-        self._tell(
-            f"Teleports before steps {sorted(self._teleport_steps)}: {sum(layer.movable for layer in layers)} of {len(layers)} "
-            f"weights ({share(layers, lambda layer: layer.movable):.0%} of the elements) may move."
-        )
+        for config, check in zip(self.teleport_config.each_method(), checks, strict=True):
+            self._tell(
+                f"Teleports ({config.method}) before steps {_shortened(sorted(self._teleport_steps))}: "
+                f"{sum(layer.movable for layer in check.layers)} of {len(check.layers)} weights "
+                f"({share(check.layers, lambda layer: layer.movable):.0%} of the elements) may move. "
+                f"The check on one batch took {seconds:.2g} s; an event sees {config.num_batches} batches at least twice."
+            )
+
+
+def _shortened(steps: list[int]) -> str:
+    return ", ".join(map(str, steps if len(steps) <= 8 else [*steps[:6], "...", steps[-1]]))
 
 
 class TeleportTrainer(TeleportMixin, Trainer):
@@ -196,11 +219,16 @@ def _own_copy(collator: Any) -> Any:
     return own
 
 
-class _BeforeTraining(TrainerCallback):
-    """Checks the teleports when everything is set up and nothing has been trained."""
+class _TeleportCallback(TrainerCallback):
+    """Checks the teleports when everything is set up and nothing has been trained, and holds what must wait for the first."""
 
     def __init__(self, trainer: Any):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         self._trainer._plan_teleports(train_dataloader)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer._held and state.global_step < min(self._trainer._teleport_steps):
+            for parameter in self._trainer._held:
+                parameter.grad = None

@@ -81,3 +81,14 @@ def test_bad_input_is_said_with_exit_code_2(words, said, capsys):
 def test_sizes_are_for_config_names_only(tmp_path):
     with pytest.raises(ValueError, match="--set gives the sizes of a config name"):
         load_model(str(tmp_path), {"hidden_size": 3})
+
+
+def test_symmetries_of_a_config_name(capsys):
+    sizes = ["hidden_size=32", "intermediate_size=40", "num_hidden_layers=1", "num_attention_heads=2", "vocab_size=50"]
+    assert main(["inspect", "llama", "--set", *sizes, "--method", "basis"]) == 0
+    table = capsys.readouterr().out
+    assert "symmetries that a change of basis can turn" in table
+    assert "rotary" in table
+    assert main(["inspect", "llama", "--set", *sizes, "--method", "basis", "--json"]) == 0
+    found = {s["kind"]: (s["blocks"], s["size"]) for s in json.loads(capsys.readouterr().out) if not s["reason"]}
+    assert found == {"stream": (1, 32), "value_output": (2, 16), "scaling": (40, 1)}

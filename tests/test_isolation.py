@@ -107,3 +107,27 @@ def test_full_precision_inside_autocast_and_inside_a_wrapped_forward():
         assert model(torch.randn(1, 3)).dtype == torch.float32
     assert model.forward is wrapped
     assert model(torch.randn(1, 3)).dtype == torch.bfloat16
+
+
+def test_a_snapshot_brings_the_optimizers_state_back_even_if_it_was_dropped():
+    layer = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    for _ in range(2):
+        layer(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+    before = {p: {k: v.clone() for k, v in optimizer.state[p].items()} for p in layer.parameters()}
+    snapshot = Snapshot(layer.parameters(), optimizer.state)
+    optimizer.state[layer.weight]["exp_avg"].fill_(7)
+    optimizer.state.pop(layer.bias)
+    snapshot.restore()
+    for parameter, kept in before.items():
+        assert all(torch.equal(optimizer.state[parameter][name], value) for name, value in kept.items())
+
+
+def test_tf32_is_off_inside_and_back_after():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    with full_precision(nn.Linear(2, 2)):
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == "high"
+    torch.set_float32_matmul_precision(before)

@@ -1,8 +1,9 @@
 """Ways to move inside a level set, behind one interface."""
 
 from hf_teleport.methods.base import Method, Move
+from hf_teleport.methods.basis import BasisTurn
 from hf_teleport.methods.null_space import NullSpace
 
-METHODS: dict[str, type[Method]] = {"null_space": NullSpace}
+METHODS: dict[str, type[Method]] = {"null_space": NullSpace, "basis": BasisTurn}
 
-__all__ = ["METHODS", "Method", "Move", "NullSpace"]
+__all__ = ["METHODS", "BasisTurn", "Method", "Move", "NullSpace"]

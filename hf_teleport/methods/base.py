@@ -2,30 +2,44 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from hf_teleport.ascent import LossFn, Point, evaluate
 from hf_teleport.config import TeleportConfig
-from hf_teleport.report import LayerReport
+from hf_teleport.isolation import Snapshot
+from hf_teleport.report import LayerReport, SymmetryReport
 
 Move = Callable[[float], None]
 """Carry a move out: `move(1.0)` in full, `move(0.5)` by half, always from where the weights stand."""
 
 
 class Method(ABC):
-    """One event's way of moving. Made anew for each event, in the order survey*, fit, (begin, propose*)*.
+    """One event's way of moving. Made anew for each event, in the order survey*, fit, (begin, propose*)*, review*.
+
+    Args:
+        optimizer: the one that trains the model, for methods that change what it remembers.
 
     Attributes:
+        once: whether the event is a single move that holds for every input, and not an ascent on each batch in turn.
+        reviews_all: for a single move, whether `review` wants to see every batch and not only the first.
         reports: one for each parameter, filled by `survey`, `fit` and `begin`.
+        symmetries: what was turned, for a method that knows symmetries.
+        objection: why the event must be undone whatever its loss, set by `review`.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, config: TeleportConfig):
+    once: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, config: TeleportConfig, optimizer: Any = None):
         self.model = model
         self.loss_fn = loss_fn
         self.config = config
+        self.optimizer = optimizer
         self.reports: dict[nn.Parameter, LayerReport] = {}
+        self.symmetries: list[SymmetryReport] = []
+        self.objection = ""
+        self.reviews_all = False
 
     def evaluate(self, batch: Any, seed: int) -> Point:
         """Loss and gradients on a batch at the current weights."""
@@ -35,6 +49,11 @@ class Method(ABC):
     @abstractmethod
     def movable(self) -> list[nn.Parameter]:
         """The parameters that this method may change; known after the first `survey`."""
+
+    @property
+    def blocking(self) -> list[nn.Parameter]:
+        """Parameters that must not be trained before the event if it is to move all that it could now."""
+        return []
 
     @abstractmethod
     def survey(self, point: Point) -> None:
@@ -46,6 +65,20 @@ class Method(ABC):
     def begin(self, point: Point) -> None:  # noqa: B027  (a method need not)
         """A batch's turn has come: prepare what holds for its steps."""
 
+    def snapshot(self) -> Snapshot:
+        """A copy of all that this method may change."""
+        return Snapshot(self.movable)
+
+    def review(self, point: Point) -> None:  # noqa: B027  (a method need not)
+        """See one teleport batch after the last move; called for each in turn."""
+
+    def accept(self) -> None:  # noqa: B027  (a method need not)
+        """The event will not be undone."""
+
     @abstractmethod
-    def propose(self, point: Point) -> Move | None:
-        """The next move from a point. None: there is nowhere to go."""
+    def propose(self, point: Point | None = None) -> Move | None:
+        """The next move. None: nowhere to go.
+
+        Args:
+            point: where the batch stands whose turn it is; None for a method that moves once.
+        """

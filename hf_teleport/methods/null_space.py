@@ -22,8 +22,8 @@ from hf_teleport.trace import Region
 class NullSpace(Method):
     """Ascent of the objective inside the null space of every layer's inputs."""
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, config: TeleportConfig):
-        super().__init__(model, loss_fn, config)
+    def __init__(self, model: nn.Module, loss_fn: LossFn, config: TeleportConfig, optimizer: object = None):
+        super().__init__(model, loss_fn, config, optimizer)
         self.layers: list[Layer] = []
         self.subspaces: dict[Layer, Subspace] = {}
         self._representations: dict[Layer, Representation] = {}
@@ -86,7 +86,9 @@ class NullSpace(Method):
             self._represent(point)
             self._decompose()
 
-    def propose(self, point: Point) -> Move | None:
+    def propose(self, point: Point | None = None) -> Move | None:
+        if point is None:
+            raise TypeError("the null space is climbed from the point of a batch")
         direction = OBJECTIVES[self.config.objective](point.gradients)
         layers = [layer for layer, subspace in self.subspaces.items() if subspace.null_dim]
         if self.config.hessian == "exact":

@@ -1,0 +1,124 @@
+"""Basis teleportation: turn the model's exact symmetries to where the optimizer works best.
+
+A rotation of features that no output depends on leaves the loss and the gradient's norm as they are, for every input. SGD does
+not see it; Adam, which scales each coordinate alone, does. docs/basis.md has the derivation and the measurements.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from hf_teleport.ascent import LossFn, Point, norm
+from hf_teleport.audit import describe
+from hf_teleport.config import TeleportConfig
+from hf_teleport.isolation import Snapshot
+from hf_teleport.methods.base import Method, Move
+from hf_teleport.report import SymmetryReport
+from hf_teleport.symmetry import Symmetry, find_symmetries
+from hf_teleport.symmetry.bases import BASES, Basis, balance
+from hf_teleport.symmetry.optimizer_state import OptimizerState, check_optimizer
+from hf_teleport.symmetry.turn import Turn
+
+# Relative difference up to which a gradient after a turn is the turned gradient from before, by the precision of the weights.
+_AGREEMENT = {torch.float32: 1e-2, torch.float64: 1e-5}
+
+
+class BasisTurn(Method):
+    """One change of basis, exact for every input."""
+
+    once = True
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, config: TeleportConfig, optimizer: object = None):
+        super().__init__(model, loss_fn, config, optimizer)
+        self.turn = Turn({})
+        self._found: dict[Symmetry, SymmetryReport] = {}
+        self._basis: Basis = BASES[config.basis]([], config.seed)
+        self._first: dict[nn.Parameter, Tensor] = {}
+        self._squares: dict[nn.Parameter, Tensor] = {}
+        self._state: OptimizerState | None = None
+        self.reviews_all = config.second_moment == "measure"
+        if optimizer is not None:
+            reset = config.second_moment == "reset"
+            check_optimizer(optimizer, reset=reset)
+            self._state = OptimizerState(optimizer, reset=reset)
+
+    @property
+    def used(self) -> list[Symmetry]:
+        """The symmetries that will be turned."""
+        return [symmetry for symmetry in self._found if not symmetry.reason]
+
+    @property
+    def movable(self) -> list[nn.Parameter]:
+        return list(dict.fromkeys(parameter for symmetry in self.used for parameter in symmetry.parameters))
+
+    @property
+    def blocking(self) -> list[nn.Parameter]:
+        return [gain for symmetry in self.used for gain in symmetry.blocking]
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self.movable, None if self._state is None else self._state.optimizer.state)
+
+    def survey(self, point: Point) -> None:
+        if not self.reports:
+            self._find(point)
+            self._basis = BASES[self.config.basis](self.used, self.config.seed)
+            pairs = zip(point.parameters, point.gradients, strict=True)
+            self._first = {p: g.detach() for p, g in pairs if g is not None}
+        self._basis.observe(point)
+
+    def _find(self, point: Point) -> None:
+        self.reports = describe(self.model, point, self.config)
+        immovable = {parameter: report.reason for parameter, report in self.reports.items() if report.reason}
+        round_gains = self.config.blocking_gains == "round"
+        symmetries, reasons = find_symmetries(self.model, self.loss_fn, point.batch, immovable, round_gains=round_gains)
+        for symmetry in symmetries:
+            if not symmetry.reason and symmetry.kind not in self.config.symmetries:
+                symmetry.reason = f"{symmetry.kind} is not among the chosen symmetries"
+            self._found[symmetry] = SymmetryReport(
+                symmetry.kind, symmetry.name, symmetry.blocks, symmetry.size, len(symmetry.parameters), reason=symmetry.reason
+            )
+        self.symmetries = list(self._found.values())
+        left_out = {p: symmetry.reason for symmetry in symmetries if symmetry.reason for p in symmetry.parameters}
+        for parameter, report in self.reports.items():
+            report.reason = report.reason or left_out.get(parameter) or reasons.get(parameter, "")
+        for parameter in self.movable:
+            self.reports[parameter].movable, self.reports[parameter].reason = True, ""
+
+    def fit(self) -> None:
+        rotations = {}
+        for symmetry in self.used:
+            self._found[symmetry].misalignment = self._basis.misalignment(symmetry)
+            rotations[symmetry] = balance(symmetry) if symmetry.kind == "scaling" else self._basis.choose(symmetry)
+        self.turn = Turn(rotations)
+
+    def propose(self, point: Point | None = None) -> Move | None:
+        measured = [s.misalignment for s in self._found.values() if s.misalignment is not None]
+        if self.config.min_misalignment and max(measured, default=0.0) < self.config.min_misalignment:
+            return None
+        return lambda fraction: self.turn.carry_out(self._state)
+
+    def review(self, point: Point) -> None:
+        gradients = {p: g.detach() for p, g in zip(point.parameters, point.gradients, strict=True) if g is not None}
+        if point.seed == self.config.seed and self.turn.exact:
+            self._compare(self.turn.gradients(self._first), gradients)
+        if self.config.second_moment == "measure":
+            for parameter in self.movable:
+                if parameter in gradients:
+                    known = self._squares.get(parameter)
+                    square = gradients[parameter].square()
+                    self._squares[parameter] = square if known is None else known.add_(square)
+
+    def _compare(self, expected: dict[nn.Parameter, Tensor], found: dict[nn.Parameter, Tensor]) -> None:
+        """A symmetry turns the gradient as it turns the weights: what does not was none."""
+        total = norm(expected.values())
+        for parameter, gradient in expected.items():
+            other = found.get(parameter, torch.zeros_like(gradient))
+            error = norm([other - gradient]) / max(norm([gradient]) + 1e-3 * total, 1e-30)
+            if not error <= _AGREEMENT[parameter.dtype]:
+                self.objection = "not_a_symmetry"
+                self.reports[parameter].reason = f"its gradient did not turn with it: off by {error:.1e}"
+                return
+
+    def accept(self) -> None:
+        if self._state is not None:
+            for parameter, squares in self._squares.items():
+                self._state.put_squares(parameter, squares)

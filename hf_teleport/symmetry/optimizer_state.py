@@ -1,0 +1,133 @@
+"""What an optimizer remembers of a weight's gradients, when the weight gets another basis.
+
+Averages of gradients turn exactly as the weights do. Averages of squared gradients do not: `v <- (Q∘Q) v` is what they would be
+if the gradient's coordinates were uncorrelated, and keeps their sum.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# By the names under which optimizers of torch and Transformers keep them.
+FIRST = {"exp_avg", "momentum_buffer", "exp_avg_diff", "mu_product"}
+SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "acc_delta", "variance", "row_var", "col_var"}
+# Those of Transformers' Adafactor lack the axis that they are a mean over.
+FACTORED = {"exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
+
+# Their step turns with the basis: in every basis they go the same way.
+INDIFFERENT = {"SGD", "ASGD", "Muon", "LBFGS"}
+
+
+class OptimizerState:
+    """The state of an optimizer of torch, turned along with the weights.
+
+    Args:
+        optimizer: also one wrapped by Accelerate.
+        reset: forget the state of each weight that is turned, instead of turning it; the optimizer starts it anew.
+    """
+
+    def __init__(self, optimizer: Any, *, reset: bool = False):
+        self.optimizer: Optimizer = unwrapped(optimizer)
+        self._reset = reset
+
+    @property
+    def _state(self) -> dict[Any, Any]:
+        return self.optimizer.state
+
+    def turn(self, part: Any, matrices: Tensor, turn_axis: Callable[[Tensor, Any, Tensor], Tensor]) -> None:
+        """Turn what is remembered of a part's parameter; `turn_axis(tensor, part, matrices)` works in place."""
+        for _, tensor, dim, is_square in self._tensors(part.parameter, part.dim):
+            turn_axis(tensor, _At(dim, part.positions), matrices.square() if is_square else matrices)
+
+    def scale(self, parameter: nn.Parameter, dim: int, factors: Tensor) -> None:
+        """The parameter's gradients are multiplied by factors along an axis."""
+        for _, tensor, own, is_square in self._tensors(parameter, dim):
+            shape = [1] * tensor.dim()
+            shape[own] = -1
+            tensor.mul_((factors.square() if is_square else factors).reshape(shape).to(tensor))
+
+    def level(self, parameter: nn.Parameter) -> None:
+        """A norm's gain has a new gradient in a new basis, unknown before: no momentum, and the mean of the squares."""
+        for _, tensor, _, is_square in self._tensors(parameter, 0):
+            tensor.fill_(float(tensor.mean()) if is_square else 0.0)
+
+    def put_squares(self, parameter: nn.Parameter, squares: Tensor) -> None:
+        """Replace the averages of squares by others of the same shape and any scale; the sum of each stays."""
+        for _, tensor, _, is_square in self._tensors(parameter, 0):
+            if is_square and tensor.shape == squares.shape and squares.any():
+                tensor.copy_(squares * (tensor.sum() / squares.sum()))
+
+    def tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """All tensors that are kept for a parameter."""
+        return {name: value for name, value in self._state.get(parameter, {}).items() if isinstance(value, Tensor)}
+
+    def _tensors(self, parameter: nn.Parameter, dim: int) -> list[tuple[str, Tensor, int, bool]]:
+        """Name, tensor, the axis in it of the parameter's axis, and whether it holds squares."""
+        if self._reset:
+            self._state.pop(parameter, None)
+            return []
+        found = []
+        for name, tensor in self.tensors(parameter).items():
+            if name in FACTORED:
+                own = list(range(parameter.dim()))
+                own.pop(FACTORED[name])
+                if dim in own:
+                    found.append((name, tensor, own.index(dim), True))
+            elif tensor.dim() == parameter.dim() and tensor.shape[dim] == parameter.shape[dim] and name in FIRST | SECOND:
+                found.append((name, tensor, dim, name in SECOND))
+        return found
+
+
+class _At:
+    """A part's positions in a tensor that may lack some of the parameter's axes."""
+
+    def __init__(self, dim: int, positions: Tensor):
+        self.dim, self.positions = dim, positions
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The torch optimizer inside those that Accelerate wraps around it."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
+    """Make sure that a change of basis makes sense for an optimizer, and that its state can follow.
+
+    What it keeps is found out by one step of a new one of its kind on a small matrix.
+
+    Raises:
+        ValueError: an optimizer whose steps do not depend on the basis, or one with a state that is not known.
+    """
+    optimizer = unwrapped(optimizer)
+    name = type(optimizer).__name__
+    if name in INDIFFERENT:
+        raise ValueError(
+            f"a change of basis does nothing for {name}: its steps are the same in every basis. Use an optimizer that looks at "
+            "each coordinate alone (AdamW, Adafactor, Adagrad, ...), or teleport_method='null_space'."
+        )
+    if reset:
+        return
+    matrix = nn.Parameter(torch.ones(4, 3))
+    matrix.grad = torch.ones(4, 3)
+    known = sorted(FIRST | SECOND | set(FACTORED))
+    try:
+        taken = inspect.signature(type(optimizer)).parameters
+        trial = type(optimizer)([matrix], **{name: value for name, value in optimizer.defaults.items() if name in taken})
+        trial.step()
+        kept = {key for key, value in trial.state[matrix].items() if isinstance(value, Tensor) and value.numel() > 1}
+    except Exception as error:  # whatever an optimizer of another library needs
+        raise ValueError(
+            f"the state of {name} is not known ({error}), so it cannot be turned; known are {', '.join(known)}. "
+            "Set teleport_second_moment='reset' to start it anew for the weights that turn."
+        ) from error
+    if unknown := sorted(kept - set(known)):
+        raise ValueError(
+            f"{name} keeps {', '.join(unknown)}, which cannot be turned; known are {', '.join(known)}. "
+            "Set teleport_second_moment='reset' to start its state anew for the weights that turn."
+        )
