@@ -216,7 +216,7 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
-            yield from (v for v in value if isinstance(v, Tensor))
+            yield from tensors_in(value)
 
 
 @contextmanager

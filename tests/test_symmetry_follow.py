@@ -114,7 +114,8 @@ def test_what_is_not_an_rms_norm_is_not_taken_for_one(kind):
     model = Chain(perturbed(OTHERS[kind]()))
     facts = follow(model, torch.randn(2, 4, 5))
     assert not facts.norms
-    fixed = {feature for features, _ in facts.fixed for feature in features.tolist()}
+    stopped = [*(features for features, _ in facts.fixed), *(features for _, features in facts.factors)]
+    fixed = {feature for features in stopped for feature in features.flatten().tolist()}
     assert set(facts.axis(model.up.weight, 0).features.tolist()) <= fixed
 
 

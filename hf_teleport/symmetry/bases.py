@@ -141,13 +141,11 @@ class PredictedDecrease(Basis):
             return torch.eye(symmetry.size, dtype=torch.float64).expand(symmetry.blocks, -1, -1)
         gradient = torch.cat(rows, -1).double()  # (H, k, n)
         inside = mean_free(symmetry.size, gradient) if symmetry.centred else torch.eye(symmetry.size).to(gradient)
-        coordinates = inside.mT @ gradient
-        matrix = torch.eye(coordinates.shape[-2]).to(gradient).expand(symmetry.blocks, -1, -1)
+        matrix = torch.eye(symmetry.size).to(gradient).expand(symmetry.blocks, -1, -1)
         for _ in range(self._ITERATIONS):
-            signs = (inside @ matrix @ coordinates).sign() if symmetry.centred else (matrix @ coordinates).sign()
-            left, _, right = torch.linalg.svd(inside.mT @ signs @ coordinates.mT)
-            matrix = left @ right
-        return _with_mean(matrix, inside) if symmetry.centred else matrix
+            left, _, right = torch.linalg.svd(inside.mT @ (matrix @ gradient).sign() @ gradient.mT @ inside)
+            matrix = _with_mean(left @ right, inside) if symmetry.centred else left @ right
+        return matrix
 
 
 class Random(Basis):
@@ -180,7 +178,7 @@ def mean_free(size: int, like: Tensor) -> Tensor:
 def _with_mean(inside: Tensor, basis: Tensor) -> Tensor:
     """A rotation of the mean-free vectors (H, k - 1, k - 1), and the vector of ones kept: (H, k, k)."""
     size = basis.shape[0]
-    return basis @ inside @ basis.mT + torch.full((size, size), 1 / size).to(basis)
+    return basis @ inside @ basis.mT + torch.full((size, size), 1 / size, dtype=basis.dtype, device=basis.device)
 
 
 BASES: dict[str, type[Basis]] = {
@@ -193,9 +191,11 @@ BASES: dict[str, type[Basis]] = {
 
 def balance(symmetry: Symmetry) -> Tensor:
     """The factors (H, 1, 1) of single features that make what writes each as long as what reads it."""
-    writes, reads = (
-        sum(slices(p.parameter.detach(), p).square().sum((1, 2, 3)) for p in symmetry.parts if p.reads is side)
-        for side in (False, True)
-    )
-    ratio = (torch.as_tensor(reads) / torch.as_tensor(writes).clamp_min(1e-30)).pow(0.25)
-    return torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0).double()[:, None, None]
+    writes, reads = (_squares(symmetry, reads=side) for side in (False, True))
+    return torch.where((writes > 0) & (reads > 0), (reads / writes).pow(0.25), 1.0)[:, None, None]
+
+
+def _squares(symmetry: Symmetry, *, reads: bool) -> Tensor:
+    """For each feature (H,) the squared length of what reads it, or of what writes it."""
+    parts = [part for part in symmetry.parts if part.reads is reads]
+    return sum((slices(p.parameter.detach(), p).double().square().sum((1, 2, 3)) for p in parts), torch.zeros(symmetry.blocks))

@@ -43,8 +43,8 @@ class Norm:
     """A norm over features: `y = gain * x / rms(x) + bias`, the gain being `offset + weight`; centred for a layer norm.
 
     Attributes:
-        inputs: features that were normalised, (..., d).
-        outputs: features of its output; those of the gain, unless one gain serves several groups of features (each head).
+        inputs: features that were normalised, (d,).
+        outputs: features of its output, (d,): those of the gain.
     """
 
     gain: nn.Parameter
@@ -56,7 +56,11 @@ class Norm:
 
 @dataclass
 class Facts:
-    """What a forward showed about features. `mark` and `forget_since` take back what was noted in between."""
+    """What a forward showed about features. `mark` and `forget_since` take back what was noted in between.
+
+    `factors` are parameters that scale features one by one and stop a rotation unless they are uniform: a layer scale, the gain
+    of a norm over each head.
+    """
 
     axes: dict[tuple[nn.Parameter, int], Axis] = field(default_factory=dict)
     count: int = 0
@@ -66,6 +70,7 @@ class Facts:
     split: list[tuple[Tensor, str]] = field(default_factory=list)
     flags: list[tuple[Tensor, str]] = field(default_factory=list)
     norms: list[Norm] = field(default_factory=list)
+    factors: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
     reads: set[tuple[nn.Parameter, int]] = field(default_factory=set)
     writes: set[tuple[nn.Parameter, int]] = field(default_factory=set)
 
@@ -106,6 +111,11 @@ class Facts:
         features = compact(features)
         self.fixed.append((features[features != NONE], reason))
 
+    def fix_all(self, reason: str) -> None:
+        """Nothing that was seen so far may turn."""
+        for axis in self.axes.values():
+            self.fixed.append((axis.features, reason))
+
     def note_flag(self, features: Tensor, flag: str) -> None:
         """Remember a property: 'residual' (added to another branch), 'contracted', 'mixed' (over tokens), 'centred', 'normed'."""
         features = compact(features)
@@ -121,7 +131,7 @@ class Facts:
             del facts[end:]
 
     def _lists(self) -> list[list]:
-        return [self.same, self.together, self.fixed, self.split, self.flags, self.norms]
+        return [self.same, self.together, self.fixed, self.split, self.flags, self.norms, self.factors]
 
 
 def compact(features: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ numbers too, and so needs no rule of its own. `rules/` has the operations that c
 enter it: a model that does something unknown loses symmetries, and not its outputs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,11 +16,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hf_teleport.symmetry.features import Facts, Norm, compact
+from hf_teleport.symmetry.features import NONE, Facts, Norm, compact
 from hf_teleport.trace import COMPOSITES, tensors_in, without_python_overrides
 
 Tag = tuple[Tensor, ...]
 """The features of a tensor, of its shape: one tensor for an activation; for a parameter or a view of it, one for each axis."""
+
+
+# What a call that returns no tensor may tell of one: its kind, and none of its values.
+_ABOUT = {
+    *("size", "shape", "dim", "ndim", "ndimension", "dtype", "device", "numel", "nelement", "stride", "storage_offset", "layout"),
+    *("requires_grad", "len", "grad", "grad_fn", "version", "names", "get_device", "element_size", "itemsize", "nbytes", "hash"),
+    *("register_hook", "register_post_accumulate_grad_hook", "retain_grad", "data_ptr", "untyped_storage", "repr", "format"),
+}
+_ZEROS = {"zeros", "zeros_like", "new_zeros"}
 
 
 @dataclass
@@ -33,22 +42,35 @@ class Call:
     kwargs: dict[str, Any]
     output: Any
     follow: "Follow"
+    looked_at: set[int] = field(default_factory=set)
 
     @property
     def facts(self) -> Facts:
         return self.follow.facts
 
-    def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument, given by position or by name."""
-        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+    def argument(self, position: int, *names: str, default: Any = None) -> Any:
+        """An argument, given by position or by one of its names."""
+        if len(self.args) > position:
+            return self.args[position]
+        return next((self.kwargs[name] for name in names if name in self.kwargs), default)
 
     def tag(self, tensor: Any) -> Tag | None:
+        """The features of a tensor. A tensor that its rule never asks about is fixed."""
+        self.looked_at.add(id(tensor))
         return self.follow.tag(tensor)
 
     def features(self, tensor: Any) -> Tensor | None:
-        """The features of an activation; for a parameter that is used as one, those of its last axis."""
+        """The features of an activation; a parameter that is used as one has those of its last axis, and the others are fixed."""
         tag = self.tag(tensor)
+        for other in tag[:-1] if tag else ():
+            self.facts.note_fixed(other, "its rows are used as values")
         return None if tag is None else tag[-1]
+
+    def is_zero(self, value: Any) -> bool:
+        """Whether a value is zero whatever the batch is: a number, or a tensor that was made of zeros."""
+        if isinstance(value, Tensor):
+            return value.numel() == 0 or value in self.follow.zeros
+        return isinstance(value, (int, float)) and value == 0
 
     def fix(self, *tensors: Any, reason: str) -> None:
         """All features of these tensors are fixed, and what comes of them has the reason."""
@@ -56,7 +78,7 @@ class Call:
             for features in self.tag(tensor) or ():
                 self.facts.note_fixed(features, reason)
         for tensor in tensors_in([self.output]):
-            self.follow.reasons[tensor] = reason
+            self.follow.forget(tensor, reason)
 
 
 class Follow(TorchFunctionMode):
@@ -72,9 +94,11 @@ class Follow(TorchFunctionMode):
         super().__init__()
         self.facts = Facts()
         self.reasons: Any = WeakIdKeyDictionary()  # why a tensor has no features
+        self.zeros: Any = WeakIdKeyDictionary()
         self._model = model
         self._rules = rules
         self._tags: Any = WeakIdKeyDictionary()
+        self._seen: Any = WeakIdKeyDictionary()
         self._parameters = {id(parameter): parameter for parameter in model.parameters()}
 
     @classmethod
@@ -82,8 +106,12 @@ class Follow(TorchFunctionMode):
     def open(cls, model: nn.Module, rules: dict[str, Callable[[Call], Any]]) -> Iterator["Follow"]:
         """Follow the model while the context is open."""
         follow = cls(model, rules)
-        with follow._recognised_norms(), follow:
-            yield follow
+        outputs = model.register_forward_hook(lambda module, inputs, output: follow.fix_outputs(output))
+        try:
+            with follow._recognised_norms(), follow:
+                yield follow
+        finally:
+            outputs.remove()
 
     def tag(self, tensor: Any) -> Tag | None:
         """The features of a tensor, None if it has none: a constant, or an output of something without a rule."""
@@ -111,6 +139,18 @@ class Follow(TorchFunctionMode):
             return
         self._tags[tensor] = tuple(compact(features).expand(tensor.shape) for features in tag)
 
+    def forget(self, tensor: Tensor, reason: str) -> None:
+        """Let a tensor have no features, for a reason."""
+        self._tags.pop(tensor, None)
+        self.reasons[tensor] = reason
+
+    def fix_outputs(self, output: Any) -> None:
+        """What the model gives to its user is fixed; hidden states, attentions and caches are its own affair."""
+        values = [value for name, value in output.items() if not _internal(name)] if isinstance(output, Mapping) else [output]
+        for tensor in tensors_in(values):
+            for features in self.tag(tensor) or ():
+                self.facts.note_fixed(features, "it is an output of the model")
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -119,22 +159,94 @@ class Follow(TorchFunctionMode):
             with without_python_overrides(), self:
                 return func(*args, **kwargs)
         output = func(*args, **kwargs)
-        tensors = list(tensors_in((*args, *kwargs.values())))
-        known = [t for t in tensors if self.tag(t) is not None]
-        name = operation_name(func)
-        call = Call(name, func, args, kwargs, output, self)
-        if known and (name in self._rules or any(True for _ in tensors_in([output]))):
-            rule = self._rules.get(name)
-            if rule is None:
-                call.fix(*known, reason=f"passes through {name}")
-            else:
-                self._keep(output, rule(call))
-        elif tensors:
-            reason = next((self.reasons[t] for t in tensors if t in self.reasons), None)
-            for tensor in tensors_in([output]):
-                if reason:
-                    self.reasons[tensor] = reason
+        if not args and kwargs:  # an operand by name: input=, tensors=
+            first, *_ = kwargs
+            args, kwargs = (kwargs[first],), {name: value for name, value in kwargs.items() if name != first}
+        call = Call(operation_name(func), func, args, kwargs, output, self)
+        operands = list(tensors_in([*args, *kwargs.values()]))
+        self._distrust(operands)
+        known = [t for t in operands if self.tag(t) is not None]
+        outputs = list(tensors_in([output]))
+        if known and _writes_into(func, args, kwargs) and self._has_aliases(args[0]):
+            call.fix(*known, args[0], reason=f"{call.name} writes into a part of it")
+            self._forget_aliases(args[0], f"{call.name} has written into a part of it")
+        elif known:
+            self._apply(call, known, outputs)
+        else:
+            self._follow_constant(call, func, operands, outputs)
+        for tensor in outputs:
+            self._seen[tensor] = True
         return output
+
+    def _apply(self, call: Call, known: list[Tensor], outputs: list[Tensor]) -> None:
+        """The rule for a call with features, if there is one and it can read the call."""
+        rule = self._rules.get(call.name)
+        if rule is None:
+            if outputs or not (call.name in _ABOUT or call.name.startswith("is_")):
+                call.fix(*known, reason=f"passes through {call.name}")
+            return
+        mark = self.facts.mark()
+        try:
+            tag = rule(call)
+        except (
+            IndexError,
+            KeyError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+            AttributeError,
+        ):  # arguments in a form that it does not know
+            self.facts.forget_since(mark)
+            call.fix(*known, reason=f"passes through {call.name} in a form that is not known")
+            return
+        for tensor in known:
+            if id(tensor) not in call.looked_at:
+                call.fix(tensor, reason=f"goes into {call.name} beside what it works on")
+        for tensor in outputs:
+            self.zeros.pop(tensor, None)
+            if call.name in _ZEROS:
+                self.zeros[tensor] = True
+        self._keep(call.output, tag)
+
+    def _follow_constant(self, call: Call, func: Any, operands: list[Tensor], outputs: list[Tensor]) -> None:
+        """A call without features: its output has none, for the reason of its operands; zeros that are moved stay zeros."""
+        reason = next((self.reasons[t] for t in operands if t in self.reasons), None)
+        floating = [t for t in operands if t.is_floating_point()]
+        moves = getattr(self._rules.get(call.name), "keeps_zeros", False) and floating and all(t in self.zeros for t in floating)
+        for tensor in outputs:
+            self.zeros.pop(tensor, None)
+            if reason:
+                self.reasons[tensor] = reason
+            if call.name in _ZEROS or moves:
+                self.zeros[tensor] = True
+        if operands and _writes_into(func, call.args, call.kwargs):
+            for tensor in self._aliases(operands[0]):
+                self.zeros.pop(tensor, None)
+
+    def _distrust(self, operands: list[Tensor]) -> None:
+        """A tensor that has a history, but came from no call that was seen, may depend on anything."""
+        for tensor in operands:
+            if tensor.grad_fn is not None and self.tag(tensor) is None and tensor not in self._seen:
+                self._seen[tensor] = True
+                self.facts.fix_all("the model computes in a way that torch functions do not show (a compiled or scripted part)")
+
+    def _aliases(self, tensor: Tensor) -> list[Tensor]:
+        """The known tensors that share a tensor's memory."""
+        base = tensor if tensor._base is None else tensor._base
+        candidates = [*self._tags, *self.zeros]
+        return [t for t in candidates if t is base or t._base is base]
+
+    def _has_aliases(self, tensor: Any) -> bool:
+        return isinstance(tensor, Tensor) and (tensor._base is not None or any(t is not tensor for t in self._aliases(tensor)))
+
+    def _forget_aliases(self, tensor: Any, reason: str) -> None:
+        for alias in {
+            id(t): t for t in (*self._aliases(tensor), tensor, *([] if tensor._base is None else [tensor._base]))
+        }.values():
+            for features in self.tag(alias) or ():
+                self.facts.note_fixed(features, reason)
+            self.zeros.pop(alias, None)
+            self.forget(alias, reason)
 
     def _keep(self, output: Any, tag: Any) -> None:
         if tag is None:
@@ -176,22 +288,26 @@ class Follow(TorchFunctionMode):
             return
         self.facts.forget_since(mark)
         self.reasons.pop(output, None)
-        features = note_norm(self.facts, tag[-1], gain, None, offset)
-        self.give(output, (features,))
+        self.give(output, (note_norm(self.facts, tag[-1], gain, None, offset),))
 
 
 def note_norm(facts: Facts, x: Tensor, gain: nn.Parameter | None, bias: nn.Parameter | None, offset: float) -> Tensor:
-    """Note an RMS norm over the last dim of features x (..., d), and return the features of its output."""
+    """Note a norm over the last dim of features x (..., d), and return the features of its output."""
     ids = compact(x)
-    shared = [dim for dim, size in enumerate(ids.shape[:-1]) if size > 1]
-    facts.note_together(ids, tuple(shared))
+    shared = tuple(dim for dim, size in enumerate(ids.shape[:-1]) if size > 1)
+    facts.note_together(ids, shared)
     facts.note_flag(ids, "normed")
+    if bool((ids == NONE).any()) or (shared and bias is not None):
+        facts.note_fixed(
+            ids, "normalised together with zeros" if bias is None or not shared else "each head is shifted by the same bias"
+        )
+        return torch.full_like(x, NONE)
     if gain is None:
         return x
-    own = facts.axis(gain, 0).features
     if shared:  # one gain for each head: it has no features of its own
-        facts.norms.append(Norm(gain, bias, offset, ids, ids))
+        facts.factors.append((gain, ids))
         return x
+    own = facts.axis(gain, 0).features
     if bias is not None:
         facts.note_same(facts.axis(bias, 0).features, own)
         facts.writes.add((bias, 0))
@@ -208,6 +324,18 @@ def operation_name(function: Callable[..., Any]) -> str:
     if name.startswith("__") and plain[:1] in ("r", "i") and plain[1:] in ("add", "sub", "mul", "div", "truediv", "matmul"):
         return f"r{plain[1:]}" if plain[0] == "r" and plain[1:] in ("sub", "div", "truediv", "matmul") else plain[1:]
     return plain
+
+
+def _writes_into(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call changes its first argument: `add_`, `__iadd__`, `__setitem__`."""
+    name = getattr(function, "__name__", "")
+    in_place = name.endswith("_") and not name.startswith("_")
+    operator = name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
+    return bool(args) and ("out" in kwargs or name == "__setitem__" or operator or (in_place and name != "requires_grad_"))
+
+
+def _internal(name: str) -> bool:
+    return name.endswith(("hidden_states", "attentions")) or name in ("loss", "past_key_values", "encoder_last_hidden_state")
 
 
 def _may_be_norm(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 # By the names under which optimizers of torch and Transformers keep them.
-FIRST = {"exp_avg", "momentum_buffer", "exp_avg_diff", "mu_product"}
+FIRST = {"exp_avg", "momentum_buffer", "exp_avg_diff", "grad_avg"}
 SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "acc_delta", "variance", "row_var", "col_var"}
 # Those of Transformers' Adafactor lack the axis that they are a mean over.
 FACTORED = {"exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
@@ -113,8 +113,9 @@ def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
         )
     if reset:
         return
-    matrix = nn.Parameter(torch.ones(4, 3))
-    matrix.grad = torch.ones(4, 3)
+    device = optimizer.param_groups[0]["params"][0].device
+    matrix = nn.Parameter(torch.ones(4, 3, device=device))
+    matrix.grad = torch.ones_like(matrix)
     known = sorted(FIRST | SECOND | set(FACTORED))
     try:
         taken = inspect.signature(type(optimizer)).parameters

@@ -57,7 +57,7 @@ class Symmetry:
         parts: the axes to turn.
         gains: norm gains inside, all ones or uniform: the turn leaves them, but their moments lose their meaning.
         folds: the norms whose gains go into their readers first.
-        rounded: norms whose gains must be made uniform first, for they can be neither folded nor turned.
+        rounded: gains that must be made uniform first, for they can be neither folded nor turned.
         reason: why it is left out; empty if it is used.
     """
 
@@ -69,7 +69,7 @@ class Symmetry:
     parts: list[Part] = field(default_factory=list)
     gains: list[nn.Parameter] = field(default_factory=list)
     folds: list[Fold] = field(default_factory=list)
-    rounded: list[Norm] = field(default_factory=list)
+    rounded: list[nn.Parameter] = field(default_factory=list)
     reason: str = ""
 
     @property
@@ -104,7 +104,7 @@ def find_symmetries(
         The symmetries, those left out included; and for each parameter that none turns, why.
     """
     with torch.enable_grad(), Follow.open(model, RULES) as follow:
-        loss_fn(model, batch)
+        follow.fix_outputs(loss_fn(model, batch))
     return Solver(model, follow.facts, immovable or {}, round_gains).solve()
 
 
@@ -114,7 +114,7 @@ class Solver:
     def __init__(self, model: nn.Module, facts: Facts, immovable: dict[nn.Parameter, str], round_gains: bool = False):
         self.facts = facts
         self._round_gains = round_gains
-        self._rounded: dict[nn.Parameter, Norm] = {}
+        self._rounded: set[nn.Parameter] = set()
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         for (parameter, _), axis in facts.axes.items():
             if parameter in immovable:
@@ -126,6 +126,7 @@ class Solver:
         """Fold what can be, join norms' inputs and outputs, and read the blocks off."""
         folds = self._pass_norms()
         root = components(self.facts.count, self.facts.same)
+        self._fix_for_unused(root)
         reasons = self._reasons(root)
         seen = torch.zeros(self.facts.count, dtype=torch.bool)
         for features, _ in self.facts.together:
@@ -138,6 +139,17 @@ class Solver:
         turned = {p for s in symmetries if not s.reason for p in s.parameters}
         return symmetries, {p: self._why(p, root, reasons) for p in self.names if p not in turned}
 
+    def _fix_for_unused(self, root: Tensor) -> None:
+        """A weight that the batch made no use of may belong to the stream (an expert, an image tower): then the stream stays."""
+        used = {self.owner[int(f)] for features, _ in [*self.facts.together, *self.facts.fixed] for f in features[:1]}
+        known = {self.axes[index].parameter for index in used}
+        for features, flag in list(self.facts.flags):
+            if flag not in ("residual", "normed"):
+                continue
+            for parameter, name in self.names.items():
+                if parameter not in known and parameter.dim() > 1 and len(root[features].unique()) in parameter.shape:
+                    self.facts.note_fixed(features, f"{name}, which may belong to it, was not used on the teleport data")
+
     def _pass_norms(self) -> list[Fold]:
         """Decide for each norm whether a rotation passes: its gain is folded, is uniform, or stops it."""
         root = components(self.facts.count, self.facts.same)
@@ -149,17 +161,13 @@ class Solver:
         stopped = {int(r) for features, _ in self.facts.fixed for r in root[features].unique()}
         inputs = {int(r) for norm in self.facts.norms for r in root[norm.inputs].unique()}
         folds: dict[nn.Parameter, Fold | None] = {}
+        for factor, features in self.facts.factors:
+            if not self._passes(factor):
+                self.facts.note_fixed(features, f"{self.names[factor]} is not uniform and scales each feature by its own factor")
         for norm in list(self.facts.norms):
-            own_axis = self.facts.axes.get((norm.gain, 0))
-            if norm.outputs is norm.inputs or own_axis is None:
-                if not self._passes(norm):
-                    self.facts.note_fixed(
-                        norm.inputs, f"the gain of {self.names[norm.gain]} is not uniform, and each head has the same"
-                    )
-                continue
             if norm.gain not in folds:
                 folds[norm.gain] = self._fold(norm, root, members, gain_axes, stopped | inputs)
-            if folds[norm.gain] is None and not self._passes(norm):
+            if folds[norm.gain] is None and not self._passes(norm.gain):
                 who = self._others(norm, root, members)
                 reason = f"the gain of {self.names[norm.gain]} is not uniform and cannot be folded: {who}"
                 self.facts.note_fixed(norm.inputs, reason)
@@ -168,13 +176,11 @@ class Solver:
                 self.facts.note_same(norm.inputs, norm.outputs)
         return [fold for fold in folds.values() if fold is not None]
 
-    def _passes(self, norm: Norm) -> bool:
+    def _passes(self, gain: nn.Parameter) -> bool:
         """Whether a gain that is not folded lets a rotation through: it is uniform, or may be made so."""
-        if uniform(norm.gain):
-            return True
-        if self._round_gains:
-            self._rounded[norm.gain] = norm
-        return self._round_gains
+        if not uniform(gain) and self._round_gains:
+            self._rounded.add(gain)
+        return uniform(gain) or self._round_gains
 
     def _fold(
         self, norm: Norm, root: Tensor, members: dict[int, set[int]], gain_axes: dict[Axis, Norm], stopped: set[int]
@@ -198,13 +204,13 @@ class Solver:
 
     def _others(self, norm: Norm, root: Tensor, members: dict[int, set[int]]) -> str:
         own = {norm.gain, norm.bias}
-        touching = set().union(*(members[r] for r in root[norm.outputs].tolist()))
-        names = sorted(
-            self.names[axis.parameter]
-            for axis in (self.axes[index] for index in touching)
-            if axis.parameter not in own and (axis.parameter, axis.dim) in self.facts.writes
-        )
-        return f"its output is shared with {names[0]}" if names else "its output is not only multiplied with weights"
+        touching = [self.axes[index] for index in sorted(set().union(*(members[r] for r in root[norm.outputs].tolist())))]
+        writers = [a for a in touching if a.parameter not in own and (a.parameter, a.dim) in self.facts.writes]
+        tied = [a for a in writers if (a.parameter, a.dim) in self.facts.reads]
+        if not writers:
+            return "its output is not only multiplied with weights"
+        name = self.names[(tied or writers)[0].parameter]
+        return f"{name} reads its output and writes its input" if tied else f"its output is shared with {name}"
 
     def _reasons(self, root: Tensor) -> dict[int, str]:
         """For each root that is fixed, or alone, the first reason."""
@@ -234,7 +240,7 @@ class Solver:
             groups[kind, len(block), tuple(axes), reasons.get(block[0], "")].append(block)
         symmetries = []
         for (kind, size, axes, reason), members in groups.items():
-            symmetry = self._symmetry(kind, size, axes, members, where, reason, flags, folds)
+            symmetry = self._symmetry(kind, size, axes, members, where, root, reason, flags, folds)
             if symmetry is not None:
                 symmetries.append(symmetry)
         return symmetries
@@ -261,6 +267,7 @@ class Solver:
         axes: tuple[int, ...],
         members: list[list[int]],
         where: dict[int, list[int]],
+        root: Tensor,
         reason: str,
         flags: dict[str, Tensor],
         folds: list[Fold],
@@ -277,6 +284,7 @@ class Solver:
             parts.append(Part(axis.parameter, axis.dim, positions, (axis.parameter, axis.dim) in self.facts.reads))
         gain_parameters = {norm.gain for norm in self.facts.norms}
         gains = [part.parameter for part in parts if part.parameter in gain_parameters]
+        gains += [factor for factor, features in self.facts.factors if bool((root[features] == members[0][0]).any())]
         parts = [part for part in parts if part.parameter not in gain_parameters]
         matrices = [part for part in parts if part.parameter.dim() > 1]
         if sum(part.positions.shape[1] for part in matrices) < 2 and not (matrices and reason):
@@ -294,7 +302,7 @@ class Solver:
         symmetry = Symmetry(kind, name, len(members), size, parts=parts, gains=gains, reason=reason)
         symmetry.centred = "centred" in flagged
         symmetry.folds = [fold for fold in folds if fold.norm.gain in set(gains)]
-        symmetry.rounded = [self._rounded[gain] for gain in gains if gain in self._rounded]
+        symmetry.rounded = [gain for gain in gains if gain in self._rounded]
         return symmetry
 
     def _split_reason(self, r: int, where: dict[int, list[int]]) -> str:

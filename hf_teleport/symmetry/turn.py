@@ -28,8 +28,8 @@ class Turn:
 
     def __post_init__(self) -> None:
         for symmetry in self.rotations:
-            for norm in symmetry.rounded:
-                self._rounded[norm.gain] = norm.gain.detach().clone()
+            for gain in symmetry.rounded:
+                self._rounded[gain] = gain.detach().clone()
             for fold in symmetry.folds:
                 self._gains[fold] = effective(fold.norm).clone()
 

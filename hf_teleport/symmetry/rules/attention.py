@@ -15,7 +15,7 @@ from hf_teleport.symmetry.rules.layers import layer
 @rule("matmul", "bmm", "mm", "rmatmul", "mv")
 def matmul(call: Call) -> Any:
     """`a b`: a layer if one is a weight; attention's scores if both have features, its mixing of values if one has."""
-    a, b = call.args[0], call.argument(1, "mat2", call.kwargs.get("other"))
+    a, b = call.args[0], call.argument(1, "mat2", "other")
     if call.name == "rmatmul":
         a, b = b, a
     return _product(call, a, b)
@@ -26,7 +26,7 @@ def baddbmm(call: Call) -> Any:
     """`c + a b`: scores with a bias on positions."""
     offset, a, b = call.args[0], call.argument(1, "batch1"), call.argument(2, "batch2")
     features = _product(call, a, b)
-    if features is not None and call.kwargs.get("beta", 1) != 0 and bool(offset.detach().any()):
+    if features is not None and call.kwargs.get("beta", 1) != 0 and not call.is_zero(offset):
         call.fix(a, b, reason="a constant is added")
         return None
     return features

@@ -17,7 +17,7 @@ def add(call: Call) -> Any:
     fa, fb = call.features(a), call.features(b)
     if fa is None or fb is None:
         known, other = (fb, a) if fa is None else (fa, b)
-        if (bool(other.detach().any()) if isinstance(other, Tensor) else other != 0) or known is None:
+        if known is None or not call.is_zero(other):
             call.fix(a, b, reason=why(call, [t for t in (a, b) if isinstance(t, Tensor)], "a constant is added"))
             return None
         return (known.expand(call.output.shape),)
@@ -35,12 +35,13 @@ def scale(call: Call) -> Any:
     a, b = call.args[0], call.argument(1, "other")
     fa, fb = call.features(a), call.features(b)
     if fa is not None and fb is not None:
-        uniform = [t for t in (a, b) if (p := call.follow.parameter(t)) is not None and _uniform(p)]
-        if not uniform:
-            call.fix(a, b, reason="multiplied with other features, element by element")
-            return None
-        call.fix(uniform[0], reason="a factor of its own for each feature")
-        return ((fb if uniform[0] is a else fa).expand(call.output.shape),)
+        for factor, scaled in ((call.follow.parameter(a), fb), (call.follow.parameter(b), fa)):
+            if factor is not None and factor.numel() == factor.shape[-1]:  # a layer scale
+                call.facts.note_fixed(call.facts.axis(factor, -1).features, "a factor of its own for each feature")
+                call.facts.factors.append((factor, compact(scaled)))
+                return (scaled.expand(call.output.shape),)
+        call.fix(a, b, reason="multiplied with other features, element by element")
+        return None
     features, coefficient = (fa, b) if fa is not None else (fb, a)
     if features is None or (fa is None and "div" in call.name):
         call.fix(a, b, reason=f"passes through {call.name}")
@@ -48,16 +49,13 @@ def scale(call: Call) -> Any:
     return _coefficients(call, features, coefficient, "multiplied by a number of its own, as by a rotary embedding or a gate")
 
 
-def _uniform(parameter: Tensor) -> bool:
-    return bool((parameter.detach() == parameter.detach().flatten()[0]).all())
-
-
 def _coefficients(call: Call, features: Tensor, coefficient: Any, split: str) -> Tag:
     shape = call.output.shape
     features = compact(features.expand(shape))
     if isinstance(coefficient, Tensor):
-        differs = compact(coefficient.detach().expand(shape)).shape
-        keyed = tuple(d for d, size in enumerate(features.shape) if size > 1 and differs[d] > 1)
+        # By shape and not by value: what happens to be uniform on this batch need not be on the next.
+        differs = coefficient.expand(shape).stride()
+        keyed = tuple(d for d, size in enumerate(features.shape) if size > 1 and differs[d] != 0)
         if keyed:
             call.facts.note_together(features, keyed, split=split)
     return (features.expand(shape),)
@@ -84,10 +82,10 @@ def where(call: Call) -> Any:
     features = []
     for branch in branches:
         own = call.features(branch)
-        if own is None and (not isinstance(branch, Tensor) or bool(branch.detach().any())):
+        if own is None and not call.is_zero(branch):
             call.fix(*branches, reason="some values are filled in")
             return None
-        features.append(torch.full(branch.shape, NONE) if own is None else own)
+        features.append(torch.full(getattr(branch, "shape", ()), NONE) if own is None else own)
     a, b = torch.broadcast_tensors(*features)
     call.facts.note_same(a, b)
     return _coefficients(call, torch.where(a == NONE, b, a), condition, "some features are masked")
@@ -111,9 +109,7 @@ def index_add(call: Call) -> Any:
     """Rows added to rows: experts put their tokens back."""
     x, source = call.args[0], call.argument(3, "source")
     fx, fs = call.features(x), call.features(source)
-    # What is written into in place is a buffer that began with zeros.
-    adds_constant = fx is None and call.output is not x and bool(x.detach().any())
-    if fs is None or varies(fs) != [fs.dim() - 1] or adds_constant:
+    if fs is None or varies(fs) != [fs.dim() - 1] or (fx is None and not call.is_zero(x)):
         call.fix(x, source, reason=f"passes through {call.name}")
         return None
     fs = compact(fs).reshape([1] * (call.output.dim() - 1) + [-1])
@@ -126,7 +122,7 @@ def index_add(call: Call) -> Any:
 def over_tokens(call: Call) -> Any:
     """A sum over tokens keeps the features; one over the features is no rotation's friend."""
     x = call.args[0]
-    dims = call.argument(1, "dim")
+    dims = call.argument(1, "dim", "axis")
     features = call.features(x)
     if features is None or dims is None:
         call.fix(x, reason=f"all values go through {call.name}")
@@ -142,11 +138,11 @@ def over_tokens(call: Call) -> Any:
     return (features,)
 
 
-@rule("relu")
+@rule("relu", "leaky_relu")
 def relu(call: Call) -> Any:
     """No rotation passes, a positive factor for each feature does."""
     features = call.features(call.argument(0, "input"))
     if features is None:
         return None
-    call.facts.note_together(features, tuple(range(features.dim())), split="passes through relu")
+    call.facts.note_together(features, tuple(range(features.dim())), split=f"passes through {call.name}")
     return (features,)

@@ -33,8 +33,8 @@ def layer(call: Call, x: Any, weight: Tensor, bias: Any, dims: tuple[int, int], 
         call.fix(x, weight, bias, reason="multiplied with a weight that is computed")
         return None
     facts = call.facts
-    _note_side(call, weight, inputs, facts.reads)
-    _note_side(call, weight, outputs, facts.writes)
+    _note_side(call, inputs, facts.reads)
+    _note_side(call, outputs, facts.writes)
     features = call.features(x)
     if features is None:
         facts.note_fixed(inputs, why(call, [x], "reads the model's inputs"))
@@ -52,15 +52,16 @@ def layer(call: Call, x: Any, weight: Tensor, bias: Any, dims: tuple[int, int], 
         if own is None or len(varies(own[-1])) > 1:
             facts.note_fixed(outputs, "its bias is computed")
         else:
-            facts.note_same(compact(own[-1]).flatten(), outputs)
-            _note_side(call, bias, outputs, facts.writes)
+            written = compact(own[-1]).flatten()
+            facts.note_same(written, outputs)
+            _note_side(call, written, facts.writes)
     shape = [1] * call.output.dim()
     shape[channel] = -1
     return (outputs.reshape(shape).expand(call.output.shape),)
 
 
-def _note_side(call: Call, weight: Tensor, features: Tensor, sides: set[tuple[nn.Parameter, int]]) -> None:
-    """Whether an axis writes features or reads them."""
+def _note_side(call: Call, features: Tensor, sides: set[tuple[nn.Parameter, int]]) -> None:
+    """Put the axis that has these features among those that write, or those that read."""
     for key, axis in call.facts.axes.items():
         if axis.first <= int(features[0]) < axis.first + axis.size:
             sides.add(key)
@@ -76,17 +77,17 @@ def linear(call: Call) -> Any:
 @rule("addmm")
 def addmm(call: Call) -> Any:
     """`b + x W`: GPT-2's layers."""
-    bias, x, weight = call.args[:3]
+    bias, x, weight = call.args[0], call.argument(1, "mat1"), call.argument(2, "mat2")
     return layer(call, x, weight, bias, (1, 0), -1)
 
 
 @rule("conv1d", "conv2d", "conv3d")
 def conv(call: Call) -> Any:
     """Channels are features; a patch embedding writes the stream by a convolution."""
-    if call.argument(6, "groups", 1) != 1:
-        call.fix(*call.args[:3], reason="read in groups")
+    x, weight = call.args[0], call.argument(1, "weight")
+    if call.argument(6, "groups", default=1) != 1:
+        call.fix(x, weight, call.argument(2, "bias"), reason="read in groups")
         return None
-    x, weight = call.args[:2]
     spatial = weight.dim() - 2
     return layer(call, x, weight, call.argument(2, "bias"), (0, 1), -1 - spatial)
 
@@ -96,12 +97,13 @@ def embedding(call: Call) -> Any:
     """A row for each token: the table writes its columns' features."""
     weight = call.argument(1, "weight")
     tag = call.tag(weight)
-    features = None if tag is None else _along(tag, weight.shape, -1)
-    if features is None:
+    features = None if tag is None or len(tag) < 2 else _along(tag, weight.shape, -1)
+    if tag is None or features is None:
         call.fix(weight, reason="an embedding that is computed")
         return None
+    call.facts.note_fixed(tag[0], "looked up by token")
     call.facts.note_together(features)
-    _note_side(call, weight, features, call.facts.writes)
+    _note_side(call, features, call.facts.writes)
     return (features.expand(call.output.shape),)
 
 
@@ -120,7 +122,7 @@ def rms_norm(call: Call) -> Any:
 
 def _norm(call: Call, x: Any, shape: Any, gain: Any, bias: Any, *, centred: bool) -> Any:
     features = call.features(x)
-    gains = [None if p is None else call.follow.parameter(p) for p in (gain, bias)]
+    gains = [None if call.tag(p) is None else call.follow.parameter(p) for p in (gain, bias)]
     computed = any(p is not None and own is None for p, own in zip((gain, bias), gains, strict=True))
     if features is None or len(shape) != 1 or computed or (gains[0] is None and gains[1] is not None):
         call.fix(x, gain, bias, reason=f"passes through {call.name}")

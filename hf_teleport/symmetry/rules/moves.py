@@ -19,11 +19,8 @@ _UNCHANGED = (
     "to float double half bfloat16 type type_as contiguous clone detach data dropout alpha_dropout feature_dropout identity "
     "alias requires_grad_ cpu cuda native_dropout neg"
 )
-# They give shapes, types and new tensors; no value of their input is in the output.
-_VALUE_FREE = (
-    "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full new_tensor shape size "
-    "grad requires_grad retain_grad register_hook"
-)
+# New tensors like their operand; no value of it is in them.
+_VALUE_FREE = "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full new_tensor"
 
 
 @rule(*_STRUCTURAL.split())
@@ -40,7 +37,7 @@ def structural(call: Call) -> Any:
         tag = call.tag(value)
         if tag is not None:
             # Next to an activation a parameter (a class token) counts by its last axis.
-            return tag[entry if len(tag) == entries else -1]
+            return tag[entry] if len(tag) == entries else call.features(value)
         is_operand = isinstance(value, Tensor) and value.is_floating_point()
         return torch.full(value.shape, NONE) if is_operand else value
 
@@ -59,12 +56,12 @@ def structural(call: Call) -> Any:
 @rule("cat", "concat", "concatenate", "vstack")
 def concatenate(call: Call) -> Any:
     """Tokens beside tokens have the same features; features beside features stay what they are."""
-    tensors, dim = call.args[0], call.argument(1, "dim", 0) if call.name != "vstack" else 0
+    tensors, dim = call.args[0], 0 if call.name == "vstack" else call.argument(1, "dim", "axis", default=0)
     full = [t for t in tensors if t.numel()]
-    features = [call.features(t) for t in full]
-    known = [f for f in features if f is not None]
-    weights = all(len(call.tag(t) or ()) > 1 for t in full)
-    if weights or not known or any(dim % f.dim() in varies(f) or f.dim() != call.output.dim() for f in known):
+    if all(len(call.tag(t) or ()) > 1 for t in full):  # a weight put together of weights
+        return structural(call)
+    known = [f for f in (call.features(t) for t in full) if f is not None]
+    if not known or any(dim % f.dim() in varies(f) or f.dim() != call.output.dim() for f in known):
         return structural(call)
     if not _constants_are_zero(call):
         return None
@@ -87,7 +84,7 @@ def _constants_are_zero(call: Call) -> bool:
     """Fix the features if a constant other than zero is put beside them."""
     operands = [t for t in _flat(call.args) if isinstance(t, Tensor) and t.is_floating_point()]
     constants = [t for t in operands if call.tag(t) is None]
-    if any(bool(t.detach().any()) for t in constants):
+    if not all(call.is_zero(t) for t in constants):
         call.fix(*operands, reason=why(call, constants, "is joined with values that no weight has written"))
         return False
     return True
@@ -99,6 +96,11 @@ def unchanged(call: Call) -> Any:
     return call.tag(call.argument(0, "input"))
 
 
+for _keeper in (structural, concatenate, unchanged):
+    _keeper.keeps_zeros = True  # type: ignore[attr-defined]
+
+
 @rule(*_VALUE_FREE.split())
 def value_free(call: Call) -> None:
     """Nothing of the features comes out."""
+    call.tag(call.args[0])
