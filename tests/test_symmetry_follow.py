@@ -6,8 +6,9 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from hf_teleport.symmetry.follow import Follow, operation_name, rms_offset
-from hf_teleport.symmetry.rules import RULES
+from hf_teleport.symmetry.follow import operation_name
+from hf_teleport.symmetry.norms import rms_offset
+from hf_teleport.symmetry.spaces import followed
 
 T = torch.Tensor
 
@@ -72,7 +73,7 @@ class Chain(nn.Module):
 
 
 def follow(model, x):
-    with Follow.open(model, RULES) as seen:
+    with followed(model) as seen:
         model(x)
     return seen.facts
 
@@ -150,7 +151,7 @@ def test_epsilon_is_whatever_is_left_of_the_length(epsilon):
 )
 def test_operations_without_a_rule_fix_features_and_are_named(function, name):
     model = nn.Sequential(nn.Linear(5, 8))
-    with Follow.open(model, RULES) as seen:
+    with followed(model) as seen:
         output = function(model(torch.randn(2, 5)))
     assert seen.tag(output) is None
     ((features, reason),) = [(f, r) for f, r in seen.facts.fixed if r.startswith("passes")]
@@ -182,7 +183,7 @@ def test_nothing_stays_registered_on_the_model(where):
     attributes = {module: sorted(vars(module)) for module in model.modules()}
 
     def run():
-        with Follow.open(model, RULES) as seen:
+        with followed(model) as seen:
             assert hooks(model) > 0
             model(torch.randn(2, 5))
             if where == "in the block":
@@ -204,6 +205,6 @@ def test_nothing_stays_registered_on_the_model(where):
 def test_outputs_are_those_without_following():
     model, x = Chain(LlamaRMSNorm(8)), torch.randn(2, 5)
     expected = model(x)
-    with Follow.open(model, RULES):
+    with followed(model):
         found = model(x)
     assert torch.equal(found, expected)

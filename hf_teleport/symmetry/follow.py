@@ -6,17 +6,15 @@ numbers too, and so needs no rule of its own. `rules/` has the operations that c
 enter it: a model that does something unknown loses symmetries, and not its outputs.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hf_teleport.symmetry.features import NONE, Facts, Norm, compact
+from hf_teleport.symmetry.features import Facts, compact
 from hf_teleport.trace import COMPOSITES, tensors_in, without_python_overrides
 
 Tag = tuple[Tensor, ...]
@@ -69,7 +67,8 @@ class Call:
     def is_zero(self, value: Any) -> bool:
         """Whether a value is zero whatever the batch is: a number, or a tensor that was made of zeros."""
         if isinstance(value, Tensor):
-            return value.numel() == 0 or value in self.follow.zeros
+            zeros = self.follow.zeros
+            return value.numel() == 0 or value in zeros or (value._base is not None and value._base in zeros)
         return isinstance(value, (int, float)) and value == 0
 
     def fix(self, *tensors: Any, reason: str) -> None:
@@ -101,18 +100,6 @@ class Follow(TorchFunctionMode):
         self._seen: Any = WeakIdKeyDictionary()
         self._parameters = {id(parameter): parameter for parameter in model.parameters()}
 
-    @classmethod
-    @contextmanager
-    def open(cls, model: nn.Module, rules: dict[str, Callable[[Call], Any]]) -> Iterator["Follow"]:
-        """Follow the model while the context is open."""
-        follow = cls(model, rules)
-        outputs = model.register_forward_hook(lambda module, inputs, output: follow.fix_outputs(output))
-        try:
-            with follow._recognised_norms(), follow:
-                yield follow
-        finally:
-            outputs.remove()
-
     def tag(self, tensor: Any) -> Tag | None:
         """The features of a tensor, None if it has none: a constant, or an output of something without a rule."""
         if not isinstance(tensor, Tensor):
@@ -137,6 +124,7 @@ class Follow(TorchFunctionMode):
             for features in tag:
                 self.facts.note_fixed(features, "an operation changed its shape in a way that is not followed")
             return
+        self.zeros.pop(tensor, None)
         self._tags[tensor] = tuple(compact(features).expand(tensor.shape) for features in tag)
 
     def forget(self, tensor: Tensor, reason: str) -> None:
@@ -176,6 +164,8 @@ class Follow(TorchFunctionMode):
             self._follow_constant(call, func, operands, outputs)
         for tensor in outputs:
             self._seen[tensor] = True
+            if call.name in _ZEROS:
+                self.zeros[tensor] = True
         return output
 
     def _apply(self, call: Call, known: list[Tensor], outputs: list[Tensor]) -> None:
@@ -202,23 +192,13 @@ class Follow(TorchFunctionMode):
         for tensor in known:
             if id(tensor) not in call.looked_at:
                 call.fix(tensor, reason=f"goes into {call.name} beside what it works on")
-        for tensor in outputs:
-            self.zeros.pop(tensor, None)
-            if call.name in _ZEROS:
-                self.zeros[tensor] = True
         self._keep(call.output, tag)
 
     def _follow_constant(self, call: Call, func: Any, operands: list[Tensor], outputs: list[Tensor]) -> None:
-        """A call without features: its output has none, for the reason of its operands; zeros that are moved stay zeros."""
+        """A call without features: its output has none, for the reason of its operands."""
         reason = next((self.reasons[t] for t in operands if t in self.reasons), None)
-        floating = [t for t in operands if t.is_floating_point()]
-        moves = getattr(self._rules.get(call.name), "keeps_zeros", False) and floating and all(t in self.zeros for t in floating)
-        for tensor in outputs:
-            self.zeros.pop(tensor, None)
-            if reason:
-                self.reasons[tensor] = reason
-            if call.name in _ZEROS or moves:
-                self.zeros[tensor] = True
+        for tensor in outputs if reason else []:
+            self.reasons[tensor] = reason
         if operands and _writes_into(func, call.args, call.kwargs):
             for tensor in self._aliases(operands[0]):
                 self.zeros.pop(tensor, None)
@@ -257,63 +237,6 @@ class Follow(TorchFunctionMode):
             for tensor, own in zip(output, tag, strict=True):
                 self.give(tensor, own)
 
-    @contextmanager
-    def _recognised_norms(self) -> Iterator[None]:
-        """Take a module for an RMS norm if its output is one, however it is written."""
-        marks: dict[nn.Module, tuple[int, ...]] = {}
-
-        def before(module: nn.Module, inputs: Any) -> None:
-            marks[module] = self.facts.mark()
-
-        def after(module: nn.Module, inputs: Any, output: Any) -> None:
-            with torch._C.DisableTorchFunction(), torch.no_grad():
-                self._recognise(module, inputs, output, marks.pop(module))
-
-        with ExitStack() as stack:
-            for module in self._model.modules():
-                if _may_be_norm(module):
-                    stack.callback(module.register_forward_pre_hook(before).remove)
-                    stack.callback(module.register_forward_hook(after).remove)
-            yield
-
-    def _recognise(self, module: nn.Module, inputs: Any, output: Any, mark: tuple[int, ...]) -> None:
-        x = inputs[0] if inputs else None
-        tag = self.tag(x)
-        if tag is None or not isinstance(x, Tensor) or not isinstance(output, Tensor) or x.shape != output.shape:
-            return
-        gain = next(module.parameters(recurse=False), None)
-        offset = rms_offset(x, output, gain)
-        # Anything that scales would pass for a norm of inputs that happen to have length one; a norm does not see a factor.
-        if offset is None or not torch.allclose(module.forward(16 * x, *inputs[1:]), output, rtol=1e-2, atol=1e-3):
-            return
-        self.facts.forget_since(mark)
-        self.reasons.pop(output, None)
-        self.give(output, (note_norm(self.facts, tag[-1], gain, None, offset),))
-
-
-def note_norm(facts: Facts, x: Tensor, gain: nn.Parameter | None, bias: nn.Parameter | None, offset: float) -> Tensor:
-    """Note a norm over the last dim of features x (..., d), and return the features of its output."""
-    ids = compact(x)
-    shared = tuple(dim for dim, size in enumerate(ids.shape[:-1]) if size > 1)
-    facts.note_together(ids, shared)
-    facts.note_flag(ids, "normed")
-    if bool((ids == NONE).any()) or (shared and bias is not None):
-        facts.note_fixed(
-            ids, "normalised together with zeros" if bias is None or not shared else "each head is shifted by the same bias"
-        )
-        return torch.full_like(x, NONE)
-    if gain is None:
-        return x
-    if shared:  # one gain for each head: it has no features of its own
-        facts.factors.append((gain, ids))
-        return x
-    own = facts.axis(gain, 0).features
-    if bias is not None:
-        facts.note_same(facts.axis(bias, 0).features, own)
-        facts.writes.add((bias, 0))
-    facts.norms.append(Norm(gain, bias, offset, ids.flatten(), own))
-    return own.expand(x.shape)
-
 
 def operation_name(function: Callable[..., Any]) -> str:
     """A function's plain name: 'add' for `torch.add`, `Tensor.add_`, `__add__`, `__radd__` and `__iadd__`; that of a property."""
@@ -336,37 +259,3 @@ def _writes_into(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 
 def _internal(name: str) -> bool:
     return name.endswith(("hidden_states", "attentions")) or name in ("loss", "past_key_values", "encoder_last_hidden_state")
-
-
-def _may_be_norm(module: nn.Module) -> bool:
-    parameters = list(module.parameters())
-    return (
-        not list(module.children())
-        and len(parameters) <= 1
-        and all(p.dim() == 1 for p in parameters)
-        and not list(module.buffers())
-    )
-
-
-def rms_offset(x: Tensor, y: Tensor, gain: Tensor | None) -> float | None:
-    """Whether `y = (offset + gain) x / rms(x)` with an offset of 0 or 1, up to the epsilon in rms; None if not.
-
-    Args:
-        x, y: (..., d); the epsilon is whatever is left of `rms` and must be the same for all rows.
-    """
-    if gain is not None and gain.shape != x.shape[-1:]:
-        return None
-    x, y = x.detach().double().reshape(-1, x.shape[-1]), y.detach().double().reshape(-1, x.shape[-1])
-    rows = x.square().sum(-1) > 0
-    x, y = x[rows], y[rows]
-    square = x.square().mean(-1)
-    for offset in (0.0, 1.0) if gain is not None else (1.0,):
-        scaled = x * (offset + (0 if gain is None else gain.detach().double()))
-        # The best scale of each row, and whether it explains the row.
-        scale = (y * scaled).sum(-1) / scaled.square().sum(-1).clamp_min(1e-300)
-        if (y - scale[:, None] * scaled).norm() > 1e-2 * y.norm() or not (scale > 0).all():
-            continue
-        epsilon = scale.pow(-2) - square
-        if bool((epsilon.abs() <= 0.02 * square + 1e-2).all()):
-            return offset
-    return None

@@ -5,6 +5,8 @@
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from hf_teleport.ascent import LossFn
 from hf_teleport.symmetry.features import Axis, Facts, Norm, components, signatures
 from hf_teleport.symmetry.follow import Follow
+from hf_teleport.symmetry.norms import recognised_norms
 from hf_teleport.symmetry.rules import RULES
 
 
@@ -103,9 +106,21 @@ def find_symmetries(
     Returns:
         The symmetries, those left out included; and for each parameter that none turns, why.
     """
-    with torch.enable_grad(), Follow.open(model, RULES) as follow:
+    with torch.enable_grad(), followed(model) as follow:
         follow.fix_outputs(loss_fn(model, batch))
     return Solver(model, follow.facts, immovable or {}, round_gains).solve()
+
+
+@contextmanager
+def followed(model: nn.Module) -> Iterator[Follow]:
+    """Follow the model's forwards while the context is open."""
+    follow = Follow(model, RULES)
+    outputs = model.register_forward_hook(lambda module, inputs, output: follow.fix_outputs(output))
+    try:
+        with recognised_norms(model, follow), follow:
+            yield follow
+    finally:
+        outputs.remove()
 
 
 class Solver:

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_teleport.symmetry.features import compact, varies
-from hf_teleport.symmetry.follow import Call, Tag, note_norm
+from hf_teleport.symmetry.follow import Call, Tag
+from hf_teleport.symmetry.norms import note_norm
 from hf_teleport.symmetry.rules.base import rule, why
 
 

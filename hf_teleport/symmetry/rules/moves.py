@@ -96,10 +96,6 @@ def unchanged(call: Call) -> Any:
     return call.tag(call.argument(0, "input"))
 
 
-for _keeper in (structural, concatenate, unchanged):
-    _keeper.keeps_zeros = True  # type: ignore[attr-defined]
-
-
 @rule(*_VALUE_FREE.split())
 def value_free(call: Call) -> None:
     """Nothing of the features comes out."""
