@@ -382,3 +382,17 @@ def test_the_study_says_what_it_cannot_compare(tmp_path):
     pd.read_csv(file).drop(columns="arm").to_csv(file)
     with pytest.raises(ValueError, match=r"lack the columns \['arm'\]"):
         read([file], "a")
+
+
+def test_the_symmetries_of_some_architectures(tmp_path):
+    out = run("zoo_symmetries.py", "llama", "gpt2", "--output", tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert page in out
+    assert "2 architectures, 0 failed; 2 have a symmetry to turn, 1 a residual stream when gains are uneven" in page
+    assert "transformer.wte.weight reads its output and writes its input" in page
+
+
+def test_the_cost_of_a_step_after_a_turn():
+    out = run("step_cost.py", "--hidden_size", 32, "--layers", 1, "--repeats", 2)
+    assert "median ratio" in out
+    assert "the event:" in out
