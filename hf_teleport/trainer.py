@@ -25,6 +25,7 @@ from hf_teleport.arguments import TeleportArguments
 from hf_teleport.config import TeleportConfig
 from hf_teleport.distributed import broadcast_weights, check_strategy
 from hf_teleport.isolation import preserved_rng
+from hf_teleport.methods import METHODS
 from hf_teleport.report import TeleportReport, share
 from hf_teleport.schedule import teleport_steps
 from hf_teleport.teleporter import Teleporter
@@ -196,7 +197,8 @@ class TeleportMixin(_Base):
                 f"Teleports ({config.method}) before steps {_shortened(sorted(self._teleport_steps))}: "
                 f"{sum(layer.movable for layer in check.layers)} of {len(check.layers)} weights "
                 f"({share(check.layers, lambda layer: layer.movable):.0%} of the elements) may move. "
-                f"The check on one batch took {seconds:.2g} s; an event sees {config.num_batches} batches at least twice."
+                f"An event makes at most {METHODS[config.method].passes(config)} passes over a teleport batch; "
+                f"the check, which made {len(checks)}, took {seconds:.2g} s."
             )
 
 

@@ -311,6 +311,10 @@ def test_another_method_runs_under_the_same_roof(monkeypatch):
     class Halve(Method):
         """Halves the second layer and doubles the third: an exact symmetry of a ReLU network without biases."""
 
+        @staticmethod
+        def passes(config):
+            return 3 * config.num_batches
+
         @property
         def movable(self):
             return [self.model[0].weight, self.model[2].weight]

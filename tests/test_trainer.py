@@ -186,7 +186,7 @@ def test_metrics_are_logged_under_teleport(tmp_path, digits):
 def test_one_line_a_teleport(tmp_path, digits, caplog):
     with caplog.at_level(logging.INFO, logger="hf_teleport"):
         teleport_trainer(tmp_path, digits).train()
-    lines = [record.message for record in caplog.records if record.message.startswith("Teleport before epoch")]
+    lines = [record.message for record in caplog.records if record.message.startswith("Teleport before step")]
     assert len(lines) == 2
     assert "gradient norm" in lines[0]
     assert any("weights (97% of the elements) may move" in record.message for record in caplog.records)

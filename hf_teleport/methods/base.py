@@ -41,6 +41,11 @@ class Method(ABC):
         self.objection = ""
         self.reviews_all = False
 
+    @staticmethod
+    @abstractmethod
+    def passes(config: TeleportConfig) -> int:
+        """Forward and backward passes over a batch in one event, at most: what it costs but for decompositions."""
+
     def evaluate(self, batch: Any, seed: int) -> Point:
         """Loss and gradients on a batch at the current weights."""
         return evaluate(self.model, self.loss_fn, batch, seed=seed)

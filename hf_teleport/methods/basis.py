@@ -41,6 +41,10 @@ class BasisTurn(Method):
             check_optimizer(optimizer, reset=reset)
             self._state = OptimizerState(optimizer, reset=reset)
 
+    @staticmethod
+    def passes(config: TeleportConfig) -> int:
+        return config.num_batches + (config.num_batches if config.second_moment == "measure" else 1)
+
     @property
     def used(self) -> list[Symmetry]:
         """The symmetries that will be turned."""

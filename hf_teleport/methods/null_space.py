@@ -28,6 +28,11 @@ class NullSpace(Method):
         self.subspaces: dict[Layer, Subspace] = {}
         self._representations: dict[Layer, Representation] = {}
 
+    @staticmethod
+    def passes(config: TeleportConfig) -> int:
+        # Before, at the start of a turn and after; a step is a pass, and a forward at shifted weights that is charged as one.
+        return config.num_batches * (3 + 2 * config.steps_per_batch)
+
     @property
     def movable(self) -> list[nn.Parameter]:
         return list(dict.fromkeys(parameter for layer in self.layers for parameter in layer.parameters))
