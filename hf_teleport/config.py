@@ -132,7 +132,7 @@ class TeleportConfig:
         self.steps = parse_steps(self.steps)
         if self.every_steps is not None:
             self.every_steps = _integer("every_steps", self.every_steps)
-        self.symmetries = [self.symmetries] if isinstance(self.symmetries, str) else list(self.symmetries)
+        self.symmetries = _words("symmetries", self.symmetries)
         # YAML reads 1e-3 (no dot) as a string, so numbers are converted here.
         for name in ("learning_rate", "energy_threshold", "min_misalignment"):
             setattr(self, name, _number(name, getattr(self, name)))
@@ -219,6 +219,12 @@ def _integer(name: str, value: Any) -> int:
         raise ValueError(f"{name} = {value!r} is not allowed; allowed: a whole number.") from None
 
 
+def _words(name: str, value: Any) -> list[str]:
+    """A list of words; on the command line and in YAML also one text with commas."""
+    _require(isinstance(value, Iterable), name, value, "a list of words")
+    return [word.strip() for part in ([value] if isinstance(value, str) else value) for word in str(part).split(",")]
+
+
 def _modules(name: str, value: Any) -> list[str] | str | None:
     if value is None or isinstance(value, str):
         try:
@@ -234,7 +240,9 @@ def parse_steps(steps: list[int] | int | str | None) -> list[int] | None:
     """'10,100', '10', 10 and [10, 100] are lists of steps; None and an empty text are none."""
     if steps is None or (isinstance(steps, str) and not steps.strip()):
         return None
-    numbers = steps.strip().strip("[]").split(",") if isinstance(steps, str) else [steps] if isinstance(steps, int) else steps
+    numbers = (
+        steps.strip().strip("[]").split(",") if isinstance(steps, str) else steps if isinstance(steps, Iterable) else [steps]
+    )
     parsed = sorted({_integer("steps", number) for number in numbers})
     _require(all(number >= 0 for number in parsed), "steps", steps, "optimizer steps from 0, for instance '10,100'")
     return parsed

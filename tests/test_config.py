@@ -36,6 +36,8 @@ from hf_teleport import TeleportConfig
         ({"epochs": [0, -2]}, "list of epoch indices"),
         ({"steps": "soon"}, "steps = 'soon'"),
         ({"steps": [-1]}, "optimizer steps from 0"),
+        ({"steps": 3.5}, "steps = 3.5"),
+        ({"symmetries": None}, "a list of words"),
         ({"every_steps": 0}, "every_steps = 0"),
         ({"basis": "best"}, "'gradient', 'predicted_decrease', 'activation', 'random'"),
         ({"symmetries": ["stream", "time"]}, "some of stream, value_output"),
@@ -64,6 +66,11 @@ def test_epochs_as_count_or_list(given, parsed):
 )
 def test_steps_as_text_or_numbers(given, parsed):
     assert TeleportConfig(steps=given).steps == parsed
+
+
+@pytest.mark.parametrize("given", ["stream,chain", "stream, chain", ["stream,chain"], ("stream", "chain")])
+def test_symmetries_as_words_or_a_list(given):
+    assert TeleportConfig(symmetries=given).symmetries == ["stream", "chain"]
 
 
 def test_each_method_of_a_combination_has_its_own_settings():
