@@ -36,7 +36,7 @@ _Settings = make_dataclass("_Settings", [_prefixed(setting) for setting in field
 class TeleportArguments(_Settings):  # type: ignore[misc, valid-type]
     """Every field of `TeleportConfig` with the prefix `teleport_`: mix it into any arguments class.
 
-    `class MyConfig(TeleportArguments, SFTConfig): ...` makes a TRL configuration with teleport settings.
+    `@dataclass class MyConfig(TeleportArguments, SFTConfig): ...` makes a TRL configuration with teleport settings.
     """
 
     def teleport_config(self) -> TeleportConfig:

@@ -43,7 +43,7 @@ class TeleportConfig:
     steps: list[int] | None = _setting(
         None,
         "Before which optimizer steps to teleport, counted from 0, instead of before `epochs`. On the command line "
-        "'10' or '10,100'.",
+        "'10' or '10,100'. A change of basis wants a few steps of training first: 10.",
     )
     every_steps: int | None = _setting(
         None, "From the first teleport on, teleport again after this many optimizer steps. None: do not."
@@ -238,11 +238,12 @@ def _modules(name: str, value: Any) -> list[str] | str | None:
 
 def parse_steps(steps: list[int] | int | str | None) -> list[int] | None:
     """'10,100', '10', 10 and [10, 100] are lists of steps; None and an empty text are none."""
-    if steps is None or (isinstance(steps, str) and not steps.strip()):
+    if steps is None or (isinstance(steps, str) and steps.strip().lower() in ("", "none")):
         return None
-    numbers = (
-        steps.strip().strip("[]").split(",") if isinstance(steps, str) else steps if isinstance(steps, Iterable) else [steps]
-    )
+    if isinstance(steps, str):
+        numbers: Iterable[Any] = [part for part in steps.strip("[] ").split(",") if part.strip()]
+    else:
+        numbers = steps if isinstance(steps, Iterable) else [steps]
     parsed = sorted({_integer("steps", number) for number in numbers})
     _require(all(number >= 0 for number in parsed), "steps", steps, "optimizer steps from 0, for instance '10,100'")
     return parsed

@@ -63,8 +63,8 @@ class TeleportReport:
         grad_norm_before, grad_norm_after: norm of the mean gradient over all teleport batches, all trainable weights.
         steps: ascent steps that were kept; a change of basis is one.
         stopped_because: why most of the batches' turns ended: 'steps_done', 'grad_norm_cap', 'max_growth', 'max_loss_change',
-            'non_finite', 'no_direction' (no layer has both a null space and a gradient in it), 'aligned' (the basis is good as it
-            is), or 'not_a_symmetry'.
+            'non_finite', 'no_direction' (no layer has both a null space and a gradient in it), 'nothing_movable', 'aligned' (the
+            basis is good as it is), or 'not_a_symmetry'.
         rolled_back: whether the whole event was undone, every weight being bit for bit what it was.
         seconds: wall-clock of the whole event, measurements included.
         symmetries: for a method that turns symmetries, each that was found.
@@ -105,7 +105,7 @@ class TeleportReport:
             "loss_after": self.loss_after,
             "grad_norm_before": self.grad_norm_before,
             "grad_norm_after": self.grad_norm_after,
-            "null_dim": self.null_dim,
+            **({"null_dim": self.null_dim} if any(layer.null_dim is not None for layer in self.layers) else {}),
             "moved_share": self.moved_share,
             "steps": self.steps,
             "seconds": self.seconds,

@@ -76,6 +76,15 @@ class Check:
     symmetries: list[SymmetryReport]
     blocking: list[nn.Parameter]
 
+    def require_movable(self) -> None:
+        """Raise if the batch was judged, and no weight may move.
+
+        Raises:
+            ValueError: with the most frequent reasons.
+        """
+        if self.layers and not any(layer.movable for layer in self.layers):
+            raise ValueError(f"{_why_immovable(self.layers)}.")
+
 
 class Teleporter:
     """Teleports any `nn.Module` with any scalar loss.
@@ -116,8 +125,8 @@ class Teleporter:
             What was done, for each layer too.
 
         Raises:
-            ValueError: no batch, a loss that is no scalar or has no gradient, a target module that matches nothing, or no
-                layer that may move. The weights are untouched.
+            ValueError: no batch, a loss that is no scalar or has no gradient, or a target module that matches nothing. The
+                weights are untouched.
         """
         start = time.perf_counter()
         with preserved_rng(), evaluation_mode(self.model), full_precision(self.model):
@@ -130,7 +139,9 @@ class Teleporter:
                 _explain(method, set(), 0, "non_finite")
                 return self._report(method, before, before, 0, "non_finite", start)
             method.fit()
-            _require_movable(method)
+            if not method.movable:
+                _explain(method, set(), 0, "nothing_movable")
+                return self._report(method, before, before, 0, "nothing_movable", start)
             snapshot = method.snapshot()
             try:
                 steps, reason = self._jump(method) if method.once else self._ascend(method, batches, before)
@@ -154,14 +165,13 @@ class Teleporter:
         """What a teleport on this batch could move, without moving anything.
 
         Raises:
-            ValueError: as `teleport`.
+            ValueError: as `teleport`; `Check.require_movable` raises if nothing may move.
         """
         with preserved_rng(), evaluation_mode(self.model), full_precision(self.model):
             method = self._method(loss_fn)
             point = method.evaluate(batch, self.config.seed)
             if point.finite:
                 method.survey(point)
-                _require_movable(method)
             return Check(point.loss, list(method.reports.values()), method.symmetries, method.blocking)
 
     def _method(self, loss_fn: LossFn) -> Method:
@@ -279,6 +289,7 @@ class Teleporter:
         if not steps and reason != "aligned":
             spanned = Counter(layer.reason for layer in report.layers if layer.movable and layer.null_dim == 0)
             why = spanned.most_common(1)[0][0] if reason == "no_direction" and spanned else _NO_STEP.get(reason, reason)
+            why = _why_immovable(report.layers) if reason == "nothing_movable" else why
             logger.warning("The teleport changed nothing: %s.", why)
         return report
 
@@ -293,13 +304,10 @@ def _explain(method: Method, changed: set[nn.Parameter], steps: int, reason: str
             report.reason = _NO_DIRECTION if steps else f"no step was kept ({reason})"
 
 
-def _require_movable(method: Method) -> None:
-    """Raise if no weight may move."""
-    if method.movable:
-        return
-    reasons = Counter(report.reason for report in method.reports.values())
+def _why_immovable(layers: Iterable[LayerReport]) -> str:
+    reasons = Counter(layer.reason for layer in layers)
     shown = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(5))
-    raise ValueError(f"no weight of the model can be teleported. Reasons, with the number of weights: {shown}.")
+    return f"no weight of the model can be teleported. Reasons, with the number of weights: {shown}"
 
 
 def _sum(total: list[Tensor | None], gradients: list[Tensor | None]) -> list[Tensor | None]:

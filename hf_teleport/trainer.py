@@ -181,6 +181,8 @@ class TeleportMixin(_Base):
                 self._teleporter(config).check(batches[0], self._teleport_loss) for config in self.teleport_config.each_method()
             ]
             seconds = time.perf_counter() - start
+        for check in checks:
+            check.require_movable()
         if self.teleport_config.blocking_gains == "hold":
             self._held = [parameter for check in checks for parameter in check.blocking]
         if not self.is_world_process_zero():

@@ -156,8 +156,9 @@ def test_second_moments(second_moment):
     assert not torch.allclose(after["exp_avg_sq"], squares, atol=0)
     if second_moment == "measure":
         gradients = [torch.autograd.grad(loss_fn(model, batch), weight)[0].square() for batch in batches()]
-        expected = sum(gradients)
-        assert torch.allclose(after["exp_avg_sq"], expected * squares.sum() / expected.sum(), rtol=1e-3, atol=0)
+        # Along the stream as measured; along the hidden units, which did not turn, as it was.
+        share = sum(gradients).sum(1, keepdim=True) / sum(gradients).sum()
+        assert torch.allclose(after["exp_avg_sq"], share * squares.sum(0), rtol=1e-3, atol=0)
 
 
 def test_an_aligned_basis_is_left_alone():
@@ -194,10 +195,15 @@ def test_an_optimizer_that_does_not_see_the_basis_is_refused():
         Teleporter(model, basis(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1)).teleport(batches(), loss_fn)
 
 
-def test_a_model_without_symmetries_says_so():
+def test_a_model_without_symmetries_says_so(caplog):
     model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
+    data, loss = torch.randn(5, 4), lambda model, batch: model(batch).square().mean()
     with pytest.raises(ValueError, match="passes through gelu"):
-        Teleporter(model, basis()).teleport([torch.randn(5, 4)], lambda model, batch: model(batch).square().mean())
+        Teleporter(model, basis()).check(data, loss).require_movable()
+    with caplog.at_level("WARNING"):
+        report = Teleporter(model, basis()).teleport([data], loss)
+    assert (report.steps, report.stopped_because) == (0, "nothing_movable")
+    assert "passes through gelu" in caplog.text
 
 
 # --- in the trainer -------------------------------------------------------------------------------------------------------
@@ -310,3 +316,22 @@ def test_symmetries_are_in_the_report_as_json():
 def test_symmetry_parameters_are_listed_once():
     part = nn.Parameter(torch.ones(2))
     assert Symmetry("chain", "x", 1, 2, gains=[part, part]).parameters == [part]
+
+
+def test_what_is_blocked_later_costs_an_event_and_not_the_run(tmp_path):
+    run = trainer(tmp_path, gpt2(), basis(steps=[4], num_batches=1, symmetries=["stream"]))
+    run.train()
+    assert run.state.global_step == 8
+    assert run.teleport_reports[0].stopped_because == "nothing_movable"
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-5, 1e-2])
+def test_a_norm_is_one_whatever_its_epsilon(epsilon):
+    report = Teleporter(llama(rms_norm_eps=epsilon), basis()).teleport(batches(), loss_fn)
+    assert "stream" in {s.kind for s in report.symmetries if not s.reason}
+
+
+def test_under_gradient_checkpointing(tmp_path):
+    run = trainer(tmp_path, llama(), basis(steps=[2], num_batches=1), gradient_checkpointing=True)
+    run.train()
+    assert "stream" in {s.kind for s in run.teleport_reports[0].symmetries if not s.reason}

@@ -62,7 +62,18 @@ def test_epochs_as_count_or_list(given, parsed):
 
 @pytest.mark.parametrize(
     ("given", "parsed"),
-    [(None, None), ("", None), ("10", [10]), (10, [10]), ("100,10", [10, 100]), ("[3]", [3]), ((7, 7, 2), [2, 7]), ([], [])],
+    [
+        (None, None),
+        ("", None),
+        ("10", [10]),
+        (10, [10]),
+        ("100,10", [10, 100]),
+        ("[3]", [3]),
+        ("2,5,", [2, 5]),
+        ("None", None),
+        ((7, 7, 2), [2, 7]),
+        ([], []),
+    ],
 )
 def test_steps_as_text_or_numbers(given, parsed):
     assert TeleportConfig(steps=given).steps == parsed

@@ -150,7 +150,7 @@ def test_a_weight_without_state_gets_none():
     state = OptimizerState(optimizer)
     state.turn(part_of(weight, 0), rotation(1, 6), turn_axis)
     state.level(weight)
-    state.put_squares(weight, torch.ones(6, 5))
+    state.put_shares(weight, {0: torch.full((6,), 1 / 6)})
     assert not optimizer.state.get(weight)
     assert state.tensors(weight) == {}
 
@@ -171,24 +171,27 @@ def test_reset_forgets_what_was_kept_of_the_weights_that_turn(kind):
     assert set(kept(optimizer, weights[0])) == set(before)
 
 
-def test_squares_can_be_replaced_and_their_sum_stays():
+@pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)])
+def test_squares_are_spread_along_turned_axes_as_measured(dims):
     weight, optimizer = trained(lambda p: optim.AdamW(p, amsgrad=True))
-    before, squares = kept(optimizer, weight), torch.rand(6, 5, dtype=torch.float64)
-    state = OptimizerState(optimizer)
-    state.put_squares(weight, squares)
+    before = kept(optimizer, weight)
+    shares = {dim: torch.rand(weight.shape[dim], dtype=torch.float64) for dim in dims}
+    shares = {dim: share / share.sum() for dim, share in shares.items()}
+    OptimizerState(optimizer).put_shares(weight, shares)
     after = kept(optimizer, weight)
     assert torch.equal(after["exp_avg"], before["exp_avg"])
     for name in ("exp_avg_sq", "max_exp_avg_sq"):
+        expected = before[name].sum(dims, keepdim=True)
+        for dim, share in shares.items():
+            expected = expected * (share[:, None] if dim == 0 else share)
+        torch.testing.assert_close(after[name], expected)
         torch.testing.assert_close(after[name].sum(), before[name].sum())
-        torch.testing.assert_close(after[name] / after[name].sum(), squares / squares.sum())
-    state.put_squares(weight, torch.zeros(6, 5, dtype=torch.float64))
-    assert all(torch.equal(value, after[name]) for name, value in kept(optimizer, weight).items())
 
 
-def test_factors_of_squares_are_not_replaced():
+def test_factors_of_squares_are_not_spread():
     weight, optimizer = trained(hf.Adafactor)
     before = kept(optimizer, weight)
-    OptimizerState(optimizer).put_squares(weight, torch.rand(6, 5))
+    OptimizerState(optimizer).put_shares(weight, {0: torch.full((6,), 1 / 6)})
     assert all(torch.equal(value, before[name]) for name, value in kept(optimizer, weight).items())
 
 
@@ -213,7 +216,11 @@ def test_known_optimizers_are_accepted_before_their_first_step(kind):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize("make", [lambda p: optim.SGD(p, lr=0.1, momentum=0.9), optim.Muon])
+class Descent(optim.SGD):
+    pass
+
+
+@pytest.mark.parametrize("make", [lambda p: optim.SGD(p, lr=0.1, momentum=0.9), optim.Muon, Descent, optim.ASGD])
 @pytest.mark.parametrize("reset", [False, True])
 def test_optimizers_that_no_basis_matters_to_are_declined(make, reset):
     _, optimizer = trained(make, nn.Parameter(torch.randn(6, 5)), steps=0)

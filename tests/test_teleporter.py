@@ -272,7 +272,7 @@ def test_errors_say_what_to_do():
         Teleporter(model).teleport([], cross_entropy)
     frozen = nn.Sequential(mlp().requires_grad_(False), nn.LayerNorm(4).double())
     with pytest.raises(ValueError, match=r"no weight of the model.*requires_grad is False \(6\); elementwise.*\(2\)"):
-        Teleporter(frozen).teleport([data()], cross_entropy)
+        Teleporter(frozen).check(data(), cross_entropy).require_movable()
     with pytest.raises(ValueError, match="matches no layer"):
         Teleporter(model, TeleportConfig(target_modules=["q_proj"])).teleport([data()], cross_entropy)
 

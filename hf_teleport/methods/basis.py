@@ -33,7 +33,7 @@ class BasisTurn(Method):
         self._found: dict[Symmetry, SymmetryReport] = {}
         self._basis: Basis = BASES[config.basis]([], config.seed)
         self._first: dict[nn.Parameter, Tensor] = {}
-        self._squares: dict[nn.Parameter, Tensor] = {}
+        self._squares: dict[tuple[nn.Parameter, int], Tensor] = {}
         self._state: OptimizerState | None = None
         self.reviews_all = config.second_moment == "measure"
         if optimizer is not None:
@@ -105,11 +105,16 @@ class BasisTurn(Method):
         if point.seed == self.config.seed and self.turn.exact:
             self._compare(self.turn.gradients(self._first), gradients)
         if self.config.second_moment == "measure":
-            for parameter in self.movable:
+            for parameter, dim in self._turned_axes():
                 if parameter in gradients:
-                    known = self._squares.get(parameter)
-                    square = gradients[parameter].square()
-                    self._squares[parameter] = square if known is None else known.add_(square)
+                    others = [d for d in range(parameter.dim()) if d != dim]
+                    squares = gradients[parameter].square().double()
+                    self._squares[parameter, dim] = self._squares.get((parameter, dim), 0) + (
+                        squares.sum(others) if others else squares
+                    )
+
+    def _turned_axes(self) -> list[tuple[nn.Parameter, int]]:
+        return list(dict.fromkeys((part.parameter, part.dim) for symmetry in self.used for part in symmetry.parts))
 
     def _compare(self, expected: dict[nn.Parameter, Tensor], found: dict[nn.Parameter, Tensor]) -> None:
         """A symmetry turns the gradient as it turns the weights: what does not was none."""
@@ -123,6 +128,11 @@ class BasisTurn(Method):
                 return
 
     def accept(self) -> None:
-        if self._state is not None:
-            for parameter, squares in self._squares.items():
-                self._state.put_squares(parameter, squares)
+        if self._state is None:
+            return
+        shares: dict[nn.Parameter, dict[int, Tensor]] = {}
+        for (parameter, dim), squares in self._squares.items():
+            if squares.sum() > 0:
+                shares.setdefault(parameter, {})[dim] = squares / squares.sum()
+        for parameter, own in shares.items():
+            self._state.put_shares(parameter, own)

@@ -254,7 +254,9 @@ def _writes_into(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     name = getattr(function, "__name__", "")
     in_place = name.endswith("_") and not name.startswith("_")
     operator = name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
-    return bool(args) and ("out" in kwargs or name == "__setitem__" or operator or (in_place and name != "requires_grad_"))
+    return bool(args) and (
+        "out" in kwargs or name == "__setitem__" or operator or (in_place and name not in ("requires_grad_", "detach_"))
+    )
 
 
 def _internal(name: str) -> bool:

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from hf_teleport.symmetry.features import NONE, Facts, Norm, compact
 from hf_teleport.symmetry.follow import Follow
 
+# Root mean square of the rows that a module is tried on.
+_LONG = 1e3
+
 
 @contextmanager
 def recognised_norms(model: nn.Module, follow: Follow) -> Iterator[None]:
@@ -37,9 +40,12 @@ def _recognise(follow: Follow, module: nn.Module, inputs: Any, output: Any, mark
     if tag is None or not isinstance(x, Tensor) or not isinstance(output, Tensor) or x.shape != output.shape:
         return
     gain = next(module.parameters(recurse=False), None)
-    offset = rms_offset(x, output, gain)
-    # Anything that scales would pass for a norm of inputs that happen to have length one; a norm does not see a factor.
-    if offset is None or not torch.allclose(module.forward(16 * x, *inputs[1:]), output, rtol=1e-2, atol=1e-3):
+    # With rows so long that no epsilon counts, and again with longer ones: a norm does not see a factor, while anything else that
+    # scales would pass for a norm of rows that happen to have length one.
+    long = x * (_LONG / x.square().mean(-1, keepdim=True).sqrt()).nan_to_num(0, 0, 0)
+    normed, again = (module.forward(scaled, *inputs[1:]) for scaled in (long, 16 * long))
+    offset = rms_offset(long, normed, gain)
+    if offset is None or not torch.allclose(again, normed, rtol=1e-3, atol=1e-5):
         return
     follow.facts.forget_since(mark)
     follow.reasons.pop(output, None)

@@ -13,13 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 # By the names under which optimizers of torch and Transformers keep them.
-FIRST = {"exp_avg", "momentum_buffer", "exp_avg_diff", "grad_avg"}
+FIRST = {"exp_avg", "momentum_buffer", "exp_avg_diff"}
 SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "acc_delta", "variance", "row_var", "col_var"}
 # Those of Transformers' Adafactor lack the axis that they are a mean over.
 FACTORED = {"exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
-
-# Their step turns with the basis: in every basis they go the same way.
-INDIFFERENT = {"SGD", "ASGD", "Muon", "LBFGS"}
 
 
 class OptimizerState:
@@ -55,11 +52,21 @@ class OptimizerState:
         for _, tensor, _, is_square in self._tensors(parameter, 0):
             tensor.fill_(float(tensor.mean()) if is_square else 0.0)
 
-    def put_squares(self, parameter: nn.Parameter, squares: Tensor) -> None:
-        """Replace the averages of squares by others of the same shape and any scale; the sum of each stays."""
+    def put_shares(self, parameter: nn.Parameter, shares: dict[int, Tensor]) -> None:
+        """Spread the averages of squares along turned axes as measured.
+
+        What remains of `v` is its sum over those axes, which no rotation changes; the product of the measured shares takes the
+        place of the rest, so that a coordinate with a small gradient is not held back for long by the mean that a turn leaves it.
+
+        Args:
+            shares: for each turned axis the share of each index in the squared gradients, summing to one.
+        """
         for _, tensor, _, is_square in self._tensors(parameter, 0):
-            if is_square and tensor.shape == squares.shape and squares.any():
-                tensor.copy_(squares * (tensor.sum() / squares.sum()))
+            if is_square and tensor.shape == parameter.shape:
+                kept = tensor.sum(tuple(shares), keepdim=True)
+                tensor.copy_(kept.expand_as(tensor))
+                for dim, share in shares.items():
+                    tensor.mul_(share.reshape([-1 if d == dim else 1 for d in range(tensor.dim())]).to(tensor))
 
     def tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """All tensors that are kept for a parameter."""
@@ -99,36 +106,49 @@ def unwrapped(optimizer: Any) -> Any:
 def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
     """Make sure that a change of basis makes sense for an optimizer, and that its state can follow.
 
-    What it keeps is found out by one step of a new one of its kind on a small matrix.
+    Both are found out by some steps of a new one of its kind on a small matrix, as it is and turned.
 
     Raises:
         ValueError: an optimizer whose steps do not depend on the basis, or one with a state that is not known.
     """
     optimizer = unwrapped(optimizer)
     name = type(optimizer).__name__
-    if name in INDIFFERENT:
+    known = sorted(FIRST | SECOND | set(FACTORED))
+    start_anew = "Set teleport_second_moment='reset' to start its state anew for the weights that turn."
+    generator = torch.Generator().manual_seed(0)
+    # RAdam begins as plain momentum, and looks at each coordinate from its sixth step on.
+    turn, *gradients = (torch.randn(4, 4, generator=generator) for _ in range(9))
+    turn = torch.linalg.qr(turn).Q
+    try:
+        moved, kept = _tried(optimizer, gradients)
+        moved_turned, _ = _tried(optimizer, [turn @ gradient for gradient in gradients])
+    except Exception as error:  # whatever an optimizer of another library needs
+        if reset:
+            return
+        raise ValueError(f"the state of {name} is not known ({error}), so it cannot be turned. {start_anew}") from error
+    if moved.any() and torch.allclose(turn @ moved, moved_turned, rtol=1e-2, atol=1e-2 * float(moved.abs().max())):
         raise ValueError(
             f"a change of basis does nothing for {name}: its steps are the same in every basis. Use an optimizer that looks at "
             "each coordinate alone (AdamW, Adafactor, Adagrad, ...), or teleport_method='null_space'."
         )
-    if reset:
-        return
+    if (unknown := sorted(kept - set(known))) and not reset:
+        raise ValueError(f"{name} keeps {', '.join(unknown)}, which cannot be turned; known are {', '.join(known)}. {start_anew}")
+
+
+def _tried(optimizer: Optimizer, gradients: list[Tensor]) -> tuple[Tensor, set[str]]:
+    """The last step of an optimizer of the same kind on a matrix that gets these gradients, and what it then keeps for it."""
     device = optimizer.param_groups[0]["params"][0].device
-    matrix = nn.Parameter(torch.ones(4, 3, device=device))
-    matrix.grad = torch.ones_like(matrix)
-    known = sorted(FIRST | SECOND | set(FACTORED))
-    try:
-        taken = inspect.signature(type(optimizer)).parameters
-        trial = type(optimizer)([matrix], **{name: value for name, value in optimizer.defaults.items() if name in taken})
+    matrix = nn.Parameter(torch.zeros(4, 4, device=device))
+    taken = inspect.signature(type(optimizer)).parameters
+    trial = type(optimizer)([matrix], **{name: value for name, value in optimizer.defaults.items() if name in taken})
+    before = matrix.detach().clone()
+    for gradient in gradients:
+        before.copy_(matrix.detach())
+        matrix.grad = gradient.clone().to(device)
         trial.step()
-        kept = {key for key, value in trial.state[matrix].items() if isinstance(value, Tensor) and value.numel() > 1}
-    except Exception as error:  # whatever an optimizer of another library needs
-        raise ValueError(
-            f"the state of {name} is not known ({error}), so it cannot be turned; known are {', '.join(known)}. "
-            "Set teleport_second_moment='reset' to start it anew for the weights that turn."
-        ) from error
-    if unknown := sorted(kept - set(known)):
-        raise ValueError(
-            f"{name} keeps {', '.join(unknown)}, which cannot be turned; known are {', '.join(known)}. "
-            "Set teleport_second_moment='reset' to start its state anew for the weights that turn."
-        )
+    kept = {
+        name
+        for name, value in trial.state[matrix].items()
+        if (isinstance(value, Tensor) and value.numel() > 1) or (isinstance(value, (list, tuple, dict)) and value)
+    }
+    return (matrix.detach() - before).cpu(), kept

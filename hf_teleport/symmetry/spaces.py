@@ -219,6 +219,9 @@ class Solver:
 
     def _others(self, norm: Norm, root: Tensor, members: dict[int, set[int]]) -> str:
         own = {norm.gain, norm.bias}
+        reasons = self._reasons(root)
+        if stopped := next((reasons[r] for r in root[norm.outputs].tolist() if r in reasons), ""):
+            return f"its output {stopped}" if stopped.startswith("passes") else stopped
         touching = [self.axes[index] for index in sorted(set().union(*(members[r] for r in root[norm.outputs].tolist())))]
         writers = [a for a in touching if a.parameter not in own and (a.parameter, a.dim) in self.facts.writes]
         tied = [a for a in writers if (a.parameter, a.dim) in self.facts.reads]

@@ -126,7 +126,7 @@ def _norm(call: Call, x: Any, shape: Any, gain: Any, bias: Any, *, centred: bool
     gains = [None if call.tag(p) is None else call.follow.parameter(p) for p in (gain, bias)]
     computed = any(p is not None and own is None for p, own in zip((gain, bias), gains, strict=True))
     if features is None or len(shape) != 1 or computed or (gains[0] is None and gains[1] is not None):
-        call.fix(x, gain, bias, reason=f"passes through {call.name}")
+        call.fix(x, gain, bias, reason=why(call, [x], f"passes through {call.name}"))
         return None
     if centred:
         call.facts.note_flag(features, "centred")

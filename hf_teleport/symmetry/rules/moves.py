@@ -17,7 +17,7 @@ _STRUCTURAL = (
 )
 _UNCHANGED = (
     "to float double half bfloat16 type type_as contiguous clone detach data dropout alpha_dropout feature_dropout identity "
-    "alias requires_grad_ cpu cuda native_dropout neg"
+    "alias requires_grad cpu cuda native_dropout neg"
 )
 # New tensors like their operand; no value of it is in them.
 _VALUE_FREE = "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full new_tensor"
@@ -92,8 +92,9 @@ def _constants_are_zero(call: Call) -> bool:
 
 @rule(*_UNCHANGED.split())
 def unchanged(call: Call) -> Any:
-    """Values, and features, as they were."""
-    return call.tag(call.argument(0, "input"))
+    """Values, and features, as they were. A property of that name, `requires_grad`, has no values at all."""
+    tag = call.tag(call.argument(0, "input"))
+    return tag if isinstance(call.output, Tensor) else None
 
 
 @rule(*_VALUE_FREE.split())
