@@ -126,7 +126,8 @@ def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
         if reset:
             return
         raise ValueError(f"the state of {name} is not known ({error}), so it cannot be turned. {start_anew}") from error
-    if moved.any() and torch.allclose(turn @ moved, moved_turned, rtol=1e-2, atol=1e-2 * float(moved.abs().max())):
+    # Muon computes in bfloat16; a step that sees the basis is another one altogether.
+    if moved.any() and (turn @ moved - moved_turned).norm() < 0.05 * moved.norm():
         raise ValueError(
             f"a change of basis does nothing for {name}: its steps are the same in every basis. Use an optimizer that looks at "
             "each coordinate alone (AdamW, Adafactor, Adagrad, ...), or teleport_method='null_space'."
