@@ -91,10 +91,10 @@ class TeleportConfig:
         "'null_space': climb inside the null space of every layer's inputs (the paper). 'basis': turn the model's exact "
         "symmetries to where Adam works best. 'null_space+basis': one after the other.",
     )
-    basis: Literal["gradient", "predicted_decrease", "activation", "random"] = _setting(
+    basis: Literal["gradient", "predicted_decrease", "activation", "random", "identity"] = _setting(
         "gradient",
         "For method 'basis', where to turn: 'gradient': eigenvectors of the gradients' second moment; 'predicted_decrease': a "
-        "rotation that climbs ||g||_1; 'activation': eigenvectors of what the weights read; 'random': a control.",
+        "rotation that climbs ||g||_1; 'activation': eigenvectors of what the weights read; 'random', 'identity': controls.",
     )
     symmetries: list[str] = _setting(
         ["stream", "value_output", "query_key", "chain"],

@@ -189,6 +189,13 @@ def test_every_basis_keeps_the_loss(kind):
     assert not torch.allclose(flat(model), before)
 
 
+def test_the_identity_folds_gains_and_turns_nothing():
+    model = llama(torch.float64)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    Teleporter(model, basis(basis="identity")).teleport(batches(), loss_fn)
+    assert all(torch.allclose(p, before[name], atol=1e-15) for name, p in model.named_parameters())
+
+
 def test_an_optimizer_that_does_not_see_the_basis_is_refused():
     model = llama()
     with pytest.raises(ValueError, match=r"does nothing for SGD.*AdamW"):

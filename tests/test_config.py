@@ -39,7 +39,7 @@ from hf_teleport import TeleportConfig
         ({"steps": 3.5}, "steps = 3.5"),
         ({"symmetries": None}, "a list of words"),
         ({"every_steps": 0}, "every_steps = 0"),
-        ({"basis": "best"}, "'gradient', 'predicted_decrease', 'activation', 'random'"),
+        ({"basis": "best"}, "'gradient', 'predicted_decrease', 'activation', 'random', 'identity'"),
         ({"symmetries": ["stream", "time"]}, "some of stream, value_output"),
         ({"symmetries": []}, "some of stream"),
         ({"second_moment": "keep"}, "'turn', 'measure', 'reset'"),

@@ -148,11 +148,18 @@ class PredictedDecrease(Basis):
         return matrix
 
 
-class Random(Basis):
-    """A random rotation: the control."""
+class Identity(Basis):
+    """No rotation: the control for what an event does beside turning, folding gains and resetting the optimizer's state."""
 
     def see(self, gradients: dict[nn.Parameter, Tensor], point: Point) -> None:
-        pass
+        """Nothing is needed of a batch."""
+
+    def matrices(self, symmetry: Symmetry) -> Tensor:
+        return torch.eye(symmetry.size, dtype=torch.float64).expand(symmetry.blocks, -1, -1)
+
+
+class Random(Identity):
+    """A random rotation: the control for the choice of basis."""
 
     def matrices(self, symmetry: Symmetry) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + self.symmetries.index(symmetry))
@@ -186,6 +193,7 @@ BASES: dict[str, type[Basis]] = {
     "predicted_decrease": PredictedDecrease,
     "activation": ActivationCovariance,
     "random": Random,
+    "identity": Identity,
 }
 
 
