@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_teleport.ascent import Point
-from hf_teleport.symmetry.spaces import Fold, Symmetry, effective
+from hf_teleport.symmetry.features import effective
+from hf_teleport.symmetry.spaces import Fold, Symmetry
 from hf_teleport.symmetry.turn import folded, slices
 
 

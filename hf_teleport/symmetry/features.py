@@ -54,6 +54,17 @@ class Norm:
     outputs: Tensor
 
 
+def effective(norm: Norm) -> Tensor:
+    """What the norm multiplies with: its weight, or one more than it."""
+    return norm.gain.detach() + norm.offset
+
+
+def uniform(gain: Tensor) -> bool:
+    """Whether all elements are equal, to rounding."""
+    gain = gain.detach()
+    return bool((gain - gain.mean()).abs().max() <= 4 * torch.finfo(gain.dtype).eps * gain.abs().max().clamp_min(1.0))
+
+
 @dataclass
 class Facts:
     """What a forward showed about features. `mark` and `forget_since` take back what was noted in between.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_teleport.ascent import LossFn
-from hf_teleport.symmetry.features import Axis, Facts, Norm, components, signatures
+from hf_teleport.symmetry.features import Axis, Facts, Norm, components, effective, signatures, uniform
 from hf_teleport.symmetry.follow import Follow
 from hf_teleport.symmetry.norms import recognised_norms
 from hf_teleport.symmetry.rules import RULES
@@ -338,14 +338,3 @@ class Solver:
                 if r in reasons:
                     return reasons[r]
         return "no rotation of its features is free"
-
-
-def effective(norm: Norm) -> Tensor:
-    """What the norm multiplies with: its weight, or one more than it."""
-    return norm.gain.detach() + norm.offset
-
-
-def uniform(gain: Tensor) -> bool:
-    """Whether all elements are equal, to rounding."""
-    gain = gain.detach()
-    return bool((gain - gain.mean()).abs().max() <= 4 * torch.finfo(gain.dtype).eps * gain.abs().max().clamp_min(1.0))
