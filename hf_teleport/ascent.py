@@ -51,6 +51,12 @@ class Point:
     trace: Trace
 
     @property
+    def by_parameter(self) -> dict[nn.Parameter, Tensor]:
+        """The gradients of the parameters that the loss depends on."""
+        pairs = zip(self.parameters, self.gradients, strict=True)
+        return {parameter: gradient.detach() for parameter, gradient in pairs if gradient is not None}
+
+    @property
     def grad_norm(self) -> float:
         """`||∇_W L||` over all trainable parameters."""
         return norm(self.gradients)

@@ -87,9 +87,10 @@ class TeleportMixin(_Base):
     def teleport(self) -> TeleportReport:
         """Teleport the model now, log what came of it, and return the report: that of the last method, if there are several."""
         step = self.state.global_step
+        with preserved_rng():
+            batches = self._teleport_batches(self.teleport_config.num_batches, event=step)
         for config in self.teleport_config.each_method():
             with self._teleport_bar(step) as progress, preserved_rng():
-                batches = self._teleport_batches(config.num_batches, event=step)
                 report = self._teleporter(config, progress).teleport(batches, self._teleport_loss)
                 if not report.rolled_back:
                     broadcast_weights(self._teleported_model, self.optimizer)

@@ -65,8 +65,7 @@ class BasisTurn(Method):
         if not self.reports:
             self._find(point)
             self._basis = BASES[self.config.basis](self.used, self.config.seed)
-            pairs = zip(point.parameters, point.gradients, strict=True)
-            self._first = {p: g.detach() for p, g in pairs if g is not None}
+            self._first = point.by_parameter
         self._basis.observe(point)
 
     def _find(self, point: Point) -> None:
@@ -101,7 +100,7 @@ class BasisTurn(Method):
         return lambda fraction: self.turn.carry_out(self._state)
 
     def review(self, point: Point) -> None:
-        gradients = {p: g.detach() for p, g in zip(point.parameters, point.gradients, strict=True) if g is not None}
+        gradients = point.by_parameter
         if point.seed == self.config.seed and self.turn.exact:
             self._compare(self.turn.gradients(self._first), gradients)
         if self.config.second_moment == "measure":

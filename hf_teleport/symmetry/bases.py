@@ -30,8 +30,7 @@ class Basis(ABC):
 
     def observe(self, point: Point) -> None:
         """Take in one batch."""
-        pairs = zip(point.parameters, point.gradients, strict=True)
-        self.see(folded(self._gains, {p: g.detach() for p, g in pairs if g is not None}), point)
+        self.see(folded(self._gains, point.by_parameter), point)
 
     @abstractmethod
     def see(self, gradients: dict[nn.Parameter, Tensor], point: Point) -> None:

@@ -94,7 +94,6 @@ class Follow(TorchFunctionMode):
         self.facts = Facts()
         self.reasons: Any = WeakIdKeyDictionary()  # why a tensor has no features
         self.zeros: Any = WeakIdKeyDictionary()
-        self._model = model
         self._rules = rules
         self._tags: Any = WeakIdKeyDictionary()
         self._seen: Any = WeakIdKeyDictionary()

@@ -37,19 +37,19 @@ class OptimizerState:
 
     def turn(self, part: Any, matrices: Tensor, turn_axis: Callable[[Tensor, Any, Tensor], Tensor]) -> None:
         """Turn what is remembered of a part's parameter; `turn_axis(tensor, part, matrices)` works in place."""
-        for _, tensor, dim, is_square in self._tensors(part.parameter, part.dim):
+        for tensor, dim, is_square in self._tensors(part.parameter, part.dim):
             turn_axis(tensor, _At(dim, part.positions), matrices.square() if is_square else matrices)
 
     def scale(self, parameter: nn.Parameter, dim: int, factors: Tensor) -> None:
         """The parameter's gradients are multiplied by factors along an axis."""
-        for _, tensor, own, is_square in self._tensors(parameter, dim):
+        for tensor, own, is_square in self._tensors(parameter, dim):
             shape = [1] * tensor.dim()
             shape[own] = -1
             tensor.mul_((factors.square() if is_square else factors).reshape(shape).to(tensor))
 
     def level(self, parameter: nn.Parameter) -> None:
         """A norm's gain has a new gradient in a new basis, unknown before: no momentum, and the mean of the squares."""
-        for _, tensor, _, is_square in self._tensors(parameter, 0):
+        for tensor, _, is_square in self._tensors(parameter, 0):
             tensor.fill_(float(tensor.mean()) if is_square else 0.0)
 
     def put_shares(self, parameter: nn.Parameter, shares: dict[int, Tensor]) -> None:
@@ -61,7 +61,7 @@ class OptimizerState:
         Args:
             shares: for each turned axis the share of each index in the squared gradients, summing to one.
         """
-        for _, tensor, _, is_square in self._tensors(parameter, 0):
+        for tensor, _, is_square in self._tensors(parameter, 0):
             if is_square and tensor.shape == parameter.shape:
                 kept = tensor.sum(tuple(shares), keepdim=True)
                 tensor.copy_(kept.expand_as(tensor))
@@ -72,8 +72,8 @@ class OptimizerState:
         """All tensors that are kept for a parameter."""
         return {name: value for name, value in self._state.get(parameter, {}).items() if isinstance(value, Tensor)}
 
-    def _tensors(self, parameter: nn.Parameter, dim: int) -> list[tuple[str, Tensor, int, bool]]:
-        """Name, tensor, the axis in it of the parameter's axis, and whether it holds squares."""
+    def _tensors(self, parameter: nn.Parameter, dim: int) -> list[tuple[Tensor, int, bool]]:
+        """Tensor, the axis in it of the parameter's axis, and whether it holds squares."""
         if self._reset:
             self._state.pop(parameter, None)
             return []
@@ -83,9 +83,9 @@ class OptimizerState:
                 own = list(range(parameter.dim()))
                 own.pop(FACTORED[name])
                 if dim in own:
-                    found.append((name, tensor, own.index(dim), True))
+                    found.append((tensor, own.index(dim), True))
             elif tensor.dim() == parameter.dim() and tensor.shape[dim] == parameter.shape[dim] and name in FIRST | SECOND:
-                found.append((name, tensor, dim, name in SECOND))
+                found.append((tensor, dim, name in SECOND))
         return found
 
 
