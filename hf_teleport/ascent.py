@@ -13,20 +13,22 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hf_teleport.distributed import ALONE, Ranks
 from hf_teleport.isolation import forget_caches, seed_everything, shifted
 from hf_teleport.layers import Layer
-from hf_teleport.trace import KeepDouble, TangentTrace, Trace, Use, Uses
+from hf_teleport.trace import KeepDouble, ReplayTrace, TangentTrace, Trace, Use, Uses
 
 _Trace = TypeVar("_Trace", bound=Trace)
 
-# A shift is too long if it moves some input by more than this many times sqrt(eps) of its size; this many are tried.
-_LONG_SHIFT = 100
+# A shift is too long if it moves some input by this many times the share of its size that is meant; this many are tried.
+_LONG_SHIFT = 5
 _SHIFTS = 4
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -37,9 +39,13 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 class Point:
     """The loss on one batch at the current weights, and what came of its forward and backward.
 
+    Where several processes share the batch, loss and gradients are the means over all of them; `own_gradients` and the trace are
+    of this process's share.
+
     Attributes:
         loss: the mean loss.
         gradients: one for each parameter, None where the loss does not depend on it.
+        grad_norm: `||∇_W L||` over all trainable parameters.
         trace: the uses of the parameters, with D.
     """
 
@@ -48,6 +54,8 @@ class Point:
     loss: float
     parameters: list[nn.Parameter]
     gradients: list[Tensor | None]
+    own_gradients: list[Tensor | None]
+    grad_norm: float
     trace: Trace
 
     @property
@@ -55,11 +63,6 @@ class Point:
         """The gradients of the parameters that the loss depends on."""
         pairs = zip(self.parameters, self.gradients, strict=True)
         return {parameter: gradient.detach() for parameter, gradient in pairs if gradient is not None}
-
-    @property
-    def grad_norm(self) -> float:
-        """`||∇_W L||` over all trainable parameters."""
-        return norm(self.gradients)
 
     @property
     def finite(self) -> bool:
@@ -73,12 +76,22 @@ def norm(tensors: Iterable[Tensor | None]) -> float:
     return float(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))) if norms else 0.0
 
 
-def evaluate(model: nn.Module, loss_fn: LossFn, batch: Any, *, seed: int, differentiable_gradients: bool = False) -> Point:
+def evaluate(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Any,
+    *,
+    seed: int,
+    differentiable_gradients: bool = False,
+    ranks: Ranks = ALONE,
+) -> Point:
     """One forward and backward at the current weights, followed by a `Trace`. `.grad` is not touched.
 
     Args:
+        batch: with several processes, this one's share of it.
         seed: for models that draw random numbers in eval mode: each forward on this batch draws the same.
         differentiable_gradients: keep the graph of the gradients, for `exact_direction`.
+        ranks: the processes that share the batch.
 
     Raises:
         ValueError: the loss is not a scalar, or depends on no trainable parameter.
@@ -88,11 +101,25 @@ def evaluate(model: nn.Module, loss_fn: LossFn, batch: Any, *, seed: int, differ
     _start_afresh(model, seed)
     # Fused attention kernels have no second derivative; the plain one does.
     plain_kernels = sdpa_kernel([SDPBackend.MATH]) if differentiable_gradients else nullcontext()
-    with torch.enable_grad(), trace, plain_kernels:
-        loss = loss_fn(model, batch)
-    _check_loss(loss)
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, create_graph=differentiable_gradients)
-    return Point(batch, seed, float(loss.detach()), parameters, list(gradients), trace)
+
+    def forward_and_backward() -> tuple[float, list[Tensor | None]]:
+        with torch.enable_grad(), trace, plain_kernels:
+            loss = loss_fn(model, batch)
+        _check_loss(loss)
+        found = torch.autograd.grad(loss, parameters, allow_unused=True, create_graph=differentiable_gradients)
+        return float(loss.detach()), list(found)
+
+    own_loss, own = ranks.together(forward_and_backward)
+    gradients = ranks.mean_tensors(own, parameters)
+    loss, length = ranks.mean([own_loss, norm(gradients)])
+    return Point(batch, seed, loss, parameters, gradients, own, length, trace)
+
+
+def loss_at(model: nn.Module, loss_fn: LossFn, batch: Any, *, seed: int, ranks: Ranks = ALONE) -> float:
+    """The loss on a batch at the current weights, by one forward."""
+    _start_afresh(model, seed)
+    with torch.no_grad():
+        return ranks.mean([ranks.together(lambda: float(loss_fn(model, batch)))])[0]
 
 
 def _start_afresh(model: nn.Module, seed: int) -> None:
@@ -113,15 +140,21 @@ def _check_loss(loss: Any) -> None:
 
 
 def fast_direction(
-    model: nn.Module, loss_fn: LossFn, point: Point, direction: list[Tensor | None], layers: list[Layer]
+    model: nn.Module,
+    loss_fn: LossFn,
+    point: Point,
+    direction: list[Tensor | None],
+    layers: list[Layer],
+    ranks: Ranks = ALONE,
 ) -> dict[Layer, Tensor]:
     """`Dᵀ Ẋ` along a direction u for each layer, by one forward without autograd at `W + εu`.
 
     Equal to `H u` up to a part in the span of the layer's inputs, so after a projection at tau = 1 to `(H u) P`. The shift is
-    `ε = sqrt(eps) ||W|| / ||u||`, where truncation and rounding errors balance for the precision of the weights. If it moves
-    some layer's input by far more than sqrt(eps) of its size, the network is more sensitive than its weights show (a layer norm
-    of a nearly constant input, for instance), and a shorter one is tried. In float64 the unshifted forward is run once more as
-    well, all of them without the casts to float32 that many models contain.
+    `ε = 20 sqrt(eps) ||W|| / ||u||`: somewhat longer than where truncation and rounding balance, because truncation is the same
+    however the data is split over processes, and rounding is not. If it moves some layer's input by far more than that share of
+    its size, the network is more sensitive than its weights show (a layer norm of a nearly constant input, for instance), and a
+    shorter one is tried. In float64 it is the difference of two forwards, at `W ± εu`, with ε in proportion to the cube root of
+    eps, and without the casts to float32 that many models contain.
 
     Returns:
         For each layer (G, o, d), with one more column, of zeros, for a bias: it comes after the input, which it cannot shift.
@@ -133,25 +166,49 @@ def fast_direction(
     uses: Uses = {layer.weight: {} for layer in layers}
     for layer in layers:
         uses[layer.weight][layer.region] = point.trace.uses[layer.weight][layer.region]
-    if dtype == torch.float64:
-        precise = _forward(model, loss_fn, point, Trace(uses), dtype)
-        uses = _in_double(uses, precise.uses)
-    small = torch.finfo(dtype).eps ** 0.5
+    central = dtype == torch.float64
+    eps = torch.finfo(dtype).eps
+    small = 12 * eps ** (1 / 3) if central else 20 * eps**0.5
     epsilon = small * norm(point.parameters) / length
-    for attempt in range(_SHIFTS):
+
+    def difference(epsilon: float) -> TangentTrace:
+        starts = uses
+        if central:
+            with shifted(point.parameters, direction, -epsilon):
+                starts = _starting_at(uses, _forward(model, loss_fn, point, ReplayTrace(uses, point.trace.choices), dtype).uses)
         with shifted(point.parameters, direction, epsilon):
-            trace = _forward(model, loss_fn, point, TangentTrace(uses, point.trace.choices), dtype)
-        relative_shift = trace.relative_shift()
+            return _forward(model, loss_fn, point, TangentTrace(starts, point.trace.choices), dtype)
+
+    for attempt in range(_SHIFTS):
+        trace = ranks.together(partial(difference, epsilon))
+        relative_shift = _relative_shift(trace, layers, ranks)
         if relative_shift <= _LONG_SHIFT * small or attempt == _SHIFTS - 1:
             break
         epsilon *= small / relative_shift
     products = {}
+    width = 2 * epsilon if central else epsilon
     for layer in layers:
         product = trace.products[layer.weight].get(layer.region)
         if product is not None:
             no_bias_part = product.new_zeros((*product.shape[:-1], 1))
-            products[layer] = (product if layer.bias is None else torch.cat([product, no_bias_part], -1)) / epsilon
-    return products
+            products[layer] = (product if layer.bias is None else torch.cat([product, no_bias_part], -1)) / width
+    return _mean(products, layers, ranks)
+
+
+def _relative_shift(trace: TangentTrace, layers: list[Layer], ranks: Ranks) -> float:
+    """`||X' - X|| / ||X||` of the layer whose input moved most. An input of zeros, with no scale of its own, says nothing."""
+    squares = [trace.squares[layer.weight].get(layer.region) for layer in layers]
+    means = ranks.mean_tensors(squares, (layer.weight.new_zeros(2, dtype=torch.float64) for layer in layers))
+    return max((float((m[0] / m[1]).nan_to_num(0, 0, 0)) for m in means if m is not None), default=0.0) ** 0.5
+
+
+def _mean(products: dict[Layer, Tensor], layers: list[Layer], ranks: Ranks) -> dict[Layer, Tensor]:
+    """The mean over all processes of each layer's product."""
+    if ranks.size == 1:
+        return products
+    like = (layer.matrix({p: p.detach() for p in layer.parameters}) for layer in layers)
+    means = ranks.mean_tensors([products.get(layer) for layer in layers], like)
+    return {layer: mean for layer, mean in zip(layers, means, strict=True) if mean is not None}
 
 
 def _forward(model: nn.Module, loss_fn: LossFn, point: Point, trace: _Trace, dtype: torch.dtype) -> _Trace:
@@ -162,18 +219,20 @@ def _forward(model: nn.Module, loss_fn: LossFn, point: Point, trace: _Trace, dty
     return trace
 
 
-def _in_double(uses: Uses, precise: Uses) -> Uses:
-    """The same uses, D included, with their inputs taken from a forward that never left float64."""
+def _starting_at(uses: Uses, others: Uses) -> Uses:
+    """The same uses, D included, with the inputs of another forward."""
     return {
         weight: {
-            region: [Use(p.call, use.output_gradient) for use, p in zip(calls, precise[weight][region], strict=False)]
+            region: [Use(other.call, use.output_gradient) for use, other in zip(calls, others[weight][region], strict=False)]
             for region, calls in parts.items()
         }
         for weight, parts in uses.items()
     }
 
 
-def exact_direction(point: Point, direction: list[Tensor | None], layers: list[Layer]) -> dict[Layer, Tensor]:
+def exact_direction(
+    point: Point, direction: list[Tensor | None], layers: list[Layer], ranks: Ranks = ALONE
+) -> dict[Layer, Tensor]:
     """`H u` for each layer by double backward, as matrices like those of `fast_direction`, bias column included.
 
     Needs a point made with `differentiable_gradients=True`.
@@ -181,9 +240,13 @@ def exact_direction(point: Point, direction: list[Tensor | None], layers: list[L
     Raises:
         ValueError: an operation of the model cannot be differentiated twice.
     """
+    return _mean(ranks.together(lambda: _own_exact_direction(point, direction, layers)), layers, ranks)
+
+
+def _own_exact_direction(point: Point, direction: list[Tensor | None], layers: list[Layer]) -> dict[Layer, Tensor]:
     pairs = [
         (g, u.detach())
-        for g, u in zip(point.gradients, direction, strict=True)
+        for g, u in zip(point.own_gradients, direction, strict=True)
         if g is not None and u is not None and g.requires_grad
     ]
     if not pairs or not layers:

@@ -44,7 +44,7 @@ def audit(model: nn.Module, point: Point, config: TeleportConfig) -> tuple[list[
     Raises:
         ValueError: `target_modules` or `exclude_modules` match nothing.
     """
-    gradients = dict(zip(point.parameters, point.gradients, strict=True))
+    gradients = dict(zip(point.parameters, point.own_gradients, strict=True))
     reports = describe(model, point, config)
     layers: list[Layer] = []
     for parameter, report in reports.items():

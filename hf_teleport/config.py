@@ -101,10 +101,15 @@ class TeleportConfig:
         "For method 'basis', which symmetries to turn: 'stream' (residual stream), 'value_output' and 'query_key' (in each "
         "head), 'chain' (two weights with nothing between, LoRA's for instance), 'scaling' (balance gated and ReLU units).",
     )
-    second_moment: Literal["turn", "measure", "reset"] = _setting(
+    second_moment: Literal["turn", "measure"] = _setting(
         "turn",
-        "For method 'basis', the optimizer's averages of squared gradients: 'turn' them by the squared rotation, 'measure' them "
-        "on the teleport batches, or 'reset' the optimizer's state of each turned weight.",
+        "For method 'basis', the optimizer's averages of squared gradients: 'turn' them by the squared rotation, or 'measure' "
+        "them on the teleport batches.",
+    )
+    optimizer_state: Literal["keep", "reset"] = _setting(
+        "keep",
+        "What the optimizer remembers of the weights that a teleport may move: 'keep' it (a change of basis turns it along), or "
+        "'reset' it, as for new weights.",
     )
     blocking_gains: Literal["leave", "hold", "round"] = _setting(
         "leave",

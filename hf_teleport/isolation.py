@@ -122,6 +122,12 @@ class Snapshot:
         for parameter, kept in self._kept.items():
             self._state[parameter] = copy.deepcopy(kept)  # type: ignore[index]
 
+    def halve(self) -> None:
+        """Take the parameters half the way back."""
+        with torch.no_grad():
+            for parameter, saved in self._saved:
+                parameter.lerp_(saved, 0.5)
+
     def changed(self) -> set[nn.Parameter]:
         """The parameters that differ from their copy."""
         return {parameter for parameter, saved in self._saved if not torch.equal(parameter, saved)}

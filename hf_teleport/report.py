@@ -1,9 +1,12 @@
 """What a teleport did: for the user to read, the tracker to log, a file to keep."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from torch import nn
 
 
 @dataclass
@@ -99,8 +102,9 @@ class TeleportReport:
         return share(self.layers, lambda layer: layer.moved)
 
     def metrics(self) -> dict[str, float | str]:
-        """The numbers for a tracker, by plain names."""
+        """What a tracker and a model card are told, by plain names."""
         return {
+            "method": self.method,
             "loss_before": self.loss_before,
             "loss_after": self.loss_after,
             "grad_norm_before": self.grad_norm_before,
@@ -110,6 +114,7 @@ class TeleportReport:
             "steps": self.steps,
             "seconds": self.seconds,
             "stopped_because": self.stopped_because,
+            "rolled_back": self.rolled_back,
             **({} if self.misalignment is None else {"misalignment": self.misalignment}),
         }
 
@@ -127,6 +132,39 @@ class TeleportReport:
         """Everything as plain values. A number that is not finite becomes None, for JSON has no NaN."""
         derived = {name: getattr(self, name) for name in ("null_dim", "moved_share", "misalignment")}
         return _json_safe({**asdict(self), **derived})
+
+
+@dataclass
+class Check:
+    """What a teleport could do, found out without moving anything.
+
+    Attributes:
+        loss: on the batch, which may not be finite.
+        layers: a report for every weight; empty if the loss is not finite.
+        symmetries: for a method that turns symmetries, each that was found.
+        blocking: norm gains that must stay uniform if the residual stream is to turn.
+    """
+
+    loss: float
+    layers: list[LayerReport]
+    symmetries: list[SymmetryReport]
+    blocking: list[nn.Parameter]
+
+    def require_movable(self) -> None:
+        """Raise if the batch was judged, and no weight may move.
+
+        Raises:
+            ValueError: with the most frequent reasons.
+        """
+        if self.layers and not any(layer.movable for layer in self.layers):
+            raise ValueError(f"{why_immovable(self.layers)}.")
+
+
+def why_immovable(layers: Iterable[LayerReport]) -> str:
+    """The most frequent reasons, in one sentence."""
+    reasons = Counter(layer.reason for layer in layers)
+    shown = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(5))
+    return f"no weight of the model can be teleported. Reasons, with the number of weights: {shown}"
 
 
 def share(layers: Iterable[LayerReport], counts: Callable[[LayerReport], bool]) -> float:

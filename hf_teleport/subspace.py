@@ -7,10 +7,15 @@ null space is the rest. A weight change `Δ P` with `P = I - B Bᵀ` has `X (Δ 
 All functions take leading group dimensions: (G, N, d) for a convolution with G groups.
 """
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 # Share of a matrix below which what a projection leaves of it is projected once more.
 _LITTLE = 0.1
@@ -40,8 +45,8 @@ class Representation:
     def __init__(self) -> None:
         self.num_rows = 0
         self.dtype = torch.float32
-        self._rows: Tensor | None = None
-        self._gram: Tensor | None = None
+        self.rows: Tensor | None = None
+        self.gram: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
         """Take in more rows, (G, N, d) of any floating dtype."""
@@ -49,29 +54,64 @@ class Representation:
         self.num_rows += num_rows
         self.dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
         for part in rows.split(max(1, _SLICE // (groups * width)), dim=1):
-            part = part.double()
-            if self._gram is not None:
-                self._gram.baddbmm_(part.mT, part)
-                continue
-            self._rows = part if self._rows is None else torch.cat([self._rows, part], dim=1)
-            if self._rows.shape[1] > width:
-                if self.dtype == torch.float64:
-                    self._rows = torch.linalg.qr(self._rows, mode="r").R
-                else:
-                    self._gram, self._rows = self._rows.mT @ self._rows, None
+            self.keep(part.double())
+
+    def keep(self, rows: Tensor) -> None:
+        """Join float64 rows, or the triangle of a QR that stands for them, to what is kept."""
+        if self.gram is not None:
+            self.gram.baddbmm_(rows.mT, rows)
+            return
+        self.rows = rows if self.rows is None else torch.cat([self.rows, rows], dim=1)
+        if self.rows.shape[1] > rows.shape[2]:
+            if self.dtype == torch.float64:
+                self.rows = torch.linalg.qr(self.rows, mode="r").R
+            else:
+                self.square()
+
+    def square(self) -> Tensor:
+        """Go over from rows to their Gram matrix, and return it."""
+        if self.gram is None:
+            if self.rows is None:
+                raise ValueError("a representation without rows has no Gram matrix; add() rows first")
+            self.gram, self.rows = self.rows.mT @ self.rows, None
+        return self.gram
 
     def decompose(self) -> tuple[Tensor, Tensor]:
         """Singular values (G, r), largest first, and right singular vectors (G, d, r), in float64.
 
         r = d once there are at least d rows, else the number of rows.
+
+        Raises:
+            ValueError: no rows.
+            LinAlgError: no algorithm converges, on any device; rows that are not finite, for instance.
         """
-        if self._gram is not None:
-            values, vectors = torch.linalg.eigh(self._gram)
+        if self.gram is not None:
+            values, vectors = converging(torch.linalg.eigh, self.gram)
             return values.clamp(min=0).sqrt().flip(-1), vectors.flip(-1)
-        if self._rows is None:
+        if self.rows is None:
             raise ValueError("a representation without rows has no singular vectors; add() rows first")
-        _, values, vectors = torch.linalg.svd(self._rows, full_matrices=False)
+        _, values, vectors = converging(lambda rows: torch.linalg.svd(rows, full_matrices=False), self.rows)
         return values, vectors.mT
+
+
+def converging(decompose: Callable[[Tensor], Any], matrix: Tensor) -> tuple[Tensor, ...]:
+    """A decomposition that is finite: on the matrix's own device, or if that fails, in float64 on the CPU.
+
+    Raises:
+        LinAlgError: it fails there too.
+    """
+    try:
+        parts = tuple(decompose(matrix))
+        if all(part.isfinite().all() for part in parts):
+            return parts
+        problem = "its result is not finite"
+    except torch.linalg.LinAlgError as error:
+        problem = str(error)
+    logger.warning("A decomposition failed on %s (%s); it is tried in float64 on the CPU.", matrix.device, problem)
+    parts = tuple(decompose(matrix.double().cpu()))
+    if not all(part.isfinite().all() for part in parts):
+        raise torch.linalg.LinAlgError(problem)
+    return tuple(part.to(matrix) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -83,12 +123,14 @@ class Subspace:
         spans_null: whether the basis spans the null space (else its complement, the core).
         null_dim: dimension of the null space, summed over groups.
         dim: d, summed over groups.
+        num_rows: how many rows it was found from.
     """
 
     basis: Tensor
     spans_null: bool
     null_dim: int
     dim: int
+    num_rows: int
 
     def project(self, matrix: Tensor) -> Tensor:
         """`M P` for M (G, o, d): its part in the null space."""
@@ -125,6 +167,9 @@ def null_space(representation: Representation, energy_threshold: float, dtype: t
         representation: the rows, d wide.
         energy_threshold: tau in (0, 1].
         dtype: of the basis; default: that of the rows, at least float32.
+
+    Raises:
+        LinAlgError: the decomposition does not converge.
     """
     values, vectors = representation.decompose()
     groups, width, found = vectors.shape
@@ -137,4 +182,5 @@ def null_space(representation: Representation, energy_threshold: float, dtype: t
     kept = ~in_core if spans_null else in_core
     columns = slice(smallest, None) if spans_null else slice(largest)
     basis = (vectors * kept[:, None, :])[..., columns]
-    return Subspace(basis.to(dtype).contiguous(), spans_null, groups * width - int(dims.sum()), groups * width)
+    null_dim = groups * width - int(dims.sum())
+    return Subspace(basis.to(dtype).contiguous(), spans_null, null_dim, groups * width, representation.num_rows)

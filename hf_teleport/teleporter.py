@@ -7,83 +7,36 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
 
+from accelerate.utils import convert_to_fp32
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
-from hf_teleport.ascent import LossFn, Point, norm
+from hf_teleport.ascent import LossFn, Point, loss_at
+from hf_teleport.batches import halved
 from hf_teleport.config import TeleportConfig
+from hf_teleport.distributed import Ranks, out_of_memory
 from hf_teleport.isolation import Snapshot, evaluation_mode, full_precision, preserved_rng
+from hf_teleport.measurement import Measurement, measure
 from hf_teleport.methods import METHODS, Method, Move
-from hf_teleport.report import LayerReport, SymmetryReport, TeleportReport
+from hf_teleport.optimizer_state import forget
+from hf_teleport.reasons import NO_STEP, explain
+from hf_teleport.report import Check, TeleportReport, why_immovable
+from hf_teleport.storage import gathered, in_float32, is_low
 
 logger = logging.getLogger(__name__)
 
-_NO_DIRECTION = "its direction is zero: no trainable weight lies below it, or no gradient reaches its output"
-
-_NO_STEP = {
-    "no_direction": "no layer has a direction; a model of one layer has none, nor has fresh LoRA (B = 0): teleport it later",
-    "non_finite": "the loss or its gradient is not finite on the teleport data; check that data, and the learning rate",
-    "max_loss_change": "every step changed the loss by more than max_loss_change; lower the teleport learning_rate, or raise it",
-    "grad_norm_cap": "the gradient norm is above grad_norm_cap already; raise it to go further",
-    "not_a_symmetry": "what was turned changes the model's gradients otherwise than a symmetry would; please report this model",
-    "max_growth": "every step overshot max_growth; lower the teleport learning_rate",
-}
+_T = TypeVar("_T")
 
 # A step that meets an objection is tried again at half its length this many times before the batch's turn ends.
 _HALVINGS = 4
 
 # A step may pass `max_growth` by this factor; one that jumps further is too long to trust.
 _OVERSHOOT = 1.1
-
-
-@dataclass
-class _Measurement:
-    """The teleport data at one setting of the weights: loss and gradient norm of each batch, and of all together."""
-
-    losses: list[float]
-    grad_norms: list[float]
-    grad_norm: float
-
-    def first(self) -> "_Measurement":
-        """That of the first batch alone."""
-        return _Measurement(self.losses[:1], self.grad_norms[:1], self.grad_norms[0])
-
-    @property
-    def loss(self) -> float:
-        return sum(self.losses) / len(self.losses)
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
-
-@dataclass
-class Check:
-    """What a teleport could do, found out without moving anything.
-
-    Attributes:
-        loss: on the batch, which may not be finite.
-        layers: a report for every weight; empty if the loss is not finite.
-        symmetries: for a method that turns symmetries, each that was found.
-        blocking: norm gains that must stay uniform if the residual stream is to turn.
-    """
-
-    loss: float
-    layers: list[LayerReport]
-    symmetries: list[SymmetryReport]
-    blocking: list[nn.Parameter]
-
-    def require_movable(self) -> None:
-        """Raise if the batch was judged, and no weight may move.
-
-        Raises:
-            ValueError: with the most frequent reasons.
-        """
-        if self.layers and not any(layer.movable for layer in self.layers):
-            raise ValueError(f"{_why_immovable(self.layers)}.")
 
 
 class Teleporter:
@@ -110,16 +63,22 @@ class Teleporter:
         self.config = config or TeleportConfig()
         self.optimizer = optimizer
         self._progress = progress or (lambda step, total: None)
+        self._ranks = Ranks(next((p.device for p in model.parameters()), "cpu"))
 
-    def teleport(self, batches: Iterable[Any], loss_fn: LossFn) -> TeleportReport:
+    def teleport(self, batches: Iterable[Any], loss_fn: LossFn, held_back: Any = None) -> TeleportReport:
         """Move the weights inside the level set of the loss on these batches (Algorithm 1 of the paper).
 
         Modes, buffers, gradients and random states are afterwards what they were. Whatever goes wrong, the weights
-        are either teleported within `max_loss_change`, or bit for bit what they were.
+        are either teleported within `max_loss_change`, or bit for bit what they were. If memory runs out, it is tried again with
+        twice as many batches of half the size.
+
+        With several processes (`torch.distributed` is initialized), all of them must call this, each with its own share of
+        every batch, equally many samples each. They end with equal weights.
 
         Args:
             batches: whatever `loss_fn` takes; all of them are used, `config.num_batches` is for the trainer.
             loss_fn: `loss_fn(model, batch)` gives the mean loss of a batch, a scalar.
+            held_back: a batch that takes no part, and whose loss is watched: a move that changes it too far is halved or undone.
 
         Returns:
             What was done, for each layer too.
@@ -129,37 +88,22 @@ class Teleporter:
                 weights are untouched.
         """
         start = time.perf_counter()
-        with preserved_rng(), evaluation_mode(self.model), full_precision(self.model):
+        with preserved_rng():
             batches = list(batches)
-            if not batches:
-                raise ValueError("there are no teleport batches: pass at least one batch of data to teleport on.")
-            method = self._method(loss_fn)
-            before = self._measure(method, batches, method.survey)
-            if not before.finite:
-                _explain(method, set(), 0, "non_finite")
-                return self._report(method, before, before, 0, "non_finite", start)
-            method.fit()
-            if not method.movable:
-                _explain(method, set(), 0, "nothing_movable")
-                return self._report(method, before, before, 0, "nothing_movable", start)
-            snapshot = method.snapshot()
-            try:
-                steps, reason = self._jump(method) if method.once else self._ascend(method, batches, before)
-                if method.once and not method.reviews_all:  # it holds for every input, so one batch tells
-                    batches, before = batches[:1], before.first()
-                after = self._measure(method, batches, method.review) if steps else before
-                accepted = after.finite and self._within(after.loss, before.loss) and not method.objection
-            except BaseException:
-                snapshot.restore()
-                raise
-            if accepted:
-                method.accept()
-            else:
-                snapshot.restore()
-                reason = method.objection or ("max_loss_change" if after.finite else "non_finite")
-                steps, after = 0, before
-            _explain(method, snapshot.changed(), steps, reason)
-            return self._report(method, before, after, steps, reason, start, undone=not accepted)
+        if not batches:
+            raise ValueError("there are no teleport batches: pass at least one batch of data to teleport on.")
+        while True:
+            report = self._unless_memory_runs_out(partial(self._event, batches, loss_fn, held_back, start))
+            if report is not None:
+                return report
+            smaller = halved(batches)
+            if smaller is None:
+                logger.warning("The teleport changed nothing: %s.", NO_STEP["out_of_memory"])
+                nan = math.nan
+                seconds = time.perf_counter() - start
+                return TeleportReport(self.config.method, nan, nan, nan, nan, 0, "out_of_memory", True, seconds)
+            logger.warning("Memory ran out in a teleport, which was undone; it is tried again with batches of half the size.")
+            batches, held_back = smaller, held_back and (halved([held_back]) or [None])[0]
 
     def check(self, batch: Any, loss_fn: LossFn) -> Check:
         """What a teleport on this batch could move, without moving anything.
@@ -167,28 +111,121 @@ class Teleporter:
         Raises:
             ValueError: as `teleport`; `Check.require_movable` raises if nothing may move.
         """
-        with preserved_rng(), evaluation_mode(self.model), full_precision(self.model):
+        batches = [batch]
+        while True:
+            found = self._unless_memory_runs_out(partial(self._judge, batches[0], loss_fn))
+            if found is not None:
+                return found
+            batches = halved(batches[:1]) or []
+            if not batches:
+                return Check(math.nan, [], [], [])
+
+    def _judge(self, batch: Any, loss_fn: LossFn) -> Check:
+        with self._isolated(loss_fn) as (loss_fn, _):
             method = self._method(loss_fn)
             point = method.evaluate(batch, self.config.seed)
             if point.finite:
                 method.survey(point)
             return Check(point.loss, list(method.reports.values()), method.symmetries, method.blocking)
 
-    def _method(self, loss_fn: LossFn) -> Method:
-        return METHODS[self.config.method](self.model, loss_fn, self.config, self.optimizer)
+    def _unless_memory_runs_out(self, work: Callable[[], _T]) -> _T | None:
+        try:
+            return work()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        # Outside the handler: the error holds the frames, and they the tensors.
+        clear_device_cache(garbage_collection=True)
+        return None
 
-    def _measure(self, method: Method, batches: list[Any], see: Callable[[Point], None] = lambda point: None) -> _Measurement:
-        losses, grad_norms = [], []
-        total: list[Tensor | None] = []
-        for i, batch in enumerate(batches):
-            point = method.evaluate(batch, self.config.seed + i)
-            losses.append(point.loss)
-            grad_norms.append(point.grad_norm)
-            total = _sum(total, point.gradients)
-            if not point.finite:
+    @contextmanager
+    def _isolated(self, loss_fn: LossFn) -> Iterator[tuple[LossFn, Callable[[], None]]]:
+        """Inside, nothing leaves a trace but moved weights. Yields the loss function to use, and a rounding of weights."""
+        low = is_low(self.model)
+
+        def on_float32(model: nn.Module, batch: Any) -> Tensor:
+            return loss_fn(model, convert_to_fp32(batch) if low else batch)
+
+        with (
+            gathered(self.model, self.optimizer),
+            preserved_rng(),
+            evaluation_mode(self.model),
+            full_precision(self.model),
+            in_float32(self.model) as round_weights,
+        ):
+            yield on_float32, round_weights
+
+    def _event(self, batches: list[Any], loss_fn: LossFn, held_back: Any, start: float) -> TeleportReport:
+        with self._isolated(loss_fn) as (loss_fn, round_weights):
+            method = self._method(loss_fn)
+            before = measure(method, batches, method.survey)
+            if not before.finite:
+                explain(method.reports, set(), 0, "non_finite")
+                return self._report(method, before, before, 0, "non_finite", start)
+            method.fit()
+            if not method.movable:
+                explain(method.reports, set(), 0, "nothing_movable")
+                return self._report(method, before, before, 0, "nothing_movable", start)
+            watched = self._held_back_loss(method, held_back)
+            snapshot = method.snapshot()
+            try:
+                steps, reason = self._jump(method) if method.once else self._ascend(method, batches, before)
+                round_weights()
+                objection = self._shorten(method, snapshot, watched, held_back, round_weights) if steps else ""
+                if method.once and not method.reviews_all:  # it holds for every input, so one batch tells
+                    batches, before = batches[:1], before.first()
+                after = measure(method, batches, method.review) if steps else before
+                objection = objection or self._verdict(method, before, after)
+            except BaseException:
+                snapshot.restore()
+                raise
+            if objection:
+                snapshot.restore()
+                reason, steps, after = objection, 0, before
+            else:
+                self._keep(method)
+            explain(method.reports, snapshot.changed(), steps, reason)
+            return self._report(method, before, after, steps, reason, start, undone=bool(objection))
+
+    def _held_back_loss(self, method: Method, held_back: Any) -> float:
+        """NaN if there is no such batch."""
+        if held_back is None:
+            return math.nan
+        return loss_at(self.model, method.loss_fn, held_back, seed=self.config.seed, ranks=self._ranks)
+
+    def _shorten(
+        self, method: Method, snapshot: Snapshot, watched: float, held_back: Any, round_weights: Callable[[], None]
+    ) -> str:
+        """Halve the whole move until the loss on the batch held back is near what it was. Returns the objection if no half is."""
+        if not math.isfinite(watched):
+            return ""
+        for _ in range(_HALVINGS + 1):
+            if self._within(self._held_back_loss(method, held_back), watched):
+                return ""
+            if method.once:  # half a rotation is none
                 break
-            see(point)
-        return _Measurement(losses, grad_norms, norm(total) / len(losses))
+            snapshot.halve()
+            round_weights()
+        return "held_back"
+
+    def _verdict(self, method: Method, before: Measurement, after: Measurement) -> str:
+        """Why the event must be undone, the same in every process; empty: it need not."""
+        own = method.objection
+        if not after.finite:
+            own = "non_finite"
+        elif not own and not self._within(after.loss, before.loss):
+            own = "max_loss_change"
+        return next((objection for objection in self._ranks.gather(own) if objection), "")
+
+    def _keep(self, method: Method) -> None:
+        """The event stands: the optimizer learns of it, and every process gets the weights of the first."""
+        method.accept()
+        if self.optimizer is not None and self.config.optimizer_state == "reset":
+            forget(self.optimizer, method.movable)
+        self._ranks.broadcast(method.written)
+
+    def _method(self, loss_fn: LossFn) -> Method:
+        return METHODS[self.config.method](self.model, loss_fn, self.config, self.optimizer, self._ranks)
 
     def _jump(self, method: Method) -> tuple[int, str]:
         """The one move of a method that makes but one. Returns the number of moves, and why there is no other."""
@@ -199,7 +236,7 @@ class Teleporter:
         self._progress(1, 1)
         return 1, "steps_done"
 
-    def _ascend(self, method: Method, batches: list[Any], before: _Measurement) -> tuple[int, str]:
+    def _ascend(self, method: Method, batches: list[Any], before: Measurement) -> tuple[int, str]:
         """The steps on every batch in turn. Returns how many were kept, and why most of the turns ended."""
         steps, total = 0, len(batches) * self.config.steps_per_batch
         endings: Counter[str] = Counter()
@@ -266,8 +303,8 @@ class Teleporter:
     def _report(
         self,
         method: Method,
-        before: _Measurement,
-        after: _Measurement,
+        before: Measurement,
+        after: Measurement,
         steps: int,
         reason: str,
         start: float,
@@ -288,30 +325,7 @@ class Teleporter:
         )
         if not steps and reason != "aligned":
             spanned = Counter(layer.reason for layer in report.layers if layer.movable and layer.null_dim == 0)
-            why = spanned.most_common(1)[0][0] if reason == "no_direction" and spanned else _NO_STEP.get(reason, reason)
-            why = _why_immovable(report.layers) if reason == "nothing_movable" else why
+            why = spanned.most_common(1)[0][0] if reason == "no_direction" and spanned else NO_STEP.get(reason, reason)
+            why = why_immovable(report.layers) if reason == "nothing_movable" else why
             logger.warning("The teleport changed nothing: %s.", why)
         return report
-
-
-def _explain(method: Method, changed: set[nn.Parameter], steps: int, reason: str) -> None:
-    """Note in each report whether its weight moved, and if not, why."""
-    for parameter, report in method.reports.items():
-        report.moved = parameter in changed
-        if report.moved:
-            report.reason = ""
-        elif not report.reason:
-            report.reason = _NO_DIRECTION if steps else f"no step was kept ({reason})"
-
-
-def _why_immovable(layers: Iterable[LayerReport]) -> str:
-    reasons = Counter(layer.reason for layer in layers)
-    shown = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(5))
-    return f"no weight of the model can be teleported. Reasons, with the number of weights: {shown}"
-
-
-def _sum(total: list[Tensor | None], gradients: list[Tensor | None]) -> list[Tensor | None]:
-    """Gradients added up parameter by parameter; None counts as zero."""
-    if not total:
-        return [None if g is None else g.detach() for g in gradients]
-    return [t if g is None else g.detach() if t is None else t + g.detach() for t, g in zip(total, gradients, strict=True)]

@@ -128,44 +128,18 @@ class Trace(TorchFunctionMode):
         return output
 
 
-class TangentTrace(Trace):
-    """Accumulate `Dᵀ (X' - X)` while a forward runs at shifted weights, X' being the shifted inputs.
+class ReplayTrace(Trace):
+    """A trace of a forward that makes the choices of another one, at other weights.
 
-    The shifted forward makes the choices of the unshifted one: a token that a small shift sends to another expert is a jump,
-    which a derivative does not see. A part of a weight whose calls come out differently all the same gets no product.
+    A token that a small shift of the weights sends to another expert is a jump, which a derivative does not see.
 
     Args:
-        uses: the uses at the unshifted weights, with their D, of the parts to follow.
-        choices: those of the unshifted forward.
+        choices: those of the other forward.
     """
 
-    def __init__(self, uses: Uses, choices: list[tuple[torch.Size, Tensor]]):
-        super().__init__(uses)
-        self._awaited = {weight: {region: iter(calls) for region, calls in parts.items()} for weight, parts in uses.items()}
+    def __init__(self, parameters: Iterable[nn.Parameter], choices: list[tuple[torch.Size, Tensor]]):
+        super().__init__(parameters)
         self._made = iter(choices)
-        self.products: dict[nn.Parameter, dict[Region, Tensor | None]] = defaultdict(dict)
-        self._relative_shifts: list[Tensor] = []
-
-    def relative_shift(self) -> float:
-        """`||X' - X|| / ||X||` of the use whose input moved most."""
-        shifts = [shift.to(self._relative_shifts[0].device) for shift in self._relative_shifts]
-        return float(torch.stack(shifts).max()) if shifts else 0.0
-
-    def _see(self, weight: nn.Parameter, region: Region, call: Call, output: Tensor) -> None:
-        awaited = self._awaited[weight].get(region)
-        if awaited is None:
-            return
-        use = next(awaited, None)
-        products = self.products[weight]
-        if use is None or call.input.shape != use.call.input.shape or call.projector != use.call.projector:
-            products[region] = None
-        elif use.output_gradient is not None and products.get(region, ()) is not None:
-            shift = call.input - use.call.input
-            # An input of zeros, with no scale of its own, says nothing.
-            self._relative_shifts.append((shift.norm() / use.call.input.norm()).nan_to_num(0, 0, 0))
-            product = call.projector.weight_gradient(shift, use.output_gradient, region.shape)
-            known = products.get(region)
-            products[region] = product if known is None else known + product
 
     def _choose(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         output = func(*args, **kwargs)
@@ -178,6 +152,43 @@ class TangentTrace(Trace):
             return made.clone()
         dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
         return type(output)((scores.gather(dim, made), made.clone()))
+
+
+class TangentTrace(ReplayTrace):
+    """Accumulate `Dᵀ (X' - X)` while a forward runs at shifted weights, X' being the shifted inputs.
+
+    A part of a weight whose calls come out differently in the shifted forward gets no product.
+
+    Attributes:
+        products: for each part of a weight `Dᵀ (X' - X)`, summed over its calls.
+        squares: likewise `||X' - X||²` and `||X||²`, (2,).
+
+    Args:
+        uses: the uses to compare with, with their D, of the parts to follow.
+        choices: those of the unshifted forward.
+    """
+
+    def __init__(self, uses: Uses, choices: list[tuple[torch.Size, Tensor]]):
+        super().__init__(uses, choices)
+        self._awaited = {weight: {region: iter(calls) for region, calls in parts.items()} for weight, parts in uses.items()}
+        self.products: dict[nn.Parameter, dict[Region, Tensor | None]] = defaultdict(dict)
+        self.squares: dict[nn.Parameter, dict[Region, Tensor]] = defaultdict(dict)
+
+    def _see(self, weight: nn.Parameter, region: Region, call: Call, output: Tensor) -> None:
+        awaited = self._awaited[weight].get(region)
+        if awaited is None:
+            return
+        use = next(awaited, None)
+        products = self.products[weight]
+        if use is None or call.input.shape != use.call.input.shape or call.projector != use.call.projector:
+            products[region] = None
+        elif use.output_gradient is not None and products.get(region, ()) is not None:
+            shift = call.input - use.call.input
+            squares = torch.stack([shift.double().square().sum(), use.call.input.double().square().sum()])
+            self.squares[weight][region] = self.squares[weight].get(region, 0) + squares
+            product = call.projector.weight_gradient(shift, use.output_gradient, region.shape)
+            known = products.get(region)
+            products[region] = product if known is None else known + product
 
 
 _ALIASES = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -22,8 +23,10 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from hf_teleport.arguments import TeleportArguments
+from hf_teleport.batches import share_of
+from hf_teleport.card import add_to_card, teleports
 from hf_teleport.config import TeleportConfig
-from hf_teleport.distributed import broadcast_weights, check_strategy
+from hf_teleport.distributed import check_strategy
 from hf_teleport.isolation import preserved_rng
 from hf_teleport.methods import METHODS
 from hf_teleport.report import TeleportReport, share
@@ -88,18 +91,21 @@ class TeleportMixin(_Base):
         """Teleport the model now, log what came of it, and return the report: that of the last method, if there are several."""
         step = self.state.global_step
         with preserved_rng():
-            batches = self._teleport_batches(self.teleport_config.num_batches, event=step)
+            batches, held_back = self._teleport_batches(self.teleport_config.num_batches, event=step)
         for config in self.teleport_config.each_method():
             with self._teleport_bar(step) as progress, preserved_rng():
-                report = self._teleporter(config, progress).teleport(batches, self._teleport_loss)
-                if not report.rolled_back:
-                    broadcast_weights(self._teleported_model, self.optimizer)
+                report = self._teleporter(config, progress).teleport(batches, self._teleport_loss, held_back)
             self.teleport_reports.append(report)
-            numbers = {f"teleport/{name}": v for name, v in report.metrics().items() if not isinstance(v, str)}
-            self.log({**numbers, "teleport/stopped_because": report.stopped_because})
+            self.log({f"teleport/{name}": value for name, value in report.metrics().items()})
             if self.is_world_process_zero():
                 self._tell(f"Teleport before step {step}: {report.summary()}")
         return report
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, with a section on the teleports of this run, those before it was resumed included."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_to_card(Path(self.args.output_dir, "README.md"), self.teleport_config, teleports(self.state.log_history))
 
     @property
     def _teleported_model(self) -> nn.Module:
@@ -111,8 +117,8 @@ class TeleportMixin(_Base):
     def get_teleport_dataloader(self, event: int) -> DataLoader:
         """Batches for the teleport before step `event`: drawn at random by a generator of their own.
 
-        Every process draws the same batches. A stream gives its first rows; one that can be read only once needs a
-        `teleport_dataset` beside it. Override this to choose batches otherwise.
+        Every process draws the same batches, and takes its share of each. A stream gives its first rows; one that can be
+        read only once needs a `teleport_dataset` beside it. Override this to choose batches otherwise.
 
         Raises:
             ValueError: there is no data set.
@@ -128,17 +134,20 @@ class TeleportMixin(_Base):
         streamed = isinstance(dataset, IterableDataset)
         return DataLoader(
             dataset,
-            batch_size=self.teleport_config.batch_size or self._train_batch_size,
+            batch_size=self.teleport_config.batch_size or self._train_batch_size * self.args.world_size,
             sampler=None if streamed else RandomSampler(dataset, generator=generator),
             collate_fn=collator,
             generator=generator,
         )
 
-    def _teleport_batches(self, count: int, event: int) -> list[Any]:
+    def _teleport_batches(self, count: int, event: int) -> tuple[list[Any], Any]:
+        """This process's share of so many batches, and of one more to hold back: None if the data gives no more."""
         # Collators that draw random numbers (masked language modelling) draw the same for the same event.
         torch.manual_seed(self.teleport_config.seed + event)
-        loader = self.get_teleport_dataloader(event)
-        return [self._prepare_inputs(batch) for batch in islice(loader, count)]
+        drawn = islice(self.get_teleport_dataloader(event), count + 1)
+        rank, size = self.args.process_index, self.args.world_size
+        batches = [self._prepare_inputs(share_of(batch, rank, size)) for batch in drawn]
+        return batches[:count], batches[count] if len(batches) > count else None
 
     def _teleport_loss(self, model: nn.Module, batch: Any) -> Tensor:
         # As in training: the loss is a mean over the batch's items, and compute_loss may take the labels out of the batch.
@@ -174,7 +183,7 @@ class TeleportMixin(_Base):
             return
         check_strategy(self.accelerator)
         with preserved_rng():
-            batches = self._teleport_batches(1, event=min(self._teleport_steps))
+            batches, _ = self._teleport_batches(1, event=min(self._teleport_steps))
             if not batches:
                 raise ValueError(_EMPTY)
             start = time.perf_counter()

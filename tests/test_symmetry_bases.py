@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_teleport.ascent import evaluate
+from hf_teleport.distributed import ALONE
 from hf_teleport.symmetry import Symmetry, find_symmetries
 from hf_teleport.symmetry.bases import BASES, ActivationCovariance, GradientMoment, PredictedDecrease, Random, balance, mean_free
 from hf_teleport.symmetry.spaces import Part
@@ -203,6 +204,7 @@ def test_the_inputs_of_a_reader_are_uncorrelated_in_the_basis_of_activations(nor
     (symmetry,) = (s for s in symmetries if not s.reason)
     basis = ActivationCovariance([symmetry], 0)
     basis.observe(evaluate(model, squared, x, seed=0))
+    basis.merge(ALONE)
     before = basis.misalignment(symmetry)
     Turn({symmetry: basis.choose(symmetry)}).carry_out()
     rows = model.norm(model.a(x)).flatten(0, 1)  # gains are folded now

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from hf_teleport.ascent import evaluate
+from hf_teleport.optimizer_state import OptimizerState
 from hf_teleport.symmetry import find_symmetries
 from hf_teleport.symmetry.bases import Random, balance
-from hf_teleport.symmetry.optimizer_state import OptimizerState
 from hf_teleport.symmetry.turn import Turn, folded
 from hf_teleport.trace import KeepDouble
 

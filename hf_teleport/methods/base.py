@@ -4,10 +4,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_teleport.ascent import LossFn, Point, evaluate
 from hf_teleport.config import TeleportConfig
+from hf_teleport.distributed import ALONE, Ranks
 from hf_teleport.isolation import Snapshot
 from hf_teleport.report import LayerReport, SymmetryReport
 
@@ -20,6 +21,7 @@ class Method(ABC):
 
     Args:
         optimizer: the one that trains the model, for methods that change what it remembers.
+        ranks: the processes that each have a share of every batch.
 
     Attributes:
         once: whether the event is a single move that holds for every input, and not an ascent on each batch in turn.
@@ -31,11 +33,12 @@ class Method(ABC):
 
     once: ClassVar[bool] = False
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, config: TeleportConfig, optimizer: Any = None):
+    def __init__(self, model: nn.Module, loss_fn: LossFn, config: TeleportConfig, optimizer: Any = None, ranks: Ranks = ALONE):
         self.model = model
         self.loss_fn = loss_fn
         self.config = config
         self.optimizer = optimizer
+        self.ranks = ranks
         self.reports: dict[nn.Parameter, LayerReport] = {}
         self.symmetries: list[SymmetryReport] = []
         self.objection = ""
@@ -48,12 +51,17 @@ class Method(ABC):
 
     def evaluate(self, batch: Any, seed: int) -> Point:
         """Loss and gradients on a batch at the current weights."""
-        return evaluate(self.model, self.loss_fn, batch, seed=seed)
+        return evaluate(self.model, self.loss_fn, batch, seed=seed, ranks=self.ranks)
 
     @property
     @abstractmethod
     def movable(self) -> list[nn.Parameter]:
         """The parameters that this method may change; known after the first `survey`."""
+
+    @property
+    def written(self) -> list[Tensor]:
+        """All that an event may have changed."""
+        return [parameter.data for parameter in self.movable]
 
     @property
     def blocking(self) -> list[nn.Parameter]:

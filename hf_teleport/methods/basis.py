@@ -4,19 +4,25 @@ A rotation of features that no output depends on leaves the loss and the gradien
 not see it; Adam, which scales each coordinate alone, does. docs/basis.md has the derivation and the measurements.
 """
 
+import logging
+import math
+
 import torch
 from torch import Tensor, nn
 
 from hf_teleport.ascent import LossFn, Point, norm
 from hf_teleport.audit import describe
 from hf_teleport.config import TeleportConfig
+from hf_teleport.distributed import ALONE, Ranks
 from hf_teleport.isolation import Snapshot
 from hf_teleport.methods.base import Method, Move
+from hf_teleport.optimizer_state import OptimizerState, check_optimizer
 from hf_teleport.report import SymmetryReport
 from hf_teleport.symmetry import Symmetry, find_symmetries
 from hf_teleport.symmetry.bases import BASES, Basis, balance
-from hf_teleport.symmetry.optimizer_state import OptimizerState, check_optimizer
 from hf_teleport.symmetry.turn import Turn
+
+logger = logging.getLogger(__name__)
 
 # Relative difference up to which a gradient after a turn is the turned gradient from before, by the precision of the weights.
 _AGREEMENT = {torch.float32: 1e-2, torch.float64: 1e-5}
@@ -27,8 +33,8 @@ class BasisTurn(Method):
 
     once = True
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, config: TeleportConfig, optimizer: object = None):
-        super().__init__(model, loss_fn, config, optimizer)
+    def __init__(self, model: nn.Module, loss_fn: LossFn, config: TeleportConfig, optimizer: object = None, ranks: Ranks = ALONE):
+        super().__init__(model, loss_fn, config, optimizer, ranks)
         self.turn = Turn({})
         self._found: dict[Symmetry, SymmetryReport] = {}
         self._basis: Basis = BASES[config.basis]([], config.seed)
@@ -37,9 +43,9 @@ class BasisTurn(Method):
         self._state: OptimizerState | None = None
         self.reviews_all = config.second_moment == "measure"
         if optimizer is not None:
-            reset = config.second_moment == "reset"
+            reset = config.optimizer_state == "reset"
             check_optimizer(optimizer, reset=reset)
-            self._state = OptimizerState(optimizer, reset=reset)
+            self._state = None if reset else OptimizerState(optimizer)
 
     @staticmethod
     def passes(config: TeleportConfig) -> int:
@@ -55,6 +61,12 @@ class BasisTurn(Method):
         return list(dict.fromkeys(parameter for symmetry in self.used for parameter in symmetry.parameters))
 
     @property
+    def written(self) -> list[Tensor]:
+        state = self._state
+        kept = [] if state is None else [t for parameter in self.movable for t in state.tensors(parameter).values()]
+        return super().written + kept
+
+    @property
     def blocking(self) -> list[nn.Parameter]:
         return [gain for symmetry in self.used for gain in symmetry.blocking]
 
@@ -63,7 +75,8 @@ class BasisTurn(Method):
 
     def survey(self, point: Point) -> None:
         if not self.reports:
-            self._find(point)
+            self.ranks.together(lambda: self._find(point))
+            self._agree()
             self._basis = BASES[self.config.basis](self.used, self.config.seed)
             self._first = point.by_parameter
         self._basis.observe(point)
@@ -86,12 +99,44 @@ class BasisTurn(Method):
         for parameter in self.movable:
             self.reports[parameter].movable, self.reports[parameter].reason = True, ""
 
+    def _agree(self) -> None:
+        """Leave out a symmetry that another process did not find with its data, so that all turn the same."""
+        if self.ranks.size == 1:
+            return
+        own = {symmetry: (symmetry.kind, symmetry.name, symmetry.blocks, symmetry.size) for symmetry in self.used}
+        everywhere = set.intersection(*map(set, self.ranks.gather(list(own.values()))))
+        for symmetry, signature in own.items():
+            if signature not in everywhere:
+                self._leave_out(symmetry, "another process did not find it with its share of the data")
+
+    def _leave_out(self, symmetry: Symmetry, reason: str) -> None:
+        symmetry.reason = self._found[symmetry].reason = reason
+        still = set(self.movable)
+        for parameter in symmetry.parameters:
+            if parameter not in still:
+                self.reports[parameter].movable, self.reports[parameter].reason = False, reason
+
     def fit(self) -> None:
-        rotations = {}
-        for symmetry in self.used:
+        self._basis.merge(self.ranks)
+        used = self.used
+        owners = self.ranks.spread([symmetry.blocks * symmetry.size**3 for symmetry in used])
+        rotations = {s: self._chosen(s, owner == self.ranks.rank) for s, owner in zip(used, owners, strict=True)}
+        for (symmetry, matrices), owner in zip(rotations.items(), owners, strict=True):
             self._found[symmetry].misalignment = self._basis.misalignment(symmetry)
-            rotations[symmetry] = balance(symmetry) if symmetry.kind == "scaling" else self._basis.choose(symmetry)
-        self.turn = Turn(rotations)
+            self.ranks.broadcast([matrices], source=owner)
+            if not matrices.isfinite().all():
+                self._leave_out(symmetry, "its second moment could not be decomposed: the algorithm did not converge")
+        self.turn = Turn({symmetry: rotations[symmetry] for symmetry in self.used})
+
+    def _chosen(self, symmetry: Symmetry, own: bool) -> Tensor:
+        """The matrices to turn a symmetry by; NaN where another process chooses them, or none are found."""
+        try:
+            if own:
+                return balance(symmetry) if symmetry.kind == "scaling" else self._basis.choose(symmetry)
+        except torch.linalg.LinAlgError as error:
+            logger.warning("%s of %s stays as it is: %s", symmetry.kind, symmetry.name, error)
+        size = 1 if symmetry.kind == "scaling" else symmetry.size
+        return torch.full((symmetry.blocks, size, size), math.nan, dtype=torch.float64)
 
     def propose(self, point: Point | None = None) -> Move | None:
         measured = [s.misalignment for s in self._found.values() if s.misalignment is not None]

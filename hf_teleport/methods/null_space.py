@@ -11,19 +11,21 @@ from torch import Tensor, nn
 from hf_teleport.ascent import LossFn, Point, evaluate, exact_direction, fast_direction, norm
 from hf_teleport.audit import TIED_VIEWS, UNUSED, audit, overlap
 from hf_teleport.config import TeleportConfig
+from hf_teleport.decomposition import null_spaces
+from hf_teleport.distributed import ALONE, Ranks
 from hf_teleport.layers import Layer
 from hf_teleport.methods.base import Method, Move
 from hf_teleport.objectives import OBJECTIVES
 from hf_teleport.report import LayerReport
-from hf_teleport.subspace import Representation, Subspace, null_space, rank_tolerance
+from hf_teleport.subspace import Representation, Subspace, rank_tolerance
 from hf_teleport.trace import Region
 
 
 class NullSpace(Method):
     """Ascent of the objective inside the null space of every layer's inputs."""
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, config: TeleportConfig, optimizer: object = None):
-        super().__init__(model, loss_fn, config, optimizer)
+    def __init__(self, model: nn.Module, loss_fn: LossFn, config: TeleportConfig, optimizer: object = None, ranks: Ranks = ALONE):
+        super().__init__(model, loss_fn, config, optimizer, ranks)
         self.layers: list[Layer] = []
         self.subspaces: dict[Layer, Subspace] = {}
         self._representations: dict[Layer, Representation] = {}
@@ -39,19 +41,42 @@ class NullSpace(Method):
 
     def evaluate(self, batch: object, seed: int) -> Point:
         exact = self.config.hessian == "exact"
-        return evaluate(self.model, self.loss_fn, batch, seed=seed, differentiable_gradients=exact)
+        return evaluate(self.model, self.loss_fn, batch, seed=seed, differentiable_gradients=exact, ranks=self.ranks)
 
     def survey(self, point: Point) -> None:
-        layers, reports = audit(self.model, point, self.config)
+        layers, reports = self.ranks.together(lambda: audit(self.model, point, self.config))
         if not self.reports and self.config.hessian == "exact":
             # Whether the model can be differentiated twice shows here, before training, and not at the first step.
-            exact_direction(point, OBJECTIVES[self.config.objective](point.gradients), layers)
-        self._merge(layers, reports)
+            own = OBJECTIVES[self.config.objective](point.own_gradients)
+            exact_direction(point, own, layers)
+        for audited in self._everywhere(layers, reports):
+            self._merge(*audited)
         if self.config.scope == "joint":
-            self._represent(point)
+            self.ranks.together(lambda: self._represent(point))
+
+    def _everywhere(
+        self, layers: list[Layer], reports: dict[nn.Parameter, LayerReport]
+    ) -> list[tuple[list[Layer], dict[nn.Parameter, LayerReport]]]:
+        """What every process found on its share of a batch, in the order of ranks; a process has no other's parameters."""
+        if self.ranks.size == 1:
+            return [(layers, reports)]
+        parameters = list(self.model.parameters())
+        number: dict[nn.Parameter | None, int] = {parameter: i for i, parameter in enumerate(parameters)}
+        portable = (
+            [(v.name, v.role, number[v.weight], v.region, number.get(v.bias), v.projector) for v in layers],
+            {number[parameter]: report for parameter, report in reports.items()},
+        )
+        found = []
+        for theirs, verdicts in self.ranks.gather(portable):
+            own = [
+                Layer(name, role, parameters[weight], region, None if bias is None else parameters[bias], projector)
+                for name, role, weight, region, bias, projector in theirs
+            ]
+            found.append((own, {parameters[i]: report for i, report in verdicts.items()}))
+        return found
 
     def _merge(self, layers: list[Layer], reports: dict[nn.Parameter, LayerReport]) -> None:
-        """Take in one batch's audit: a weight moves if some batch lets it and none forbids it.
+        """Take in the audit of a batch, or of one process's share of it: a weight moves if some let it and none forbids it.
 
         Not to be used by a batch forbids nothing: an expert may get its first tokens in the second.
         """
@@ -88,7 +113,7 @@ class NullSpace(Method):
 
     def begin(self, point: Point) -> None:
         if self.config.scope == "batch":
-            self._represent(point)
+            self.ranks.together(lambda: self._represent(point))
             self._decompose()
 
     def propose(self, point: Point | None = None) -> Move | None:
@@ -97,9 +122,9 @@ class NullSpace(Method):
         direction = OBJECTIVES[self.config.objective](point.gradients)
         layers = [layer for layer, subspace in self.subspaces.items() if subspace.null_dim]
         if self.config.hessian == "exact":
-            products = exact_direction(point, direction, layers)
+            products = exact_direction(point, direction, layers, self.ranks)
         else:
-            products = fast_direction(self.model, self.loss_fn, point, direction, layers)
+            products = fast_direction(self.model, self.loss_fn, point, direction, layers, self.ranks)
         moves = {}
         for layer, product in products.items():
             move = self.subspaces[layer].project(product)
@@ -133,27 +158,28 @@ class NullSpace(Method):
 
     def _decompose(self) -> None:
         """Turn what was represented into null spaces, and note their dimensions in the reports."""
-        self.subspaces = {}
+        tau = self.config.energy_threshold
+        dtypes = {layer: layer.weight.dtype for layer in self.layers}
+        found = null_spaces(self._representations, dtypes, tau, self.ranks)
+        self.subspaces = {layer: subspace for layer, subspace in found.items() if subspace is not None}
         for layer in self.layers:
             report = self.reports[layer.weight]
             report.null_dim, report.input_dim = 0, 0
-        for layer in self.layers:
-            representation = self._representations.get(layer)
-            if representation is None:
-                continue
-            subspace = null_space(representation, self.config.energy_threshold, layer.weight.dtype)
-            self.subspaces[layer] = subspace
+        for layer, subspace in found.items():
             report = self.reports[layer.weight]
+            if subspace is None:
+                report.reason = "its inputs could not be decomposed: the algorithm did not converge"
+                continue
             report.null_dim = (report.null_dim or 0) + subspace.null_dim
             report.input_dim = (report.input_dim or 0) + subspace.dim
-            report.reason = "" if report.null_dim else _spanned(representation, subspace, self.config.energy_threshold)
+            report.reason = "" if report.null_dim else _spanned(subspace, tau)
         self._representations = {}
 
 
-def _spanned(representation: Representation, subspace: Subspace, tau: float) -> str:
+def _spanned(subspace: Subspace, tau: float) -> str:
     groups, width, _ = subspace.basis.shape
     each = f" in each of {groups} groups" if groups > 1 else ""
     return (
-        f"no null space: {representation.num_rows} input rows span all {width} dimensions{each} at tau = {tau:g}; "
+        f"no null space: {subspace.num_rows} input rows span all {width} dimensions{each} at tau = {tau:g}; "
         "take fewer samples, or energy_threshold below 1"
     )

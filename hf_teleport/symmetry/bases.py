@@ -6,13 +6,16 @@ basis does to Adam).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from hf_teleport.ascent import Point
+from hf_teleport.distributed import Ranks
+from hf_teleport.subspace import converging
 from hf_teleport.symmetry.features import effective
-from hf_teleport.symmetry.spaces import Fold, Symmetry
+from hf_teleport.symmetry.spaces import Fold, Part, Symmetry
 from hf_teleport.symmetry.turn import folded, slices
 
 
@@ -36,6 +39,9 @@ class Basis(ABC):
     def see(self, gradients: dict[nn.Parameter, Tensor], point: Point) -> None:
         """Take in one batch's gradients, as they are with the gains folded."""
 
+    def merge(self, ranks: Ranks) -> None:  # noqa: B027  (the gradients are the mean of all processes already)
+        """Every batch was seen: take in what other processes saw of their shares."""
+
     @abstractmethod
     def matrices(self, symmetry: Symmetry) -> Tensor:
         """Orthogonal matrices (H, k, k): row i of Q is the new coordinate i. `choose` restricts them to where a mean is kept."""
@@ -56,9 +62,8 @@ class _SecondMoment(Basis):
         super().__init__(symmetries, seed)
         self._moments: dict[Symmetry, Tensor] = {}
 
-    def _add(self, symmetry: Symmetry, rows: Tensor) -> None:
-        """Add the second moment of rows (H, k, n)."""
-        moment = rows @ rows.mT
+    def _add(self, symmetry: Symmetry, moment: Tensor) -> None:
+        """Add a second moment (H, k, k), brought to trace one."""
         trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(moment.dtype).tiny)
         moment = moment / trace[:, None, None]
         known = self._moments.get(symmetry)
@@ -70,9 +75,9 @@ class _SecondMoment(Basis):
             return torch.eye(symmetry.size, dtype=torch.float64).expand(symmetry.blocks, -1, -1)
         moment = moment.double()
         if not symmetry.centred:
-            return torch.linalg.eigh(moment).eigenvectors.mT
+            return converging(torch.linalg.eigh, moment)[1].mT
         inside = mean_free(symmetry.size, moment)
-        return _with_mean(torch.linalg.eigh(inside.mT @ moment @ inside).eigenvectors.mT, inside)
+        return _with_mean(converging(torch.linalg.eigh, inside.mT @ moment @ inside)[1].mT, inside)
 
     def misalignment(self, symmetry: Symmetry) -> float | None:
         moment = self._moments.get(symmetry)
@@ -90,28 +95,44 @@ class GradientMoment(_SecondMoment):
             for part in symmetry.parts:
                 if part.parameter in gradients:
                     rows = slices(gradients[part.parameter], part)  # (H, r, k, n)
-                    self._add(symmetry, rows.transpose(1, 2).flatten(2))
+                    rows = rows.transpose(1, 2).flatten(2)
+                    self._add(symmetry, rows @ rows.mT)
 
 
 class ActivationCovariance(_SecondMoment):
     """Eigenvectors of the second moments of what the weights read. Spaces that no weight reads (query-key) stay."""
 
+    def __init__(self, symmetries: list[Symmetry], seed: int):
+        super().__init__(symmetries, seed)
+        self._sums: dict[tuple[Symmetry, int], Tensor] = {}
+
     def see(self, gradients: dict[nn.Parameter, Tensor], point: Point) -> None:
         factors = {(p, dim): (gain, elements) for fold, gain in self._gains.items() for p, dim, elements in fold.readers}
+        for symmetry, i, part in self._readers():
+            for region, uses in point.trace.uses.get(part.parameter, {}).items():
+                if sorted(region.shape) != sorted(part.parameter.shape):
+                    continue  # a part of a fused weight, with other inputs than its neighbour
+                for use in uses:
+                    rows = use.call.projector.rows(use.call.input.detach()).flatten(0, 1)
+                    if (part.parameter, part.dim) in factors:
+                        gain, elements = factors[part.parameter, part.dim]
+                        rows = rows / gain[elements.to(gain.device)].to(rows)
+                    own = rows[:, part.positions.flatten().to(rows.device)].mT
+                    own = own.reshape(*part.positions.shape, -1).transpose(1, 2).flatten(2)
+                    self._sums[symmetry, i] = self._sums.get((symmetry, i), 0) + own @ own.mT
+
+    def merge(self, ranks: Ranks) -> None:
+        readers = list(self._readers())
+        like = (p.parameter.new_empty(s.blocks, s.size, s.size) for s, _, p in readers)
+        means = ranks.mean_tensors([self._sums.get((symmetry, i)) for symmetry, i, _ in readers], like)
+        for (symmetry, _, _), moment in zip(readers, means, strict=True):
+            if moment is not None:
+                self._add(symmetry, moment)
+
+    def _readers(self) -> Iterator[tuple[Symmetry, int, Part]]:
+        """Every part that reads its features, with its number in its symmetry."""
         for symmetry in self.symmetries:
-            for part in symmetry.parts:
-                if not part.reads:
-                    continue
-                for region, uses in point.trace.uses.get(part.parameter, {}).items():
-                    if sorted(region.shape) != sorted(part.parameter.shape):
-                        continue  # a part of a fused weight, with other inputs than its neighbour
-                    for use in uses:
-                        rows = use.call.projector.rows(use.call.input.detach()).flatten(0, 1)
-                        if (part.parameter, part.dim) in factors:
-                            gain, elements = factors[part.parameter, part.dim]
-                            rows = rows / gain[elements.to(gain.device)].to(rows)
-                        own = rows[:, part.positions.flatten().to(rows.device)].mT
-                        self._add(symmetry, own.reshape(*part.positions.shape, -1).transpose(1, 2).flatten(2))
+            yield from ((symmetry, i, part) for i, part in enumerate(symmetry.parts) if part.reads)
 
 
 class PredictedDecrease(Basis):
@@ -143,7 +164,7 @@ class PredictedDecrease(Basis):
         inside = mean_free(symmetry.size, gradient) if symmetry.centred else torch.eye(symmetry.size).to(gradient)
         matrix = torch.eye(symmetry.size).to(gradient).expand(symmetry.blocks, -1, -1)
         for _ in range(self._ITERATIONS):
-            left, _, right = torch.linalg.svd(inside.mT @ (matrix @ gradient).sign() @ gradient.mT @ inside)
+            left, _, right = converging(torch.linalg.svd, inside.mT @ (matrix @ gradient).sign() @ gradient.mT @ inside)
             matrix = _with_mean(left @ right, inside) if symmetry.centred else left @ right
         return matrix
 

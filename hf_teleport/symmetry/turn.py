@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from hf_teleport.optimizer_state import OptimizerState
 from hf_teleport.symmetry.features import effective
-from hf_teleport.symmetry.optimizer_state import OptimizerState
 from hf_teleport.symmetry.spaces import Fold, Part, Symmetry
 
 

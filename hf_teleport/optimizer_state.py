@@ -1,11 +1,11 @@
-"""What an optimizer remembers of a weight's gradients, when the weight gets another basis.
+"""What an optimizer remembers of a weight's gradients: forgotten, or turned when the weight gets another basis.
 
 Averages of gradients turn exactly as the weights do. Averages of squared gradients do not: `v <- (Q∘Q) v` is what they would be
 if the gradient's coordinates were uncorrelated, and keeps their sum.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,12 +24,10 @@ class OptimizerState:
 
     Args:
         optimizer: also one wrapped by Accelerate.
-        reset: forget the state of each weight that is turned, instead of turning it; the optimizer starts it anew.
     """
 
-    def __init__(self, optimizer: Any, *, reset: bool = False):
+    def __init__(self, optimizer: Any):
         self.optimizer: Optimizer = unwrapped(optimizer)
-        self._reset = reset
 
     @property
     def _state(self) -> dict[Any, Any]:
@@ -74,9 +72,6 @@ class OptimizerState:
 
     def _tensors(self, parameter: nn.Parameter, dim: int) -> list[tuple[Tensor, int, bool]]:
         """Tensor, the axis in it of the parameter's axis, and whether it holds squares."""
-        if self._reset:
-            self._state.pop(parameter, None)
-            return []
         found = []
         for name, tensor in self.tensors(parameter).items():
             if name in FACTORED:
@@ -94,6 +89,20 @@ class _At:
 
     def __init__(self, dim: int, positions: Tensor):
         self.dim, self.positions = dim, positions
+
+
+def forget(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
+    """Start anew what an optimizer remembers of these parameters, as if it had never seen them."""
+    state = unwrapped(optimizer).state
+    for parameter in parameters:
+        kept = state.get(parameter, {})
+        values = kept.values()
+        if all(v.is_floating_point() if isinstance(v, Tensor) else isinstance(v, (int, float)) for v in values):
+            # In place, for an optimizer may make its state but once, when it is made itself.
+            for name, value in kept.items():
+                kept[name] = value.zero_() if isinstance(value, Tensor) else type(value)(0)
+        else:
+            del state[parameter]
 
 
 def unwrapped(optimizer: Any) -> Any:
@@ -114,7 +123,7 @@ def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
     optimizer = unwrapped(optimizer)
     name = type(optimizer).__name__
     known = sorted(FIRST | SECOND | set(FACTORED))
-    start_anew = "Set teleport_second_moment='reset' to start its state anew for the weights that turn."
+    start_anew = "Set teleport_optimizer_state='reset' to start its state anew for the weights that turn."
     generator = torch.Generator().manual_seed(0)
     # RAdam begins as plain momentum, and looks at each coordinate from its sixth step on.
     turn, *gradients = (torch.randn(4, 4, generator=generator) for _ in range(9))

@@ -1,0 +1,46 @@
+"""Cut a batch along its samples: into one share for each process, or into halves when memory runs short."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from accelerate.utils import slice_tensors
+from torch import Tensor
+
+
+def num_samples(batch: Any) -> int | None:
+    """How many samples a batch has: the first size of all its tensors. None: they differ, or something else counts them too."""
+    sizes = set(_sizes(batch))
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _sizes(batch: Any) -> Iterator[int | None]:
+    if isinstance(batch, Tensor):
+        yield batch.shape[0] if batch.dim() else None
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            # A flag or a number beside the tensors holds for every sample.
+            if not isinstance(value, (bool, int, float, str, type(None))):
+                yield from _sizes(value)
+    elif isinstance(batch, (list, tuple)):
+        for value in batch:
+            yield from _sizes(value)
+    else:
+        yield None
+
+
+def share_of(batch: Any, index: int, count: int) -> Any:
+    """Part `index` of `count` equal parts; the whole batch if it cannot be cut into equal parts."""
+    samples = num_samples(batch)
+    if not samples or samples % count:
+        return batch
+    size = samples // count
+    return slice_tensors(batch, slice(index * size, (index + 1) * size))
+
+
+def halved(batches: list[Any]) -> list[Any] | None:
+    """Twice as many batches of half the size. None: some batch cannot be cut."""
+    counts = [num_samples(batch) for batch in batches]
+    if not all(count and count > 1 for count in counts):
+        return None
+    cuts = [(batch, (count or 0) // 2) for batch, count in zip(batches, counts, strict=True)]
+    return [slice_tensors(batch, part) for batch, cut in cuts for part in (slice(cut), slice(cut, None))]

@@ -1,0 +1,54 @@
+"""The teleport data at one setting of the weights: what a guard compares before and after."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hf_teleport.ascent import Point, norm
+from hf_teleport.methods import Method
+
+
+@dataclass
+class Measurement:
+    """Loss and gradient norm of each batch, and the norm of the mean gradient of all."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    grad_norm: float
+
+    def first(self) -> "Measurement":
+        """That of the first batch alone."""
+        return Measurement(self.losses[:1], self.grad_norms[:1], self.grad_norms[0])
+
+    @property
+    def loss(self) -> float:
+        return sum(self.losses) / len(self.losses)
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def measure(method: Method, batches: list[Any], see: Callable[[Point], None]) -> Measurement:
+    """Evaluate a method on each batch in turn, and let `see` have each point. Ends at a batch that is not finite."""
+    losses, grad_norms = [], []
+    total: list[Tensor | None] = []
+    for i, batch in enumerate(batches):
+        point = method.evaluate(batch, method.config.seed + i)
+        losses.append(point.loss)
+        grad_norms.append(point.grad_norm)
+        total = _sum(total, point.gradients)
+        if not point.finite:
+            break
+        see(point)
+    return Measurement(losses, grad_norms, norm(total) / len(losses))
+
+
+def _sum(total: list[Tensor | None], gradients: list[Tensor | None]) -> list[Tensor | None]:
+    """Gradients added up parameter by parameter; None counts as zero."""
+    if not total:
+        return [None if g is None else g.detach() for g in gradients]
+    return [t if g is None else g.detach() if t is None else t + g.detach() for t, g in zip(total, gradients, strict=True)]

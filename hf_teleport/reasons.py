@@ -1,0 +1,28 @@
+"""Why an event or a weight did not move, in words that say what to do."""
+
+from torch import nn
+
+from hf_teleport.report import LayerReport
+
+NO_DIRECTION = "its direction is zero: no trainable weight lies below it, or no gradient reaches its output"
+
+NO_STEP = {
+    "no_direction": "no layer has a direction; a model of one layer has none, nor has fresh LoRA (B = 0): teleport it later",
+    "non_finite": "the loss or its gradient is not finite on the teleport data; check that data, and the learning rate",
+    "max_loss_change": "every step changed the loss by more than max_loss_change; lower the teleport learning_rate, or raise it",
+    "grad_norm_cap": "the gradient norm is above grad_norm_cap already; raise it to go further",
+    "not_a_symmetry": "what was turned changes the model's gradients otherwise than a symmetry would; please report this model",
+    "max_growth": "every step overshot max_growth; lower the teleport learning_rate",
+    "held_back": "it changed the loss on the batch held back by more than max_loss_change; take more teleport batches",
+    "out_of_memory": "memory ran out, with smaller batches too; lower batch_size, or teleport fewer layers by target_modules",
+}
+
+
+def explain(reports: dict[nn.Parameter, LayerReport], changed: set[nn.Parameter], steps: int, reason: str) -> None:
+    """Note in each report whether its weight moved, and if not, why."""
+    for parameter, report in reports.items():
+        report.moved = parameter in changed
+        if report.moved:
+            report.reason = ""
+        elif not report.reason:
+            report.reason = NO_DIRECTION if steps else f"no step was kept ({reason})"
