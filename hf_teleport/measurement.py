@@ -32,7 +32,7 @@ class Measurement:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def measure(method: Method, batches: list[Any], see: Callable[[Point], None]) -> Measurement:
+def measure(method: Method, batches: list[Any], see: Callable[[Point], None] = lambda point: None) -> Measurement:
     """Evaluate a method on each batch in turn, and let `see` have each point. Ends at a batch that is not finite."""
     losses, grad_norms = [], []
     total: list[Tensor | None] = []

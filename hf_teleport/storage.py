@@ -71,13 +71,13 @@ def _put_back(shard: DTensor, whole: Tensor) -> None:
 
 
 @contextmanager
-def in_float32(model: nn.Module) -> Iterator[Callable[[], None]]:
+def in_float32(model: nn.Module) -> Iterator[Callable[[], bool]]:
     """Weights and buffers that are stored in bf16 or fp16 are float32 inside, and are rounded back after.
 
     One that did not change is bit for bit what it was. Costs 4 bytes for each weight of them, as long as it lasts.
 
     Yields:
-        A function that rounds the weights to what will be stored, to see what will come of them.
+        A function that rounds the weights to what will be stored, to see what will come of them; it says whether there are any.
     """
     stored: list[tuple[Tensor, Tensor]] = []
     # Tensors that share storage go on sharing it.
@@ -89,9 +89,10 @@ def in_float32(model: nn.Module) -> Iterator[Callable[[], None]]:
             stored.append((tensor, data))
             tensor.data = copies.setdefault(key, data.float())
 
-    def round_() -> None:
+    def round_() -> bool:
         for tensor, data in stored:
             tensor.data.copy_(tensor.data.to(data.dtype))
+        return bool(stored)
 
     try:
         yield round_

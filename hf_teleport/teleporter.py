@@ -139,7 +139,7 @@ class Teleporter:
         return None
 
     @contextmanager
-    def _isolated(self, loss_fn: LossFn) -> Iterator[tuple[LossFn, Callable[[], None]]]:
+    def _isolated(self, loss_fn: LossFn) -> Iterator[tuple[LossFn, Callable[[], bool]]]:
         """Inside, nothing leaves a trace but moved weights. Yields the loss function to use, and a rounding of weights."""
         low = is_low(self.model)
 
@@ -170,20 +170,21 @@ class Teleporter:
             snapshot = method.snapshot()
             try:
                 steps, reason = self._jump(method) if method.once else self._ascend(method, batches, before)
-                round_weights()
-                objection = self._shorten(method, snapshot, watched, held_back, round_weights) if steps else ""
+                objection = self._shorten(method, snapshot, watched, held_back) if steps else ""
                 if method.once and not method.reviews_all:  # it holds for every input, so one batch tells
                     batches, before = batches[:1], before.first()
                 after = measure(method, batches, method.review) if steps else before
+                if steps and round_weights():
+                    after = measure(method, batches)
                 objection = objection or self._verdict(method, before, after)
+                if not objection:
+                    self._keep(method)
             except BaseException:
                 snapshot.restore()
                 raise
             if objection:
                 snapshot.restore()
                 reason, steps, after = objection, 0, before
-            else:
-                self._keep(method)
             explain(method.reports, snapshot.changed(), steps, reason)
             return self._report(method, before, after, steps, reason, start, undone=bool(objection))
 
@@ -193,9 +194,7 @@ class Teleporter:
             return math.nan
         return loss_at(self.model, method.loss_fn, held_back, seed=self.config.seed, ranks=self._ranks)
 
-    def _shorten(
-        self, method: Method, snapshot: Snapshot, watched: float, held_back: Any, round_weights: Callable[[], None]
-    ) -> str:
+    def _shorten(self, method: Method, snapshot: Snapshot, watched: float, held_back: Any) -> str:
         """Halve the whole move until the loss on the batch held back is near what it was. Returns the objection if no half is."""
         if not math.isfinite(watched):
             return ""
@@ -205,7 +204,6 @@ class Teleporter:
             if method.once:  # half a rotation is none
                 break
             snapshot.halve()
-            round_weights()
         return "held_back"
 
     def _verdict(self, method: Method, before: Measurement, after: Measurement) -> str:

@@ -1,0 +1,112 @@
+"""Weights that are sharded or stored in half precision, as a teleport sees them."""
+
+import pytest
+import torch
+from torch import nn, optim
+
+from hf_teleport import TeleportConfig, Teleporter
+from hf_teleport.storage import gathered, in_float32, is_low
+
+from tiny_models import MODELS, build, loss_fn
+
+LOW = [torch.bfloat16, torch.float16]
+
+
+def bits(model):
+    return {name: t.detach().clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_float32_inside_and_bit_for_bit_the_same_after(dtype):
+    model, _ = build("resnet", dtype)
+    before, kept = bits(model), dict(model.named_parameters())
+    with in_float32(model):
+        assert {t.dtype for t in bits(model).values()} == {torch.float32, torch.int64}
+        assert all(kept[name] is parameter for name, parameter in model.named_parameters())
+        assert all(torch.equal(before[name].float(), value) for name, value in bits(model).items() if value.is_floating_point())
+    assert all(torch.equal(before[name], value) and before[name].dtype == value.dtype for name, value in bits(model).items())
+
+
+def test_what_changed_is_rounded_into_its_old_place():
+    model = nn.Linear(4, 4).bfloat16()
+    place = model.weight.data_ptr()
+    with in_float32(model):
+        model.weight.data += 1 / 3
+        expected = model.weight.data.bfloat16()
+    assert torch.equal(model.weight, expected)
+    assert model.weight.data_ptr() == place
+
+
+def test_rounding_shows_what_will_be_stored():
+    model = nn.Linear(4, 4).half()
+    with in_float32(model) as round_weights:
+        model.weight.data += 1e-6
+        assert round_weights()
+        seen = model.weight.detach().clone()
+    assert torch.equal(model.weight.float(), seen)
+    with in_float32(nn.Linear(2, 2)) as round_weights:
+        assert not round_weights()
+
+
+def test_tensors_that_share_storage_go_on_sharing_it():
+    model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]).bfloat16()
+    model[1].weight.data = model[0].weight.data
+    with in_float32(model):
+        assert model[1].weight.data_ptr() == model[0].weight.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("method", ["null_space", "basis"])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_loaded_in_half_precision_teleport(name, method, dtype):
+    """The difference of two forwards is float32's: in bf16 it would drown."""
+    model, batch = build(name, dtype)
+    optimizer = optim.AdamW(model.parameters(), lr=1e-4, eps=1e-4)  # float16 has no 1e-8
+    loss_fn(model, batch).backward()
+    optimizer.step()
+    before = bits(model)
+    report = Teleporter(model, TeleportConfig(method=method), optimizer=optimizer).teleport([batch], loss_fn)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert all(value.dtype == dtype for value in optimizer.state[next(model.parameters())].values() if value.dim())
+    if (name, method) == ("resnet", "basis"):
+        assert report.stopped_because == "nothing_movable"
+        return
+    assert report.steps > 0
+    assert abs(report.loss_after / report.loss_before - 1) < 2e-3
+    grown = report.grad_norm_after / report.grad_norm_before
+    assert grown > 1.5 if method == "null_space" else 0.95 < grown < 1.05
+    moved = {layer.name for layer in report.layers if layer.moved}
+    for name, value in bits(model).items():
+        if value.dim() > 1 and name.removesuffix(".weight") not in moved:
+            assert torch.equal(value, before[name]), name
+
+
+def test_the_guard_judges_the_rounded_weights():
+    """Where rounding alone changes the loss by more than is allowed, every weight is put back."""
+    model, batch = build("t5", torch.bfloat16)
+    before = bits(model)
+    report = Teleporter(model, TeleportConfig(method="basis", max_loss_change=1e-9)).teleport([batch], loss_fn)
+    assert report.rolled_back
+    assert report.stopped_because == "max_loss_change"
+    assert all(torch.equal(before[name], value) for name, value in bits(model).items())
+
+
+def test_inputs_in_half_precision_become_float32_too():
+    model, batch = build("vit", torch.bfloat16)
+    assert batch["pixel_values"].dtype == torch.bfloat16
+    assert is_low(model)
+    seen = []
+
+    def loss(model, batch):
+        seen.append(batch["pixel_values"].dtype)
+        return loss_fn(model, batch)
+
+    Teleporter(model).teleport([batch], loss)
+    assert set(seen) == {torch.float32}
+
+
+def test_without_shards_nothing_is_gathered():
+    model = nn.Linear(3, 3)
+    weight = model.weight
+    with gathered(model):
+        assert model.weight is weight
