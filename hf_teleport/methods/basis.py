@@ -103,7 +103,7 @@ class BasisTurn(Method):
         """Leave out a symmetry that another process did not find with its data, so that all turn the same."""
         if self.ranks.size == 1:
             return
-        own = {symmetry: (symmetry.kind, symmetry.name, symmetry.blocks, symmetry.size) for symmetry in self.used}
+        own = {symmetry: _signature(symmetry) for symmetry in self.used}
         everywhere = set.intersection(*map(set, self.ranks.gather(list(own.values()))))
         for symmetry, signature in own.items():
             if signature not in everywhere:
@@ -118,7 +118,7 @@ class BasisTurn(Method):
 
     def fit(self) -> None:
         self._basis.merge(self.ranks)
-        used = self.used
+        used = sorted(self.used, key=_signature)  # in the same order in all processes
         owners = self.ranks.spread([symmetry.blocks * symmetry.size**3 for symmetry in used])
         rotations = {s: self._chosen(s, owner == self.ranks.rank) for s, owner in zip(used, owners, strict=True)}
         for (symmetry, matrices), owner in zip(rotations.items(), owners, strict=True):
@@ -180,3 +180,7 @@ class BasisTurn(Method):
                 shares.setdefault(parameter, {})[dim] = squares / squares.sum()
         for parameter, own in shares.items():
             self._state.put_shares(parameter, own)
+
+
+def _signature(symmetry: Symmetry) -> tuple[str, str, int, int]:
+    return symmetry.kind, symmetry.name, symmetry.blocks, symmetry.size
