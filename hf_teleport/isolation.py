@@ -4,10 +4,13 @@ import copy
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 
@@ -75,6 +78,19 @@ def full_precision(model: nn.Module) -> Iterator[None]:
         if wrapped is not None and original is not None:
             model.__dict__["forward"] = original
             stack.callback(model.__dict__.__setitem__, "forward", wrapped)
+        yield
+
+
+@contextmanager
+def plain_execution() -> Iterator[None]:
+    """What is compiled runs as it was written, and reentrant checkpoints keep what they would compute again.
+
+    Neither can be followed: a compiled part hides its operations, and a reentrant checkpoint gives no gradients to
+    `torch.autograd.grad`. (Layers of Transformers checkpoint only in train mode.)
+    """
+    kept = SimpleNamespace(apply=lambda function, preserve, *args: function(*args))
+    stance = torch.compiler.set_stance("force_eager")
+    with stance, mock.patch.object(torch.utils.checkpoint, "CheckpointFunction", kept):
         yield
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -94,22 +95,30 @@ class _At:
 def forget(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
     """Start anew what an optimizer remembers of these parameters, as if it had never seen them."""
     state = unwrapped(optimizer).state
+    known = FIRST | SECOND | set(FACTORED)
     for parameter in parameters:
         kept = state.get(parameter, {})
-        values = kept.values()
-        if all(v.is_floating_point() if isinstance(v, Tensor) else isinstance(v, (int, float)) for v in values):
+        tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor) and value.numel() > 1}
+        if set(tensors) <= known and all(tensor.is_floating_point() for tensor in tensors.values()):
             # In place, for an optimizer may make its state but once, when it is made itself.
             for name, value in kept.items():
-                kept[name] = value.zero_() if isinstance(value, Tensor) else type(value)(0)
+                if isinstance(value, (Tensor, int, float)):
+                    kept[name] = value.zero_() if isinstance(value, Tensor) else type(value)(0)
         else:
             del state[parameter]
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The torch optimizer inside those that Accelerate wraps around it."""
-    while hasattr(optimizer, "optimizer"):
+    """The optimizer inside the one that Accelerate wraps around it."""
+    while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def keeps_copies(optimizer: Any) -> bool:
+    """Whether an optimizer seems to keep copies of the weights, which do not follow a teleport: Lookahead, schedule-free ones."""
+    optimizer = unwrapped(optimizer)
+    return hasattr(optimizer, "optimizer") or callable(getattr(optimizer, "train", None))
 
 
 def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
@@ -122,6 +131,11 @@ def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
     """
     optimizer = unwrapped(optimizer)
     name = type(optimizer).__name__
+    if keeps_copies(optimizer):
+        raise ValueError(
+            f"{name} seems to keep copies of the weights, which would stay in the old basis. Use an optimizer that keeps none, "
+            "such as AdamW."
+        )
     known = sorted(FIRST | SECOND | set(FACTORED))
     start_anew = "Set teleport_optimizer_state='reset' to start its state anew for the weights that turn."
     generator = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-from accelerate.utils import convert_to_fp32
+from accelerate.utils import convert_to_fp32, extract_model_from_parallel
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from hf_teleport.ascent import LossFn, Point, loss_at
 from hf_teleport.batches import halved
 from hf_teleport.config import TeleportConfig
 from hf_teleport.distributed import Ranks, out_of_memory
-from hf_teleport.isolation import Snapshot, evaluation_mode, full_precision, preserved_rng
+from hf_teleport.isolation import Snapshot, evaluation_mode, full_precision, plain_execution, preserved_rng
 from hf_teleport.measurement import Measurement, measure
 from hf_teleport.methods import METHODS, Method, Move
 from hf_teleport.optimizer_state import forget
@@ -43,7 +43,7 @@ class Teleporter:
     """Teleports any `nn.Module` with any scalar loss.
 
     Args:
-        model: its parameters with `requires_grad` are teleported, in place.
+        model: its parameters with `requires_grad` are teleported, in place. A compiled one, or one wrapped by DDP, is unwrapped.
         config: the settings; `epochs`, `warmup_steps` and `batch_size` are for the trainer and are not read here.
         optimizer: the one that trains the model. A change of basis turns its state along; without it only the weights turn.
         progress: called after each step with the number of steps taken and the most there can be.
@@ -59,7 +59,7 @@ class Teleporter:
         progress: Callable[[int, int], None] | None = None,
         optimizer: Any = None,
     ):
-        self.model = model
+        self.model = extract_model_from_parallel(model, keep_torch_compile=False)
         self.config = config or TeleportConfig()
         self.optimizer = optimizer
         self._progress = progress or (lambda step, total: None)
@@ -151,6 +151,7 @@ class Teleporter:
             preserved_rng(),
             evaluation_mode(self.model),
             full_precision(self.model),
+            plain_execution(),
             in_float32(self.model) as round_weights,
         ):
             yield on_float32, round_weights

@@ -29,6 +29,7 @@ from hf_teleport.config import TeleportConfig
 from hf_teleport.distributed import check_strategy
 from hf_teleport.isolation import preserved_rng
 from hf_teleport.methods import METHODS
+from hf_teleport.optimizer_state import keeps_copies, unwrapped
 from hf_teleport.report import TeleportReport, share
 from hf_teleport.schedule import teleport_steps
 from hf_teleport.teleporter import Teleporter
@@ -64,12 +65,21 @@ class TeleportMixin(_Base):
             own = self.args.teleport_config() if isinstance(self.args, TeleportArguments) else None
             teleport_config = own or TeleportConfig()
         self.teleport_config = teleport_config
-        self.teleport_dataset = self.train_dataset if teleport_dataset is None else teleport_dataset
+        self._own_teleport_dataset = teleport_dataset
         self.teleport_reports: list[TeleportReport] = []
         self._teleport_steps: dict[int, int] = {}
         self._held: list[nn.Parameter] = []
         self._last_step_seen = -1
         self.add_callback(_TeleportCallback(self))
+
+    @property
+    def teleport_dataset(self) -> Any:
+        """The rows to draw teleport batches from."""
+        return self.train_dataset if self._own_teleport_dataset is None else self._own_teleport_dataset
+
+    @teleport_dataset.setter
+    def teleport_dataset(self, rows: Any) -> None:
+        self._own_teleport_dataset = rows
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; an empty data set to teleport on is refused at once."""
@@ -96,7 +106,9 @@ class TeleportMixin(_Base):
             with self._teleport_bar(step) as progress, preserved_rng():
                 report = self._teleporter(config, progress).teleport(batches, self._teleport_loss, held_back)
             self.teleport_reports.append(report)
+            should_log = self.control.should_log
             self.log({f"teleport/{name}": value for name, value in report.metrics().items()})
+            self.control.should_log = should_log  # which a log clears: this one is not the one that was asked for
             if self.is_world_process_zero():
                 self._tell(f"Teleport before step {step}: {report.summary()}")
         return report
@@ -107,12 +119,8 @@ class TeleportMixin(_Base):
         if self.is_world_process_zero():
             add_to_card(Path(self.args.output_dir, "README.md"), self.teleport_config, teleports(self.state.log_history))
 
-    @property
-    def _teleported_model(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model)
-
     def _teleporter(self, config: TeleportConfig, progress: Any = None) -> Teleporter:
-        return Teleporter(self._teleported_model, config, progress, self.optimizer)
+        return Teleporter(self.model, config, progress, self.optimizer)
 
     def get_teleport_dataloader(self, event: int) -> DataLoader:
         """Batches for the teleport before step `event`: drawn at random by a generator of their own.
@@ -123,7 +131,7 @@ class TeleportMixin(_Base):
         Raises:
             ValueError: there is no data set.
         """
-        dataset, collator = self.teleport_dataset, _own_copy(self.data_collator)
+        dataset, collator = _own_copy(self.teleport_dataset), _own_copy(self.data_collator)
         if dataset is None:
             raise ValueError(_EMPTY)
         if isinstance(dataset, datasets.Dataset):
@@ -179,11 +187,12 @@ class TeleportMixin(_Base):
         self._teleport_steps = teleport_steps(self.teleport_config, steps_per_epoch, max_steps)
         self._last_step_seen = -1
         self._held = []
-        if not self._teleport_steps:
+        upcoming = [step for step in self._teleport_steps if step >= self.state.global_step]
+        if not upcoming:
             return
         check_strategy(self.accelerator)
         with preserved_rng():
-            batches, _ = self._teleport_batches(1, event=min(self._teleport_steps))
+            batches, _ = self._teleport_batches(1, event=min(upcoming))
             if not batches:
                 raise ValueError(_EMPTY)
             start = time.perf_counter()
@@ -191,12 +200,19 @@ class TeleportMixin(_Base):
                 self._teleporter(config).check(batches[0], self._teleport_loss) for config in self.teleport_config.each_method()
             ]
             seconds = time.perf_counter() - start
-        for check in checks:
-            check.require_movable()
+        if not self.state.global_step:  # a resumed run has begun, and its events would only warn
+            for check in checks:
+                check.require_movable()
         if self.teleport_config.blocking_gains == "hold":
             self._held = [parameter for check in checks for parameter in check.blocking]
         if not self.is_world_process_zero():
             return
+        if keeps_copies(self.optimizer):
+            logger.warning(
+                "%s seems to keep copies of the weights, which do not follow a teleport and draw the weights back. "
+                "Use an optimizer that keeps none, such as AdamW.",
+                type(unwrapped(self.optimizer)).__name__,
+            )
         if not all(check.layers for check in checks):
             logger.warning(
                 "The loss on a teleport batch is %s before training has begun: teleports will be skipped as long as it "
@@ -206,7 +222,7 @@ class TeleportMixin(_Base):
             return
         for config, check in zip(self.teleport_config.each_method(), checks, strict=True):
             self._tell(
-                f"Teleports ({config.method}) before steps {_shortened(sorted(self._teleport_steps))}: "
+                f"Teleports ({config.method}) before steps {_shortened(sorted(upcoming))}: "
                 f"{sum(layer.movable for layer in check.layers)} of {len(check.layers)} weights "
                 f"({share(check.layers, lambda layer: layer.movable):.0%} of the elements) may move. "
                 f"An event makes at most {METHODS[config.method].passes(config)} passes over a teleport batch; "
@@ -222,9 +238,9 @@ class TeleportTrainer(TeleportMixin, Trainer):
     """`Trainer` that teleports before scheduled epochs. All of Trainer's arguments, and those of `TeleportMixin`."""
 
 
-def _own_copy(collator: Any) -> Any:
-    """A collator whose random generators are copies: drawing from them does not move those of training."""
-    own = copy.copy(collator)
+def _own_copy(source: Any) -> Any:
+    """A data set or collator whose random generators are copies: drawing from them does not move those of training."""
+    own = copy.copy(source)
     for name, value in list(getattr(own, "__dict__", {}).items()):
         if isinstance(value, torch.Generator):
             setattr(own, name, value.clone_state())

@@ -4,7 +4,7 @@ import transformers.optimization as hf
 from accelerate import Accelerator
 from torch import nn, optim
 
-from hf_teleport.optimizer_state import OptimizerState, check_optimizer, forget, unwrapped
+from hf_teleport.optimizer_state import OptimizerState, check_optimizer, forget, keeps_copies, unwrapped
 from hf_teleport.symmetry.spaces import Part
 from hf_teleport.symmetry.turn import turn_axis
 
@@ -252,3 +252,42 @@ def test_wrapped_by_accelerate():
     before, matrices = kept(plain, weight), rotation(1, 6)
     OptimizerState(wrapped).turn(part_of(weight, 0), matrices, turn_axis)
     torch.testing.assert_close(plain.state[weight]["exp_avg"], matrices[0] @ before["exp_avg"])
+
+
+class ScheduleFree(optim.SGD):
+    """As those optimizers do: a copy of the weights, and a switch."""
+
+    def train(self):
+        pass
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter].setdefault("z", parameter.detach().clone()).sub_(parameter.grad)
+
+
+class Lookahead(optim.Optimizer):
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_copies_of_the_weights_are_noticed(reset):
+    weight = nn.Parameter(torch.randn(3, 3))
+    plain = optim.AdamW([weight])
+    for optimizer in (ScheduleFree([weight], lr=0.1), Lookahead(plain)):
+        assert keeps_copies(optimizer)
+        with pytest.raises(ValueError, match=r"keep copies of the weights.*AdamW"):
+            check_optimizer(optimizer, reset=reset)
+    assert not keeps_copies(plain)
+    assert not keeps_copies(Accelerator().prepare(plain))
+
+
+def test_a_copy_of_the_weights_is_dropped_and_not_zeroed():
+    weight = nn.Parameter(torch.randn(3, 3))
+    optimizer = ScheduleFree([weight], lr=0.1)
+    weight.grad = torch.ones(3, 3)
+    optimizer.step()
+    forget(optimizer, [weight])
+    assert weight not in optimizer.state
