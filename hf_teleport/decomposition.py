@@ -41,18 +41,16 @@ def null_spaces(
     shares = list(zip(*ranks.gather([_Share.of(own) for own in known]), strict=True))
     seen = [i for i, each in enumerate(shares) if any(share.num_rows for share in each)]
     owners = dict(zip(seen, ranks.spread([_cost(shares[i]) for i in seen]), strict=True))
-    subspaces: list[Subspace | None] = [None] * len(keys)
     gathered = {i: _gathered(known[i], shares[i], owners[i], ranks) for i in seen}
-    for i, whole in gathered.items():
-        if whole is not None:
-            subspaces[i] = _found(whole, energy_threshold, dtypes[keys[i]])
+    own_work = {i: whole for i, whole in gathered.items() if whole is not None}
+    subspaces = ranks.together(lambda: {i: _found(whole, energy_threshold, dtypes[keys[i]]) for i, whole in own_work.items()})
     # The bases follow one by one; what is known of them goes ahead, for others to make room.
-    outlines = ranks.gather([s and replace(s, basis=torch.empty_like(s.basis, device="meta")) for s in subspaces])
+    outlines = ranks.gather({i: s and replace(s, basis=torch.empty_like(s.basis, device="meta")) for i, s in subspaces.items()})
     found: dict[_K, Subspace | None] = {}
     for i in seen:
         outline = outlines[owners[i]][i]
         if outline is not None:
-            own = subspaces[i]
+            own = subspaces.get(i)
             basis = torch.empty_like(outline.basis, device=ranks.device) if own is None else own.basis
             ranks.broadcast([basis], source=owners[i])
             outline = replace(outline, basis=basis)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -40,7 +41,7 @@ def measure(method: Method, batches: list[Any], see: Callable[[Point], None] = l
         point = method.evaluate(batch, method.config.seed + i)
         losses.append(point.loss)
         grad_norms.append(point.grad_norm)
-        total = _sum(total, point.gradients)
+        total = method.ranks.together(partial(_sum, total, point.gradients))
         if not point.finite:
             break
         see(point)

@@ -1,7 +1,7 @@
 """The weights as a teleport works on them: whole where FSDP2 shards them, in float32 where they are stored in less."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,38 +20,110 @@ def is_low(model: nn.Module) -> bool:
     return any(parameter.dtype in _LOW for parameter in model.parameters())
 
 
-@contextmanager
-def gathered(model: nn.Module, optimizer: Any = None) -> Iterator[None]:
-    """Weights that FSDP2 shards are whole inside, in every process, and so is what the optimizer keeps for them.
+class WorkingWeights:
+    """Parameters that stand in for stored ones.
 
-    Afterwards each process keeps its shards of what they have become. FSDP2's own hooks, which would gather and shard the weights
-    again at every layer and in the precision of training, are off meanwhile.
+    Attributes:
+        stored: for each of them the parameter that it stands in for.
+    """
+
+    def __init__(self) -> None:
+        self.stored: dict[nn.Parameter, Any] = {}
+
+    def origin(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The stored parameter of a working one; a parameter that needs no stand-in is its own."""
+        return self.stored.get(parameter, parameter)
+
+    @torch.no_grad()
+    def round(self) -> bool:
+        """Round to what will be stored, to see what will come of it. Returns whether anything is stored in less precision."""
+        low = [(working, stored.dtype) for working, stored in self.stored.items() if stored.dtype in _LOW]
+        for working, dtype in low:
+            working.copy_(working.to(dtype))
+        return bool(low)
+
+
+@contextmanager
+def working_weights(model: nn.Module, optimizer: Any = None) -> Iterator[WorkingWeights]:
+    """Inside, weights that FSDP2 shards are whole in every process, and weights and buffers in bf16 or fp16 are float32.
+
+    The model's modules hold stand-ins meanwhile, and the optimizer's state has them as keys; the stored parameters themselves,
+    which DDP has hooks on, are not touched but for their values, which are written back at the end: each process its shards,
+    rounded. Values that did not change are bit for bit what they were. FSDP2's own hooks, which would gather and shard the
+    weights again at every layer and in the precision of training, are off. The stand-ins cost memory: 4 bytes for each weight in
+    half precision, and the whole of what is sharded, with the optimizer's state for it.
     """
     state = {} if optimizer is None else unwrapped(optimizer).state
-    wholes: dict[Any, nn.Parameter] = {}
+    working = WorkingWeights()
+    made: dict[Any, nn.Parameter] = {}
+    copies: dict[Any, Tensor] = {}
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # after a forward without backward it may not be
                 _silence(module, "_forward_pre_hooks", stack)
                 _silence(module, "_forward_hooks", stack)
-            for name, shard in list(module._parameters.items()):
-                if isinstance(shard, DTensor):
-                    if shard not in wholes:
-                        wholes[shard] = nn.Parameter(shard.detach().full_tensor().clone(), shard.requires_grad)
-                    module._parameters[name] = wholes[shard]
-                    stack.callback(module._parameters.__setitem__, name, shard)
-        for shard, whole in wholes.items():
-            if shard in state:
-                state[whole] = {k: v.full_tensor().clone() if isinstance(v, DTensor) else v for k, v in state[shard].items()}
-                stack.callback(state.pop, whole, None)
-        yield
-        with torch.no_grad():
-            for shard, whole in wholes.items():
-                _put_back(shard, whole)
-                for name, value in state.get(whole, {}).items():
-                    if isinstance(value, Tensor) and isinstance(state[shard][name], DTensor):
-                        _put_back(state[shard][name], value)
+        for module in model.modules():
+            for name, stored in list(module._parameters.items()):
+                if isinstance(stored, DTensor) or (stored is not None and stored.dtype in _LOW):
+                    if stored not in made:
+                        made[stored] = nn.Parameter(_copy(stored, copies), stored.requires_grad)
+                        working.stored[made[stored]] = stored
+                    # As an attribute, for modules that look at it (nn.LSTM keeps a list of its weights).
+                    setattr(module, name, made[stored])
+                    stack.callback(setattr, module, name, stored)
+            for name, buffer in list(module._buffers.items()):
+                if buffer is not None and buffer.dtype in _LOW:
+                    module._buffers[name] = buffer.float()
+                    stack.callback(module._buffers.__setitem__, name, buffer)
+        for stand_in, stored in working.stored.items():
+            if stored in state:
+                state[stand_in] = {name: _whole(value) for name, value in state[stored].items()}
+                stack.callback(state.pop, stand_in, None)
+        try:
+            yield working
+        finally:
+            for stand_in, stored in working.stored.items():
+                _write_back(stand_in, stored, state)
+
+
+def _copy(stored: Any, copies: dict[Any, Tensor]) -> Any:
+    """A stored parameter's values, whole and in float32 at least. Parameters that share storage have copies that do."""
+    if isinstance(stored, DTensor):
+        whole: Any = stored.detach().full_tensor().clone()  # type: ignore[attr-defined]
+        return whole.float() if whole.dtype in _LOW else whole
+    key = (stored.data_ptr(), stored.shape, stored.stride())
+    return copies.setdefault(key, stored.detach().float())
+
+
+def _whole(value: Any) -> Any:
+    return value.full_tensor().clone() if isinstance(value, DTensor) else value
+
+
+@torch.no_grad()
+def _write_back(stand_in: nn.Parameter, stored: Any, state: dict[Any, Any]) -> None:
+    """Give a stored parameter, and the optimizer's state for it, the values of its stand-in."""
+    _put(stored, stand_in)
+    if stored not in state:
+        return
+    if stand_in not in state:
+        del state[stored]
+        return
+    for name, value in state[stand_in].items():
+        if isinstance(state[stored][name], DTensor):
+            _put(state[stored][name], value)
+        else:
+            state[stored][name] = value
+
+
+def _put(stored: Tensor, values: Tensor) -> None:
+    """Copy values into a tensor; into a sharded one, this process's part of them."""
+    if not isinstance(stored, DTensor):
+        stored.copy_(values)
+        return
+    mesh = stored.device_mesh
+    everywhere = DTensor.from_local(values.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    stored.to_local().copy_(everywhere.redistribute(placements=stored.placements).to_local())
 
 
 def _silence(module: nn.Module, hooks: str, stack: ExitStack) -> None:
@@ -61,42 +133,3 @@ def _silence(module: nn.Module, hooks: str, stack: ExitStack) -> None:
     if len(kept) < len(own):
         stack.callback(setattr, module, hooks, own)
         setattr(module, hooks, OrderedDict(kept))
-
-
-def _put_back(shard: DTensor, whole: Tensor) -> None:
-    """Write this process's part of a whole tensor into its shard."""
-    mesh = shard.device_mesh
-    everywhere = DTensor.from_local(whole.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    shard.to_local().copy_(everywhere.redistribute(placements=shard.placements).to_local())
-
-
-@contextmanager
-def in_float32(model: nn.Module) -> Iterator[Callable[[], bool]]:
-    """Weights and buffers that are stored in bf16 or fp16 are float32 inside, and are rounded back after.
-
-    One that did not change is bit for bit what it was. Costs 4 bytes for each weight of them, as long as it lasts.
-
-    Yields:
-        A function that rounds the weights to what will be stored, to see what will come of them; it says whether there are any.
-    """
-    stored: list[tuple[Tensor, Tensor]] = []
-    # Tensors that share storage go on sharing it.
-    copies: dict[tuple[int, torch.Size, tuple[int, ...]], Tensor] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.dtype in _LOW:
-            data = tensor.data
-            key = (data.data_ptr(), data.shape, data.stride())
-            stored.append((tensor, data))
-            tensor.data = copies.setdefault(key, data.float())
-
-    def round_() -> bool:
-        for tensor, data in stored:
-            tensor.data.copy_(tensor.data.to(data.dtype))
-        return bool(stored)
-
-    try:
-        yield round_
-    finally:
-        for tensor, data in stored:
-            data.copy_(tensor.data)
-            tensor.data = data

@@ -26,7 +26,7 @@ from hf_teleport.methods import METHODS, Method, Move
 from hf_teleport.optimizer_state import forget
 from hf_teleport.reasons import NO_STEP, explain
 from hf_teleport.report import Check, TeleportReport, why_immovable
-from hf_teleport.storage import gathered, in_float32, is_low
+from hf_teleport.storage import WorkingWeights, is_low, working_weights
 
 logger = logging.getLogger(__name__)
 
@@ -121,12 +121,14 @@ class Teleporter:
                 return Check(math.nan, [], [], [])
 
     def _judge(self, batch: Any, loss_fn: LossFn) -> Check:
-        with self._isolated(loss_fn) as (loss_fn, _):
+        with self._isolated(loss_fn) as (loss_fn, weights):
             method = self._method(loss_fn)
             point = method.evaluate(batch, self.config.seed)
             if point.finite:
                 method.survey(point)
-            return Check(point.loss, list(method.reports.values()), method.symmetries, method.blocking)
+            return Check(
+                point.loss, list(method.reports.values()), method.symmetries, [weights.origin(p) for p in method.blocking]
+            )
 
     def _unless_memory_runs_out(self, work: Callable[[], _T]) -> _T | None:
         try:
@@ -139,25 +141,24 @@ class Teleporter:
         return None
 
     @contextmanager
-    def _isolated(self, loss_fn: LossFn) -> Iterator[tuple[LossFn, Callable[[], bool]]]:
-        """Inside, nothing leaves a trace but moved weights. Yields the loss function to use, and a rounding of weights."""
+    def _isolated(self, loss_fn: LossFn) -> Iterator[tuple[LossFn, WorkingWeights]]:
+        """Inside, nothing leaves a trace but moved weights. Yields the loss function to use there, and the weights."""
         low = is_low(self.model)
 
         def on_float32(model: nn.Module, batch: Any) -> Tensor:
             return loss_fn(model, convert_to_fp32(batch) if low else batch)
 
         with (
-            gathered(self.model, self.optimizer),
+            working_weights(self.model, self.optimizer) as weights,
             preserved_rng(),
             evaluation_mode(self.model),
             full_precision(self.model),
             plain_execution(),
-            in_float32(self.model) as round_weights,
         ):
-            yield on_float32, round_weights
+            yield on_float32, weights
 
     def _event(self, batches: list[Any], loss_fn: LossFn, held_back: Any, start: float) -> TeleportReport:
-        with self._isolated(loss_fn) as (loss_fn, round_weights):
+        with self._isolated(loss_fn) as (loss_fn, weights):
             method = self._method(loss_fn)
             before = measure(method, batches, method.survey)
             if not before.finite:
@@ -168,14 +169,14 @@ class Teleporter:
                 explain(method.reports, set(), 0, "nothing_movable")
                 return self._report(method, before, before, 0, "nothing_movable", start)
             watched = self._held_back_loss(method, held_back)
-            snapshot = method.snapshot()
+            snapshot = self._ranks.together(method.snapshot)
             try:
                 steps, reason = self._jump(method) if method.once else self._ascend(method, batches, before)
                 objection = self._shorten(method, snapshot, watched, held_back) if steps else ""
                 if method.once and not method.reviews_all:  # it holds for every input, so one batch tells
                     batches, before = batches[:1], before.first()
                 after = measure(method, batches, method.review) if steps else before
-                if steps and round_weights():
+                if steps and weights.round():
                     after = measure(method, batches)
                 objection = objection or self._verdict(method, before, after)
                 if not objection:
@@ -218,7 +219,7 @@ class Teleporter:
 
     def _keep(self, method: Method) -> None:
         """The event stands: the optimizer learns of it, and every process gets the weights of the first."""
-        method.accept()
+        self._ranks.together(method.accept)
         if self.optimizer is not None and self.config.optimizer_state == "reset":
             forget(self.optimizer, method.movable)
         self._ranks.broadcast(method.written)
@@ -231,7 +232,7 @@ class Teleporter:
         move = method.propose()
         if move is None:
             return 0, "aligned"
-        move(1.0)
+        self._ranks.together(lambda: move(1.0))
         self._progress(1, 1)
         return 1, "steps_done"
 
@@ -265,10 +266,10 @@ class Teleporter:
         Args:
             loss, grad_norm: of the point's batch before the event.
         """
-        snapshot = Snapshot(method.movable)
+        snapshot = self._ranks.together(lambda: Snapshot(method.movable))
         objection = ""
         for halving in range(_HALVINGS + 1):
-            move(0.5**halving)
+            self._ranks.together(partial(move, 0.5**halving))
             reached = method.evaluate(point.batch, point.seed)
             objection = self._objection(reached, loss, grad_norm)
             if not objection:

@@ -5,7 +5,7 @@ import torch
 from torch import nn, optim
 
 from hf_teleport import TeleportConfig, Teleporter
-from hf_teleport.storage import gathered, in_float32, is_low
+from hf_teleport.storage import is_low, working_weights
 
 from tiny_models import MODELS, build, loss_fn
 
@@ -20,9 +20,9 @@ def bits(model):
 def test_float32_inside_and_bit_for_bit_the_same_after(dtype):
     model, _ = build("resnet", dtype)
     before, kept = bits(model), dict(model.named_parameters())
-    with in_float32(model):
+    with working_weights(model) as weights:
         assert {t.dtype for t in bits(model).values()} == {torch.float32, torch.int64}
-        assert all(kept[name] is parameter for name, parameter in model.named_parameters())
+        assert all(kept[name] is weights.origin(parameter) for name, parameter in model.named_parameters())
         assert all(torch.equal(before[name].float(), value) for name, value in bits(model).items() if value.is_floating_point())
     assert all(torch.equal(before[name], value) and before[name].dtype == value.dtype for name, value in bits(model).items())
 
@@ -30,7 +30,7 @@ def test_float32_inside_and_bit_for_bit_the_same_after(dtype):
 def test_what_changed_is_rounded_into_its_old_place():
     model = nn.Linear(4, 4).bfloat16()
     place = model.weight.data_ptr()
-    with in_float32(model):
+    with working_weights(model):
         model.weight.data += 1 / 3
         expected = model.weight.data.bfloat16()
     assert torch.equal(model.weight, expected)
@@ -39,19 +39,19 @@ def test_what_changed_is_rounded_into_its_old_place():
 
 def test_rounding_shows_what_will_be_stored():
     model = nn.Linear(4, 4).half()
-    with in_float32(model) as round_weights:
+    with working_weights(model) as weights:
         model.weight.data += 1e-6
-        assert round_weights()
+        assert weights.round()
         seen = model.weight.detach().clone()
     assert torch.equal(model.weight.float(), seen)
-    with in_float32(nn.Linear(2, 2)) as round_weights:
-        assert not round_weights()
+    with working_weights(nn.Linear(2, 2)) as weights:
+        assert not weights.round()
 
 
 def test_tensors_that_share_storage_go_on_sharing_it():
     model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]).bfloat16()
     model[1].weight.data = model[0].weight.data
-    with in_float32(model):
+    with working_weights(model):
         assert model[1].weight.data_ptr() == model[0].weight.data_ptr()
 
 
@@ -105,8 +105,45 @@ def test_inputs_in_half_precision_become_float32_too():
     assert set(seen) == {torch.float32}
 
 
-def test_without_shards_nothing_is_gathered():
+def test_whole_weights_in_full_precision_need_no_stand_in():
     model = nn.Linear(3, 3)
     weight = model.weight
-    with gathered(model):
+    with working_weights(model) as weights:
         assert model.weight is weight
+        assert weights.origin(weight) is weight
+
+
+def test_hooks_on_stored_weights_stay():
+    """DDP's are on the node that accumulates a gradient, which a weight loses with its dtype."""
+    model, calls = nn.Linear(3, 3).bfloat16(), []
+    model.weight.register_post_accumulate_grad_hook(lambda weight: calls.append("after"))
+    node = model.weight.view_as(model.weight).grad_fn.next_functions[0][0]
+    node.register_hook(lambda *_: calls.append("node"))
+    batches = [torch.randn(2, 3).bfloat16()]
+    Teleporter(model, TeleportConfig()).teleport(batches, lambda model, x: model(x).square().mean())
+    model(batches[0]).sum().backward()
+    assert sorted(calls) == ["after", "node"]
+
+
+def test_a_recurrent_layer_that_keeps_a_list_of_its_weights():
+    model = nn.LSTM(4, 4).bfloat16()
+    x = torch.randn(3, 2, 4)
+    with working_weights(model):
+        assert model(x)[0].dtype == torch.float32
+    assert model(x.bfloat16())[0].dtype == torch.bfloat16
+
+
+def test_the_optimizers_state_follows_and_may_be_dropped():
+    model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]).bfloat16()
+    optimizer = optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with working_weights(model, optimizer):
+        first, second = (optimizer.state[layer.weight] for layer in model)
+        first["exp_avg"] = first["exp_avg"] + 1
+        del optimizer.state[model[1].weight]
+    assert optimizer.state[model[0].weight]["exp_avg"].min() > 1
+    assert model[1].weight not in optimizer.state
+    assert set(optimizer.state) == {model[0].weight, model[0].bias, model[1].bias}
+    assert second["exp_avg"].dtype == torch.bfloat16

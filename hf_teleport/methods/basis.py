@@ -79,7 +79,7 @@ class BasisTurn(Method):
             self._agree()
             self._basis = BASES[self.config.basis](self.used, self.config.seed)
             self._first = point.by_parameter
-        self._basis.observe(point)
+        self.ranks.together(lambda: self._basis.observe(point))
 
     def _find(self, point: Point) -> None:
         self.reports = describe(self.model, point, self.config)
@@ -120,7 +120,9 @@ class BasisTurn(Method):
         self._basis.merge(self.ranks)
         used = sorted(self.used, key=_signature)  # in the same order in all processes
         owners = self.ranks.spread([symmetry.blocks * symmetry.size**3 for symmetry in used])
-        rotations = {s: self._chosen(s, owner == self.ranks.rank) for s, owner in zip(used, owners, strict=True)}
+        rotations = self.ranks.together(
+            lambda: {s: self._chosen(s, owner == self.ranks.rank) for s, owner in zip(used, owners, strict=True)}
+        )
         for (symmetry, matrices), owner in zip(rotations.items(), owners, strict=True):
             self._found[symmetry].misalignment = self._basis.misalignment(symmetry)
             self.ranks.broadcast([matrices], source=owner)
@@ -145,6 +147,9 @@ class BasisTurn(Method):
         return lambda fraction: self.turn.carry_out(self._state)
 
     def review(self, point: Point) -> None:
+        self.ranks.together(lambda: self._look_again(point))
+
+    def _look_again(self, point: Point) -> None:
         gradients = point.by_parameter
         if point.seed == self.config.seed and self.turn.exact:
             self._compare(self.turn.gradients(self._first), gradients)

@@ -125,16 +125,20 @@ class NullSpace(Method):
             products = exact_direction(point, direction, layers, self.ranks)
         else:
             products = fast_direction(self.model, self.loss_fn, point, direction, layers, self.ranks)
+        moves = self.ranks.together(lambda: self._projected(products))
+        length = norm(moves.values())
+        if length == 0 or not math.isfinite(length):
+            return None
+        return self._step(moves, self.config.learning_rate * self._unit(length))
+
+    def _projected(self, products: dict[Layer, Tensor]) -> dict[Layer, Tensor]:
         moves = {}
         for layer, product in products.items():
             move = self.subspaces[layer].project(product)
             # What a projection leaves of a product that lies in the core is rounding, and no direction.
             if move.norm() > rank_tolerance(product.shape[-1], product.dtype) * product.norm():
                 moves[layer] = move
-        length = norm(moves.values())
-        if length == 0 or not math.isfinite(length):
-            return None
-        return self._step(moves, self.config.learning_rate * self._unit(length))
+        return moves
 
     def _unit(self, length: float) -> float:
         """What the learning rate multiplies: 1, or the factor that makes a move as long as the weights it moves."""

@@ -101,8 +101,9 @@ def slices(tensor: Tensor, part: Part) -> Tensor:
 
 def turn_axis(tensor: Tensor, part: Part, matrices: Tensor) -> Tensor:
     """Turn a tensor shaped like the part's parameter in place, by matrices (H, k, k), and return it."""
-    rows = slices(tensor, part)
-    turned = matrices.to(tensor).unsqueeze(1) @ rows
+    # An optimizer's state may be in half precision.
+    rows = slices(tensor, part).to(torch.promote_types(tensor.dtype, torch.float32))
+    turned = (matrices.to(rows).unsqueeze(1) @ rows).to(tensor.dtype)
     view = tensor.movedim(part.dim, 0)
     view[part.positions.flatten().to(tensor.device)] = turned.reshape(-1, *view.shape[1:])
     return tensor
