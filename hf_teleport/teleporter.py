@@ -103,7 +103,7 @@ class Teleporter:
                 seconds = time.perf_counter() - start
                 return TeleportReport(self.config.method, nan, nan, nan, nan, 0, "out_of_memory", True, seconds)
             logger.warning("Memory ran out in a teleport, which was undone; it is tried again with batches of half the size.")
-            batches, held_back = smaller, held_back and (halved([held_back]) or [None])[0]
+            batches, held_back = smaller, None if held_back is None else (halved([held_back]) or [None])[0]
 
     def check(self, batch: Any, loss_fn: LossFn) -> Check:
         """What a teleport on this batch could move, without moving anything.
@@ -201,7 +201,8 @@ class Teleporter:
         if not math.isfinite(watched):
             return ""
         for _ in range(_HALVINGS + 1):
-            if self._within(self._held_back_loss(method, held_back), watched):
+            loss = self._held_back_loss(method, held_back)
+            if math.isfinite(loss) and self._within(loss, watched):
                 return ""
             if method.once:  # half a rotation is none
                 break
@@ -211,7 +212,8 @@ class Teleporter:
     def _verdict(self, method: Method, before: Measurement, after: Measurement) -> str:
         """Why the event must be undone, the same in every process; empty: it need not."""
         own = method.objection
-        if not after.finite:
+        # A unit that is saturated hides what becomes of its weights.
+        if not after.finite or not all(parameter.isfinite().all() for parameter in method.movable):
             own = "non_finite"
         elif not own and not self._within(after.loss, before.loss):
             own = "max_loss_change"
@@ -220,9 +222,10 @@ class Teleporter:
     def _keep(self, method: Method) -> None:
         """The event stands: the optimizer learns of it, and every process gets the weights of the first."""
         self._ranks.together(method.accept)
+        self._ranks.broadcast(method.written)
+        # Last, for it is not undone.
         if self.optimizer is not None and self.config.optimizer_state == "reset":
             forget(self.optimizer, method.movable)
-        self._ranks.broadcast(method.written)
 
     def _method(self, loss_fn: LossFn) -> Method:
         return METHODS[self.config.method](self.model, loss_fn, self.config, self.optimizer, self._ranks)

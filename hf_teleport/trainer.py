@@ -154,10 +154,11 @@ class TeleportMixin(_Base):
         torch.manual_seed(self.teleport_config.seed + event)
         drawn = islice(self.get_teleport_dataloader(event), count + 1)
         rank, size = self.args.process_index, self.args.world_size
-        batches = [self._prepare_inputs(share_of(batch, rank, size)) for batch in drawn]
+        batches = [share_of(batch, rank, size) for batch in drawn]
         return batches[:count], batches[count] if len(batches) > count else None
 
     def _teleport_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        batch = self._prepare_inputs(batch)  # here, so that one batch at a time is on the device
         # As in training: the loss is a mean over the batch's items, and compute_loss may take the labels out of the batch.
         _, count = self.get_batch_samples(iter([batch]), 1, self.args.device)
         return self.compute_loss(model, dict(batch) if isinstance(batch, Mapping) else batch, num_items_in_batch=count)
