@@ -140,15 +140,17 @@ class Check:
 
     Attributes:
         loss: on the batch, which may not be finite.
-        layers: a report for every weight; empty if the loss is not finite.
+        problem: why nothing could be judged; empty if it could.
+        layers: a report for every weight; empty if there is a problem.
         symmetries: for a method that turns symmetries, each that was found.
         blocking: norm gains that must stay uniform if the residual stream is to turn.
     """
 
     loss: float
-    layers: list[LayerReport]
-    symmetries: list[SymmetryReport]
-    blocking: list[nn.Parameter]
+    problem: str = ""
+    layers: list[LayerReport] = field(default_factory=list)
+    symmetries: list[SymmetryReport] = field(default_factory=list)
+    blocking: list[nn.Parameter] = field(default_factory=list)
 
     def require_movable(self) -> None:
         """Raise if the batch was judged, and no weight may move.

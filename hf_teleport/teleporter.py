@@ -118,17 +118,17 @@ class Teleporter:
                 return found
             batches = halved(batches[:1]) or []
             if not batches:
-                return Check(math.nan, [], [], [])
+                return Check(math.nan, NO_STEP["out_of_memory"])
 
     def _judge(self, batch: Any, loss_fn: LossFn) -> Check:
         with self._isolated(loss_fn) as (loss_fn, weights):
             method = self._method(loss_fn)
             point = method.evaluate(batch, self.config.seed)
-            if point.finite:
-                method.survey(point)
-            return Check(
-                point.loss, list(method.reports.values()), method.symmetries, [weights.origin(p) for p in method.blocking]
-            )
+            if not point.finite:
+                return Check(point.loss, f"the loss on a teleport batch is {point.loss}; {NO_STEP['non_finite']}")
+            method.survey(point)
+            blocking = [weights.origin(parameter) for parameter in method.blocking]
+            return Check(point.loss, "", list(method.reports.values()), method.symmetries, blocking)
 
     def _unless_memory_runs_out(self, work: Callable[[], _T]) -> _T | None:
         try:

@@ -214,12 +214,8 @@ class TeleportMixin(_Base):
                 "Use an optimizer that keeps none, such as AdamW.",
                 type(unwrapped(self.optimizer)).__name__,
             )
-        if not all(check.layers for check in checks):
-            logger.warning(
-                "The loss on a teleport batch is %s before training has begun: teleports will be skipped as long as it "
-                "is not finite. Check the data and the learning rate.",
-                checks[0].loss,
-            )
+        if problems := [check.problem for check in checks if check.problem]:
+            logger.warning("Teleports will be skipped as long as this lasts: %s.", problems[0])
             return
         for config, check in zip(self.teleport_config.each_method(), checks, strict=True):
             self._tell(

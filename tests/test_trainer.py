@@ -410,7 +410,7 @@ def test_a_nan_loss_warns_and_training_goes_on(tmp_path, digits, caplog):
     with caplog.at_level(logging.WARNING, logger="hf_teleport"):
         trainer.train()
     assert trainer.state.global_step == 16
-    assert any("is nan before training has begun" in record.message for record in caplog.records)
+    assert any("the loss on a teleport batch is nan" in record.message for record in caplog.records)
     assert all(report.stopped_because == "non_finite" for report in trainer.teleport_reports)
 
 
