@@ -136,7 +136,13 @@ class Snapshot:
             for parameter, saved in self._saved:
                 parameter.copy_(saved)
         for parameter, kept in self._kept.items():
-            self._state[parameter] = copy.deepcopy(kept)  # type: ignore[index]
+            # Without new memory, which may be why this is called.
+            now = self._state.setdefault(parameter, {})  # type: ignore[union-attr]
+            for name, value in kept.items():
+                if isinstance(value, Tensor) and isinstance(now.get(name), Tensor) and now[name].shape == value.shape:
+                    now[name].detach().copy_(value)
+                else:
+                    now[name] = value
 
     def halve(self) -> None:
         """Take the parameters half the way back."""

@@ -20,10 +20,6 @@ class Measurement:
     grad_norms: list[float]
     grad_norm: float
 
-    def first(self) -> "Measurement":
-        """That of the first batch alone."""
-        return Measurement(self.losses[:1], self.grad_norms[:1], self.grad_norms[0])
-
     @property
     def loss(self) -> float:
         return sum(self.losses) / len(self.losses)

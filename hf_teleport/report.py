@@ -58,8 +58,7 @@ class SymmetryReport:
 
 @dataclass
 class TeleportReport:
-    """One teleport event. Losses and gradient norms are those of the teleport data; for a change of basis, which holds for any
-    input, of its first batch.
+    """One teleport event. Losses and gradient norms are those of the teleport data.
 
     Attributes:
         loss_before, loss_after: mean loss over all teleport batches.

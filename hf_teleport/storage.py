@@ -65,7 +65,8 @@ def working_weights(model: nn.Module, optimizer: Any = None) -> Iterator[Working
                 _silence(module, "_forward_hooks", stack)
         for module in model.modules():
             for name, stored in list(module._parameters.items()):
-                if isinstance(stored, DTensor) or (stored is not None and stored.dtype in _LOW):
+                # Subclasses of Parameter (quantized weights) know how to compute with what they store.
+                if isinstance(stored, DTensor) or (type(stored) is nn.Parameter and stored.dtype in _LOW):
                     if stored not in made:
                         made[stored] = nn.Parameter(_copy(stored, copies), stored.requires_grad)
                         working.stored[made[stored]] = stored
@@ -92,8 +93,11 @@ def _copy(stored: Any, copies: dict[Any, Tensor]) -> Any:
     if isinstance(stored, DTensor):
         whole: Any = stored.detach().full_tensor().clone()  # type: ignore[attr-defined]
         return whole.float() if whole.dtype in _LOW else whole
-    key = (stored.data_ptr(), stored.shape, stored.stride())
-    return copies.setdefault(key, stored.detach().float())
+    storage = stored.untyped_storage()
+    if storage.data_ptr() not in copies:
+        size = storage.nbytes() // stored.element_size()
+        copies[storage.data_ptr()] = stored.detach().as_strided((size,), (1,), 0).float()
+    return copies[storage.data_ptr()].as_strided(stored.shape, stored.stride(), stored.storage_offset())
 
 
 def _whole(value: Any) -> Any:
@@ -103,6 +107,8 @@ def _whole(value: Any) -> Any:
 @torch.no_grad()
 def _write_back(stand_in: nn.Parameter, stored: Any, state: dict[Any, Any]) -> None:
     """Give a stored parameter, and the optimizer's state for it, the values of its stand-in."""
+    if not stored.requires_grad:
+        return
     _put(stored, stand_in)
     if stored not in state:
         return

@@ -8,7 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -148,14 +148,15 @@ class Teleporter:
         def on_float32(model: nn.Module, batch: Any) -> Tensor:
             return loss_fn(model, convert_to_fp32(batch) if low else batch)
 
-        with (
-            working_weights(self.model, self.optimizer) as weights,
-            preserved_rng(),
-            evaluation_mode(self.model),
-            full_precision(self.model),
-            plain_execution(),
-        ):
-            yield on_float32, weights
+        with ExitStack() as stack:
+
+            def enter() -> WorkingWeights:
+                weights = stack.enter_context(working_weights(self.model, self.optimizer))
+                for around in (preserved_rng(), evaluation_mode(self.model), full_precision(self.model), plain_execution()):
+                    stack.enter_context(around)
+                return weights
+
+            yield on_float32, self._ranks.together(enter)
 
     def _event(self, batches: list[Any], loss_fn: LossFn, held_back: Any, start: float) -> TeleportReport:
         with self._isolated(loss_fn) as (loss_fn, weights):
@@ -173,12 +174,11 @@ class Teleporter:
             try:
                 steps, reason = self._jump(method) if method.once else self._ascend(method, batches, before)
                 objection = self._shorten(method, snapshot, watched, held_back) if steps else ""
-                if method.once and not method.reviews_all:  # it holds for every input, so one batch tells
-                    batches, before = batches[:1], before.first()
                 after = measure(method, batches, method.review) if steps else before
-                if steps and weights.round():
+                if steps and self._ranks.together(weights.round):
                     after = measure(method, batches)
                 objection = objection or self._verdict(method, before, after)
+                changed = self._ranks.together(snapshot.changed)
                 if not objection:
                     self._keep(method)
             except BaseException:
@@ -186,8 +186,8 @@ class Teleporter:
                 raise
             if objection:
                 snapshot.restore()
-                reason, steps, after = objection, 0, before
-            explain(method.reports, snapshot.changed(), steps, reason)
+                reason, steps, after, changed = objection, 0, before, set()
+            explain(method.reports, changed, steps, reason)
             return self._report(method, before, after, steps, reason, start, undone=bool(objection))
 
     def _held_back_loss(self, method: Method, held_back: Any) -> float:
@@ -213,7 +213,7 @@ class Teleporter:
         """Why the event must be undone, the same in every process; empty: it need not."""
         own = method.objection
         # A unit that is saturated hides what becomes of its weights.
-        if not after.finite or not all(parameter.isfinite().all() for parameter in method.movable):
+        if not self._ranks.together(lambda: after.finite and all(p.isfinite().all() for p in method.movable)):
             own = "non_finite"
         elif not own and not self._within(after.loss, before.loss):
             own = "max_loss_change"

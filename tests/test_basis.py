@@ -346,3 +346,25 @@ def test_under_gradient_checkpointing(tmp_path):
     run = trainer(tmp_path, llama(), basis(steps=[2], num_batches=1), gradient_checkpointing=True)
     run.train()
     assert "stream" in {s.kind for s in run.teleport_reports[0].symmetries if not s.reason}
+
+
+class Branches(nn.Module):
+    """Another branch for each task, after what they share."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Linear(6, 4, bias=False)
+        self.branches = nn.ModuleList([nn.Linear(4, 8, bias=False), nn.Linear(4, 8, bias=False)])
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, task, x):
+        return self.out(torch.relu(self.branches[task](self.down(x)))).square().mean()
+
+
+def test_a_branch_that_only_a_later_batch_takes_is_not_left_behind():
+    torch.manual_seed(0)
+    model = Branches()
+    batches = [(0, torch.randn(5, 6)), (1, torch.randn(5, 6))]
+    before = [model(*batch).item() for batch in batches]
+    Teleporter(model, basis()).teleport(batches, lambda model, batch: model(*batch))
+    assert [model(*batch).item() for batch in batches] == pytest.approx(before, rel=0.01)

@@ -131,3 +131,17 @@ def test_tf32_is_off_inside_and_back_after():
         assert torch.get_float32_matmul_precision() == "highest"
     assert torch.get_float32_matmul_precision() == "high"
     torch.set_float32_matmul_precision(before)
+
+
+def test_restoring_takes_no_memory(monkeypatch):
+    """It may be the want of memory that calls for it."""
+    weight = nn.Parameter(torch.randn(3, 3))
+    state = {weight: {"exp_avg": torch.ones(3, 3), "step": torch.tensor(2.0), "RMS": 0.5}}
+    snapshot = Snapshot([weight], state)
+    state[weight]["exp_avg"].zero_()
+    state[weight]["RMS"] = 1.0
+    monkeypatch.setattr("copy.deepcopy", None)
+    monkeypatch.setattr(torch.Tensor, "clone", None)
+    snapshot.restore()
+    assert state[weight]["exp_avg"].sum() == 9
+    assert state[weight]["RMS"] == 0.5

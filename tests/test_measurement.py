@@ -27,8 +27,6 @@ def test_losses_and_the_norm_of_the_mean_gradient():
     assert found.grad_norm == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item())
     assert found.grad_norms == pytest.approx([point.grad_norm for point in seen])
     assert found.finite
-    first = found.first()
-    assert (first.loss, first.grad_norm) == (found.losses[0], found.grad_norms[0])
 
 
 def test_it_ends_at_a_batch_that_is_not_finite():

@@ -147,3 +147,31 @@ def test_the_optimizers_state_follows_and_may_be_dropped():
     assert model[1].weight not in optimizer.state
     assert set(optimizer.state) == {model[0].weight, model[0].bias, model[1].bias}
     assert second["exp_avg"].dtype == torch.bfloat16
+
+
+def test_weights_tied_by_a_view_stay_tied():
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh(), nn.Linear(6, 6, bias=False), nn.Linear(6, 2)).bfloat16()
+    model[2].weight.data = model[0].weight.data.t()
+    before = bits(model)
+    batches = [torch.randn(3, 6).bfloat16()]
+    report = Teleporter(model).teleport(batches, lambda model, x: model(x).square().mean())
+    reasons = {layer.name: layer.reason for layer in report.layers}
+    assert "shares its storage" in reasons["0"]
+    assert "shares its storage" in reasons["2"]
+    assert all(torch.equal(before[f"{name}.weight"], model[int(name)].weight) for name in "02")
+
+
+def test_quantized_and_frozen_weights_are_not_rewritten():
+    class Packed(nn.Parameter):
+        """As bitsandbytes': bytes that call themselves bf16."""
+
+    model = nn.Sequential(nn.Linear(3, 3).bfloat16(), nn.Linear(3, 3).bfloat16())
+    model[0].weight = Packed(model[0].weight.data, requires_grad=False)
+    model[1].weight.requires_grad = False
+    model[1].weight.data.view(torch.int16)[0, 0] = 0x7FC1  # a NaN with a payload
+    packed, frozen = (layer.weight.data.view(torch.int16).clone() for layer in model)
+    with working_weights(model):
+        assert isinstance(model[0].weight, Packed)
+        assert model[1].weight.dtype == torch.float32
+    assert torch.equal(model[0].weight.data.view(torch.int16), packed)
+    assert torch.equal(model[1].weight.data.view(torch.int16), frozen)

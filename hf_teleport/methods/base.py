@@ -25,7 +25,6 @@ class Method(ABC):
 
     Attributes:
         once: whether the event is a single move that holds for every input, and not an ascent on each batch in turn.
-        reviews_all: for a single move, whether `review` wants to see every batch and not only the first.
         reports: one for each parameter, filled by `survey`, `fit` and `begin`.
         symmetries: what was turned, for a method that knows symmetries.
         objection: why the event must be undone whatever its loss, set by `review`.
@@ -42,7 +41,6 @@ class Method(ABC):
         self.reports: dict[nn.Parameter, LayerReport] = {}
         self.symmetries: list[SymmetryReport] = []
         self.objection = ""
-        self.reviews_all = False
 
     @staticmethod
     @abstractmethod
@@ -60,8 +58,9 @@ class Method(ABC):
 
     @property
     def written(self) -> list[Tensor]:
-        """All that an event may have changed."""
-        return [parameter.data for parameter in self.movable]
+        """All that an event may have changed, in the same order in all processes."""
+        movable = set(self.movable)
+        return [parameter.data for parameter in self.model.parameters() if parameter in movable]
 
     @property
     def blocking(self) -> list[nn.Parameter]:

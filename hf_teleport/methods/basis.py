@@ -6,6 +6,7 @@ not see it; Adam, which scales each coordinate alone, does. docs/basis.md has th
 
 import logging
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,6 @@ class BasisTurn(Method):
         self._first: dict[nn.Parameter, Tensor] = {}
         self._squares: dict[tuple[nn.Parameter, int], Tensor] = {}
         self._state: OptimizerState | None = None
-        self.reviews_all = config.second_moment == "measure"
         if optimizer is not None:
             reset = config.optimizer_state == "reset"
             check_optimizer(optimizer, reset=reset)
@@ -49,7 +49,7 @@ class BasisTurn(Method):
 
     @staticmethod
     def passes(config: TeleportConfig) -> int:
-        return config.num_batches + (config.num_batches if config.second_moment == "measure" else 1)
+        return 2 * config.num_batches
 
     @property
     def used(self) -> list[Symmetry]:
@@ -63,7 +63,9 @@ class BasisTurn(Method):
     @property
     def written(self) -> list[Tensor]:
         state = self._state
-        kept = [] if state is None else [t for parameter in self.movable for t in state.tensors(parameter).values()]
+        movable = set(self.movable)
+        parameters = [parameter for parameter in self.model.parameters() if parameter in movable]
+        kept = [] if state is None else [t for parameter in parameters for t in state.tensors(parameter).values()]
         return super().written + kept
 
     @property
@@ -103,11 +105,17 @@ class BasisTurn(Method):
         """Leave out a symmetry that another process did not find with its data, so that all turn the same."""
         if self.ranks.size == 1:
             return
-        own = {symmetry: _signature(symmetry) for symmetry in self.used}
+        own = {symmetry: self._signature(symmetry) for symmetry in self.used}
         everywhere = set.intersection(*map(set, self.ranks.gather(list(own.values()))))
         for symmetry, signature in own.items():
             if signature not in everywhere:
                 self._leave_out(symmetry, "another process did not find it with its share of the data")
+
+    def _signature(self, symmetry: Symmetry) -> tuple[Any, ...]:
+        """The same in all processes for the same features of the same weights."""
+        number = {parameter: i for i, parameter in enumerate(self.model.parameters())}
+        parts = tuple((number[part.parameter], part.dim, *map(int, part.positions.flatten())) for part in symmetry.parts)
+        return symmetry.kind, symmetry.name, symmetry.blocks, symmetry.size, hash(parts)
 
     def _leave_out(self, symmetry: Symmetry, reason: str) -> None:
         symmetry.reason = self._found[symmetry].reason = reason
@@ -118,7 +126,7 @@ class BasisTurn(Method):
 
     def fit(self) -> None:
         self._basis.merge(self.ranks)
-        used = sorted(self.used, key=_signature)  # in the same order in all processes
+        used = sorted(self.used, key=self._signature)  # in the same order in all processes
         owners = self.ranks.spread([symmetry.blocks * symmetry.size**3 for symmetry in used])
         rotations = self.ranks.together(
             lambda: {s: self._chosen(s, owner == self.ranks.rank) for s, owner in zip(used, owners, strict=True)}
@@ -185,7 +193,3 @@ class BasisTurn(Method):
                 shares.setdefault(parameter, {})[dim] = squares / squares.sum()
         for parameter, own in shares.items():
             self._state.put_shares(parameter, own)
-
-
-def _signature(symmetry: Symmetry) -> tuple[str, str, int, int]:
-    return symmetry.kind, symmetry.name, symmetry.blocks, symmetry.size
