@@ -11,6 +11,8 @@ from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer
 from hf_teleport.methods import BasisTurn
 from hf_teleport.symmetry import Symmetry
 
+from tiny_runs import arguments
+
 VOCAB, LENGTH = 31, 12
 
 
@@ -221,20 +223,8 @@ def test_a_model_without_symmetries_says_so(caplog):
 
 
 def trainer(tmp_path, model, config, callbacks=(), **settings):
-    defaults = {
-        "output_dir": str(tmp_path),
-        "max_steps": 8,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "logging_steps": 1,
-    }
-    arguments = TrainingArguments(**{**defaults, **settings})
-    return TeleportTrainer(model, arguments, train_dataset=Tokens(), teleport_config=config, callbacks=list(callbacks))
+    args = arguments(tmp_path, **{"max_steps": 8, "per_device_train_batch_size": 8, **settings})
+    return TeleportTrainer(model, args, train_dataset=Tokens(), teleport_config=config, callbacks=list(callbacks))
 
 
 def test_before_listed_steps_and_every_so_many(tmp_path, caplog):

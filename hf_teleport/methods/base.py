@@ -56,11 +56,15 @@ class Method(ABC):
     def movable(self) -> list[nn.Parameter]:
         """The parameters that this method may change; known after the first `survey`."""
 
+    def in_order(self) -> list[nn.Parameter]:
+        """What is movable, in the model's order, which is the same in all processes."""
+        movable = set(self.movable)
+        return [parameter for parameter in self.model.parameters() if parameter in movable]
+
     @property
     def written(self) -> list[Tensor]:
         """All that an event may have changed, in the same order in all processes."""
-        movable = set(self.movable)
-        return [parameter.data for parameter in self.model.parameters() if parameter in movable]
+        return [parameter.data for parameter in self.in_order()]
 
     @property
     def blocking(self) -> list[nn.Parameter]:

@@ -63,9 +63,7 @@ class BasisTurn(Method):
     @property
     def written(self) -> list[Tensor]:
         state = self._state
-        movable = set(self.movable)
-        parameters = [parameter for parameter in self.model.parameters() if parameter in movable]
-        kept = [] if state is None else [t for parameter in parameters for t in state.tensors(parameter).values()]
+        kept = [] if state is None else [t for parameter in self.in_order() for t in state.tensors(parameter).values()]
         return super().written + kept
 
     @property
