@@ -1,22 +1,51 @@
-"""The paper's small networks and a forecaster as Transformers models, so that Trainer, save, push and `from_pretrained` work."""
+"""The paper's networks and a forecaster as Transformers models, so that Trainer, save, push and `from_pretrained` work."""
 
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTimeSeriesPrediction,
+)
 
 from hf_teleport.models.cnn import CNNConfig, CNNForImageClassification
 from hf_teleport.models.mlp import MLPConfig, MLPForImageClassification
+from hf_teleport.models.residual_cnn import ResidualCNNConfig, ResidualCNNForImageClassification
 from hf_teleport.models.series import SeriesConfig, SeriesTransformer
+from hf_teleport.models.transformer import (
+    CausalLMConfig,
+    SequenceClassifierConfig,
+    SequenceRegressorConfig,
+    TransformerForCausalLM,
+    TransformerForSequenceClassification,
+    TransformerForSequenceRegression,
+)
 
-AutoConfig.register(MLPConfig.model_type, MLPConfig)
-AutoConfig.register(CNNConfig.model_type, CNNConfig)
-AutoConfig.register(SeriesConfig.model_type, SeriesConfig)
-AutoModelForImageClassification.register(MLPConfig, MLPForImageClassification)
-AutoModelForImageClassification.register(CNNConfig, CNNForImageClassification)
+for _auto, _config, _model in (
+    (AutoModelForImageClassification, MLPConfig, MLPForImageClassification),
+    (AutoModelForImageClassification, CNNConfig, CNNForImageClassification),
+    (AutoModelForImageClassification, ResidualCNNConfig, ResidualCNNForImageClassification),
+    (AutoModelForSequenceClassification, SequenceClassifierConfig, TransformerForSequenceClassification),
+    (AutoModelForTimeSeriesPrediction, SequenceRegressorConfig, TransformerForSequenceRegression),
+    (AutoModelForTimeSeriesPrediction, SeriesConfig, SeriesTransformer),
+    (AutoModelForCausalLM, CausalLMConfig, TransformerForCausalLM),
+):
+    AutoConfig.register(_config.model_type, _config)
+    _auto.register(_config, _model)
 
 __all__ = [
     "CNNConfig",
     "CNNForImageClassification",
+    "CausalLMConfig",
     "MLPConfig",
     "MLPForImageClassification",
+    "ResidualCNNConfig",
+    "ResidualCNNForImageClassification",
+    "SequenceClassifierConfig",
+    "SequenceRegressorConfig",
     "SeriesConfig",
     "SeriesTransformer",
+    "TransformerForCausalLM",
+    "TransformerForSequenceClassification",
+    "TransformerForSequenceRegression",
 ]

@@ -3,10 +3,10 @@
 from itertools import pairwise
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import ImageClassifierOutput
+from torch import nn
+from transformers import PreTrainedConfig
+
+from hf_teleport.models.image_classifier import ImageClassifier
 
 
 class CNNConfig(PreTrainedConfig):
@@ -25,12 +25,10 @@ class CNNConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-class CNNForImageClassification(PreTrainedModel):
-    """Classifies images (batch, channels, height, width) with convolutions."""
+class CNNForImageClassification(ImageClassifier):
+    """Classifies images with convolutions."""
 
     config_class = CNNConfig
-    # The loss is a mean over the batch: Trainer divides it by the number of accumulated batches.
-    accepts_loss_kwargs = False
 
     def __init__(self, config: CNNConfig):
         super().__init__(config)
@@ -41,14 +39,3 @@ class CNNForImageClassification(PreTrainedModel):
         side = config.image_size // 2 ** (len(config.channels) - 1)
         self.classifier = nn.Linear(config.channels[-1] * side**2, config.num_labels)
         self.post_init()
-
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:
-        """Logits (batch, num_labels), and the mean cross entropy if there are labels (batch,)."""
-        logits = self.classifier(self.layers(pixel_values))
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return ImageClassifierOutput(loss=loss, logits=logits)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            module.reset_parameters()

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hf_teleport.models.block import TransformerBlock
+
 
 class SeriesConfig(PreTrainedConfig):
     """Settings of `SeriesTransformer`.
@@ -55,38 +57,10 @@ class SeriesConfig(PreTrainedConfig):
 
 @dataclass
 class SeriesOutput(ModelOutput):
-    """Mean squared error, if there are labels, and forecast (batch, horizon, channels)."""
+    """Mean squared error, if there are labels, and forecast (batch, time steps, channels)."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-
-
-class SeriesBlock(nn.Module):
-    """Attention and MLP, each added to the stream behind a layer norm."""
-
-    def __init__(self, config: SeriesConfig):
-        super().__init__()
-        width = config.hidden_size
-        self.heads = config.num_attention_heads
-        self.attention_norm = nn.LayerNorm(width)
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.o_proj = nn.Linear(width, width)
-        self.mlp_norm = nn.LayerNorm(width)
-        self.up_proj = nn.Linear(width, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, width)
-
-    def forward(self, stream: Tensor) -> Tensor:
-        """From (batch, context, width) to the same."""
-        x = self.attention_norm(stream)
-        # (batch, context, width) -> (batch, heads, context, width of a head)
-        q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        stream = stream + self.o_proj(mixed)
-        return stream + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(stream))))
 
 
 class SeriesTransformer(PreTrainedModel):
@@ -100,7 +74,10 @@ class SeriesTransformer(PreTrainedModel):
         super().__init__(config)
         self.embed = nn.Linear(config.channels, config.hidden_size)
         self.positions = nn.Parameter(torch.empty(config.context, config.hidden_size))
-        self.layers = nn.ModuleList(SeriesBlock(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            TransformerBlock(config.hidden_size, config.num_attention_heads, config.intermediate_size)
+            for _ in range(config.num_hidden_layers)
+        )
         self.norm = nn.LayerNorm(config.hidden_size)
         self.head = nn.Linear(config.hidden_size, config.horizon * config.channels)
         self.post_init()
