@@ -1,20 +1,26 @@
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Picture
 
 from hf_teleport.data import (
+    SeriesWindows,
     TensorRows,
     Texts,
     language_model_rows,
     load_images,
+    load_sequences,
     load_series,
     load_texts,
     sentence_rows,
+    treebank_words,
     word_tokenizer,
 )
+from hf_teleport.data import images as images_module
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -29,10 +35,15 @@ def test_digits_are_real_and_scaled():
     assert set(item) == {"pixel_values", "labels"}
 
 
-def write(folder, pictures, split, name="label"):
-    features = Features({"picture": Image(), name: ClassLabel(names=["a", "b"])})
+def write(folder, pictures, split, name="label", kind=None):
+    features = Features({"picture": Image(), name: kind or ClassLabel(names=["a", "b"])})
     rows = {"picture": pictures, name: [i % 2 for i in range(len(pictures))]}
     Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+
+
+def noise(mode, size, seed):
+    shape = (size, size) if mode == "L" else (size, size, 3)
+    return Picture.fromarray(np.random.default_rng(seed).integers(256, size=shape, dtype="uint8"))
 
 
 def test_local_folder_finds_its_columns_and_resizes(tmp_path):
@@ -53,6 +64,93 @@ def test_what_is_missing_is_said(tmp_path):
     Dataset.from_dict({"n": [1]}, features=Features({"n": Value("int64")})).to_parquet(tmp_path / "test.parquet")
     with pytest.raises(ValueError, match="an image and a class label column are needed"):
         load_images(str(tmp_path))
+
+
+def test_pixels_are_those_of_the_pictures(tmp_path):
+    pictures = [noise("RGB", 5, seed) for seed in range(6)]
+    write(tmp_path, pictures, "train")
+    write(tmp_path, pictures[:2], "test")
+    train, test = load_images(str(tmp_path))
+    pixels = torch.tensor(np.stack(pictures).astype("float64") / 255).permute(0, 3, 1, 2)
+    scaled = (pixels - pixels.mean((0, 2, 3), keepdim=True)) / pixels.std((0, 2, 3), keepdim=True)
+    torch.testing.assert_close(train.images.double(), scaled, atol=1e-6, rtol=0)
+    assert torch.equal(test.images, train.images[:2])
+
+
+def test_grey_pictures_in_a_colour_set_become_colour_wherever_they_are(tmp_path, monkeypatch):
+    # Two at a time: some lots, and the whole test set, are grey.
+    monkeypatch.setattr(images_module, "_DECODED_AT_ONCE", 2)
+    grey, colour = [noise("L", 4, seed) for seed in range(3)], [noise("RGB", 4, seed) for seed in range(3)]
+    write(tmp_path, [*grey[:2], *colour, grey[2]], "train")
+    write(tmp_path, grey, "test")
+    train, test = load_images(str(tmp_path))
+    assert (train.images.shape, test.images.shape) == ((6, 3, 4, 4), (3, 3, 4, 4))
+    assert torch.equal(train.images[[0, 1, 5]], test.images)
+
+
+def test_a_constant_channel_is_zero(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path, [Picture.new("RGB", (4, 4), (9, i, 2 * i)) for i in range(3)], split)
+    images = load_images(str(tmp_path))[0].images
+    assert torch.equal(images[:, 0], torch.zeros(3, 4, 4))
+    assert abs(float(images[:, 1].std()) - 1) < 1e-6
+
+
+def test_images_say_what_does_not_fit(tmp_path):
+    write(tmp_path, [noise("L", 4, 0), noise("L", 5, 0)], "train")
+    write(tmp_path, [noise("L", 4, 0)], "test")
+    with pytest.raises(ValueError, match=r"column 'picture' has images of sizes \[\(4, 4\), \(5, 5\)\]: give image_size"):
+        load_images(str(tmp_path))
+    with pytest.raises(ValueError, match=r"column 'image' is not in the data; allowed: one of \['picture', 'label'\]"):
+        load_images(str(tmp_path), 4, image_column="image")
+    with pytest.raises(ValueError, match="column 'kind' is not in the data"):
+        load_images(str(tmp_path), 4, label_column="kind")
+    for kind in (Value("float32"), Value("string")):
+        write(tmp_path, [noise("L", 4, 0)], "train", kind=kind)
+        with pytest.raises(ValueError, match=r"column 'label' has labels such as 0.*; allowed: whole numbers from 0"):
+            load_images(str(tmp_path), 4, label_column="label")
+
+
+def test_encoded_bytes_and_plain_numbers_are_an_image_set_if_named(tmp_path):
+    write(tmp_path, [noise("RGB", 4, seed) for seed in range(4)], "train")
+    write(tmp_path, [noise("RGB", 4, 9)], "test")
+    expected = load_images(str(tmp_path))
+    for split in ("train", "test"):
+        # Without the metadata in which `datasets` notes what a column is.
+        table = pq.read_table(tmp_path / f"{split}.parquet")
+        pq.write_table(table.replace_schema_metadata(None), tmp_path / f"{split}.parquet")
+    with pytest.raises(ValueError, match="an image and a class label column are needed"):
+        load_images(str(tmp_path))
+    named = load_images(str(tmp_path), image_column="picture", label_column="label")
+    for one, other in zip(named, expected, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+
+
+def test_sequences_are_pixels_line_by_line():
+    train, test = load_sequences("digits")
+    images = load_images("digits")[0]
+    assert train.columns["inputs"].shape == (1437, 64, 1)
+    assert torch.equal(train[7]["inputs"].flatten(), images.images[7].flatten())
+    assert torch.equal(train.columns["labels"], images.labels)
+    assert len(test) == 360
+
+
+def test_short_sequences_are_means_of_squares():
+    images = load_images("digits")[0].images
+    squares = load_sequences("digits", 16)[0].columns["inputs"]
+    expected = images[:, 0].view(-1, 4, 2, 4, 2).mean((2, 4)).view(-1, 16, 1)
+    torch.testing.assert_close(squares, expected)
+    assert load_sequences("digits", 1)[0].columns["inputs"].shape == (1437, 1, 1)
+    with pytest.raises(ValueError, match=r"length = 32 is not allowed; allowed for images of 8 x 8: one of \[64, 16, 4, 1\]"):
+        load_sequences("digits", 32)
+
+
+def test_sequences_have_a_number_for_each_channel(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path, [noise("RGB", 4, seed) for seed in range(3)], split)
+    rows, images = load_sequences(str(tmp_path))[0], load_images(str(tmp_path))[0]
+    assert torch.equal(rows[2]["inputs"][6], images.images[2, :, 1, 2])
 
 
 @pytest.mark.skipif(not (SHARED / "mnist").exists(), reason=f"needs the MNIST files in {SHARED}")
@@ -117,6 +215,27 @@ def test_the_rarest_words_give_way_to_the_vocabulary_size():
         word_tokenizer(TRAINING, 5, masked=True)
 
 
+def test_without_a_limit_every_word_has_a_number():
+    assert set(word_tokenizer(TRAINING, None).get_vocab()) == set(word_tokenizer(TRAINING, 100).get_vocab())
+
+
+def test_treebank_words_leave_unknown_words_whole():
+    sentences = ["the <unk> ca n't sell <unk>", "s&p fell $N to N <unk>", "they don't, says mr. <unk> of <unk>'s u.s.", "<unk>"]
+    assert [words.split() for words in treebank_words(sentences)] == [
+        ["the", "<unk>", "ca", "n't", "sell", "<unk>"],
+        ["s", "&", "p", "fell", "$", "N", "to", "N", "<unk>"],
+        ["they", "do", "n't", ",", "says", "mr.", "<unk>", "of", "<unk>", "'s", "u.s", "."],
+        ["<unk>"],
+    ]
+    tokenizer = word_tokenizer(treebank_words(sentences), None)
+    assert tokenizer.convert_ids_to_tokens(tokenizer(treebank_words(["the <unk> fell"])[0])["input_ids"]) == [
+        "the",
+        "<unk>",
+        "fell",
+    ]
+    assert tokenizer(treebank_words(sentences)[3])["input_ids"] == [tokenizer.unk_token_id]
+
+
 def test_language_model_blocks_are_the_text_in_a_row():
     tokenizer = word_tokenizer(TRAINING, 100)
     rows = language_model_rows(TRAINING, tokenizer, 5)
@@ -177,6 +296,52 @@ def test_windows_are_split_by_time_and_scaled_by_the_training_part(tmp_path):
     assert torch.equal(torch.cat([last["inputs"], last["labels"]]), test.values[-6:])
     with pytest.raises(IndexError):
         test[len(test)]
+
+
+def test_labels_may_begin_anywhere_after_the_inputs_do():
+    values = torch.arange(20.0).unsqueeze(1)
+    for context, horizon, shift in [(5, 5, 2), (4, 3, None), (6, 2, 1), (2, 3, 9)]:
+        windows = SeriesWindows(values, context, horizon, shift)
+        later = context if shift is None else shift
+        assert len(windows) == 20 - max(context, later + horizon) + 1
+        for start in (0, len(windows) - 1):
+            assert windows[start]["inputs"].flatten().tolist() == list(range(start, start + context))
+            assert windows[start]["labels"].flatten().tolist() == list(range(start + later, start + later + horizon))
+        assert max(windows[len(windows) - 1][name].max() for name in ("inputs", "labels")) == 19
+    with pytest.raises(ValueError, match=r"shift \+ horizon = 18 \+ 3 is not allowed; allowed: at most 20"):
+        SeriesWindows(values, 2, 3, 18)
+    for settings in [(0, 1), (1, 0), (1, 1, 0)]:
+        with pytest.raises(ValueError, match=r"= 0 is not allowed; allowed: 1 or more time steps"):
+            SeriesWindows(values, *settings)
+
+
+def test_series_in_rows_are_a_transposed_table(tmp_path):
+    table(tmp_path, "train", name=["up", "down"], target=[list(range(40)), list(range(40, 0, -1))])
+    by_rows = load_series(str(tmp_path), 2, 1, series_column="target")
+    with pytest.raises(ValueError, match=r"has no numeric column: .* `series_column`"):
+        load_series(str(tmp_path), 2, 1)
+    with pytest.raises(ValueError, match="column 'values' is not in the data"):
+        load_series(str(tmp_path), 2, 1, series_column="values")
+    with pytest.raises(ValueError, match=r"columns = \['up'\] is not allowed; allowed: None with series_column"):
+        load_series(str(tmp_path), 2, 1, ["up"], series_column="target")
+    table(tmp_path, "train", up=list(range(40)), down=list(range(40, 0, -1)))
+    for one, other in zip(by_rows, load_series(str(tmp_path), 2, 1), strict=True):
+        assert torch.equal(one.values, other.values)
+    table(tmp_path, "train", target=[[1.0, 2.0], [1.0]])
+    with pytest.raises(ValueError, match=r"column 'target' has series of \[1, 2\] steps; allowed: .*of one length"):
+        load_series(str(tmp_path), 2, 1, series_column="target")
+
+
+def test_shares_and_splits_of_series(tmp_path):
+    for split, end in (("train", 30), ("test", 50)):
+        table(tmp_path, split, x=[float(i) for i in range(end)])
+    parts = load_series(str(tmp_path), 2, 1, split="test", shares=(0.6, 0.2))
+    assert [len(part.values) for part in parts] == [30, 10, 10]
+    with pytest.raises(ValueError, match=r"split = 'whole' is not allowed; allowed: one of \['train', 'test'\]"):
+        load_series(str(tmp_path), 2, 1, split="whole")
+    for shares in [(0.0, 0.5), (0.5, 0.5), (0.9, 0.2)]:
+        with pytest.raises(ValueError, match=r"shares = .* is not allowed; allowed: two positive numbers"):
+            load_series(str(tmp_path), 2, 1, split="test", shares=shares)
 
 
 def test_what_later_times_hold_does_not_reach_the_training_part(tmp_path):

@@ -1,13 +1,17 @@
-"""Text from a local folder or a Hub id: a word-level tokenizer made from it, and rows for language models and classifiers."""
+"""Text from the catalogue, the Hub or a local folder: a tokenizer made from it, rows for language models and classifiers."""
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from hf_teleport.data.rows import TensorRows, column, train_and_test
+from hf_teleport.data.catalogue import Source
+from hf_teleport.data.rows import TensorRows, class_labels, column, split_roles
 
 PAD, UNKNOWN, END, START, MASK = "<pad>", "<unk>", "<eos>", "<cls>", "<mask>"
 
@@ -25,40 +29,63 @@ class Texts:
         return 0 if self.labels is None else int(self.labels.max()) + 1
 
 
-def load_texts(source: str, text_column: str = "sentence", label_column: str | None = None) -> tuple[Texts, Texts]:
+def load_texts(
+    source: str | Source,
+    text_column: str = "sentence",
+    label_column: str | None = None,
+    *,
+    folder: str | Path | None = None,
+) -> tuple[Texts, Texts]:
     """Training and test texts; without a test split, the validation split is the test set.
 
     Args:
-        source: a folder with train and test, validation or valid files (parquet, csv, json), or a Hub id.
+        source: a name of the catalogue, a Hub id, or a folder with train and test or validation files (parquet, csv, json).
         text_column: where the text is.
         label_column: where the class is, as a whole number from 0; None: the texts have no classes.
+        folder: a local copy of what `source` names.
 
     Raises:
-        FileNotFoundError: a local path that does not exist.
+        FileNotFoundError: the data are neither here nor within reach.
         ValueError: a split or a column is missing, or a label is negative (unlabelled test sets have -1).
     """
-    return tuple(_texts(split, text_column, label_column) for split in train_and_test(source))  # type: ignore[return-value]
+    parts = load_text_roles(source, text_column, label_column, folder=folder)
+    return parts["train"], parts["test"]
 
 
-def _texts(split, text_column: str, label_column: str | None) -> Texts:  # type: ignore[no-untyped-def]
-    sentences = column(split, text_column)
-    if label_column is None:
-        return Texts(sentences)
-    labels = torch.tensor(column(split, label_column))
-    if labels.is_floating_point() or bool((labels < 0).any()):
-        raise ValueError(
-            f"column {label_column!r} has labels such as {labels.min().item()}; allowed: whole numbers from 0. "
-            "Where the Hub's test split is unlabelled, give a folder with train and validation files."
-        )
-    return Texts(sentences, labels)
+def load_text_roles(
+    source: str | Source,
+    text_column: str = "sentence",
+    label_column: str | None = None,
+    *,
+    folder: str | Path | None = None,
+) -> dict[str, Texts]:
+    """As `load_texts`: 'train', 'test', and 'validation' if there is such a split besides the one to test on."""
+    return {role: _texts(split, text_column, label_column) for role, split in split_roles(source, folder).items()}
 
 
-def word_tokenizer(sentences: list[str], vocabulary_size: int, masked: bool = False) -> PreTrainedTokenizerFast:
+def _texts(split: Any, text_column: str, label_column: str | None) -> Texts:
+    return Texts(column(split, text_column), None if label_column is None else class_labels(split, label_column))
+
+
+def treebank_words(sentences: list[str]) -> list[str]:
+    """The sentences with a blank between the words that NLTK's `TreebankWordTokenizer` finds, for `word_tokenizer`.
+
+    Penn Treebank's <unk> stays one word, where the tokenizer takes angle brackets for words. Its N, for a number, is left alone.
+    As the tokenizer goes by single sentences, a full stop that ends one is a word of its own, in an abbreviation too.
+    """
+    from nltk.tokenize import TreebankWordTokenizer  # type: ignore[import-untyped]
+
+    tokenize = TreebankWordTokenizer().tokenize
+    apart = " ".join(tokenize(UNKNOWN))
+    return [" ".join(tokenize(sentence)).replace(apart, UNKNOWN) for sentence in sentences]
+
+
+def word_tokenizer(sentences: list[str], vocabulary_size: int | None, masked: bool = False) -> PreTrainedTokenizerFast:
     """A tokenizer whose tokens are the most frequent words between blanks, special tokens counted in.
 
     Args:
         sentences: the training text.
-        vocabulary_size: at most so many tokens.
+        vocabulary_size: at most so many tokens; None: one for every word.
         masked: for BERT-like models: there is a <mask>, and a <cls> stands before every sentence.
 
     Raises:
@@ -67,6 +94,7 @@ def word_tokenizer(sentences: list[str], vocabulary_size: int, masked: bool = Fa
     special = {"pad_token": PAD, "unk_token": UNKNOWN, "eos_token": END}
     if masked:
         special |= {"cls_token": START, "mask_token": MASK}
+    vocabulary_size = sys.maxsize if vocabulary_size is None else vocabulary_size
     if vocabulary_size <= len(special):
         raise ValueError(
             f"vocabulary_size = {vocabulary_size} is not allowed; allowed: more than the {len(special)} special tokens."

@@ -1,0 +1,127 @@
+"""The paper's measures with `evaluate`: accuracy, mean squared error and perplexity, for users' code and for a Trainer.
+
+`evaluate.load` fetches a script from the Hub for each of them; these need no network. They keep what they are given in memory,
+where `evaluate` would write it to a file that processes share. The package does not import this module: `evaluate` is an extra.
+
+    Trainer(model, training, compute_metrics=accuracy)
+    Trainer(model, training, **trainer_arguments("perplexity"))
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import evaluate  # type: ignore[import-untyped]
+import numpy as np
+import torch
+from datasets import Features, Value
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import EvalPrediction
+
+# Labels that are not counted, as everywhere in Transformers.
+_IGNORED = -100
+
+
+class _InMemory(evaluate.Metric):
+    """A metric of numbers, one an example."""
+
+    summary: str
+    inputs: dict[str, str]
+
+    def __init__(self, **settings: Any):
+        super().__init__(**{"keep_in_memory": True, **settings})
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = Features({name: Value(dtype) for name, dtype in self.inputs.items()})
+        return evaluate.MetricInfo(description=self.summary, citation="", inputs_description=self.summary, features=features)
+
+
+class Accuracy(_InMemory):
+    """Share of the examples whose class (N,) is the reference (N,)."""
+
+    summary = "Share of right classes."
+    inputs = {"predictions": "int64", "references": "int64"}  # noqa: RUF012 - a constant of the class
+
+    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
+        return {"accuracy": float(np.equal(predictions, references).mean())}
+
+
+class MeanSquaredError(_InMemory):
+    """Mean of the squared differences of numbers (N,) from their references (N,)."""
+
+    summary = "Mean of squared differences."
+    inputs = {"predictions": "float64", "references": "float64"}  # noqa: RUF012
+
+    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
+        return {"mse": float(np.square(np.subtract(predictions, references)).mean())}
+
+
+class Perplexity(_InMemory):
+    """Exponential of the mean of tokens' losses (N,), their negative log-likelihoods in nats."""
+
+    summary = "Exponential of the mean loss of a token."
+    inputs = {"predictions": "float64"}  # noqa: RUF012
+
+    def _compute(self, predictions: list[float]) -> dict[str, float]:
+        return {"perplexity": float(np.exp(np.mean(predictions)))}
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of right classes, from logits (N, classes) or, after `classes`, from classes (N,)."""
+    predicted = prediction.predictions
+    predicted = predicted.argmax(-1) if predicted.ndim == 2 else predicted
+    return Accuracy().compute(predictions=predicted, references=prediction.label_ids)
+
+
+def mean_squared_error(prediction: EvalPrediction) -> dict[str, float]:
+    """Mean squared error, from what `distances` has made of the forecasts (N,)."""
+    # Distances are root mean squares: the mean of their squares is that of all values, which `evaluate` would take one by one.
+    return MeanSquaredError().compute(predictions=prediction.predictions, references=np.zeros(len(prediction.predictions)))
+
+
+def perplexity(prediction: EvalPrediction) -> dict[str, float]:
+    """Perplexity, from what `token_losses` has made of the logits (N, length - 1); labels (N, length) of -100 are left out."""
+    counted = np.asarray(prediction.label_ids)[:, 1:] != _IGNORED
+    return Perplexity().compute(predictions=np.asarray(prediction.predictions)[counted])
+
+
+def classes(logits: Any, labels: Tensor) -> Tensor:
+    """The most likely class (N,) by logits (N, classes), or by a tuple of which they are the first."""
+    return _first(logits).argmax(-1)
+
+
+def distances(logits: Any, labels: Tensor) -> Tensor:
+    """Root mean square (N,) of the differences of each forecast from its labels, both (N, ...)."""
+    return (_first(logits).float() - labels.float()).square().flatten(1).mean(1).sqrt()
+
+
+def token_losses(logits: Any, labels: Tensor) -> Tensor:
+    """Losses (N, length - 1) of the second to the last token by logits (N, length, vocabulary), each for the next token.
+
+    The logits of a whole test set would not fit into memory; their losses do.
+    """
+    predicted = _first(logits)[:, :-1].float().flatten(0, 1)
+    return F.cross_entropy(predicted, labels[:, 1:].flatten(), reduction="none").view(len(labels), -1)
+
+
+def _first(logits: Any) -> Tensor:
+    return logits if isinstance(logits, torch.Tensor) else logits[0]
+
+
+_ARGUMENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "accuracy": (accuracy, classes),
+    "mean_squared_error": (mean_squared_error, distances),
+    "perplexity": (perplexity, token_losses),
+}
+
+
+def trainer_arguments(measure: str) -> dict[str, Callable[..., Any]]:
+    """A Trainer's `compute_metrics` and `preprocess_logits_for_metrics` for a measure, as `data.Pipeline` names it.
+
+    Raises:
+        ValueError: an unknown measure.
+    """
+    if measure not in _ARGUMENTS:
+        raise ValueError(f"measure = {measure!r} is not allowed; allowed: one of {list(_ARGUMENTS)}.")
+    compute, preprocess = _ARGUMENTS[measure]
+    return {"compute_metrics": compute, "preprocess_logits_for_metrics": preprocess}
