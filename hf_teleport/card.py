@@ -17,6 +17,10 @@ HEADING = "## Teleportation"
 _METHODS = {
     "null_space": "`null_space` climbs to a larger gradient inside the null space of every layer's inputs, as in the paper.",
     "basis": "`basis` turns the model's exact symmetries to where its optimizer works best; no output changes, for any input.",
+    "level_set": "`level_set` climbs to a larger gradient along the level set of each batch's loss, in all weights "
+    "([arXiv 2403.03362](https://arxiv.org/abs/2403.03362)).",
+    "symmetry": "`symmetry` climbs to a larger gradient over linear groups that act on adjacent layers "
+    "([arXiv 2205.10637](https://arxiv.org/abs/2205.10637)).",
 }
 
 _CITATION = """\

@@ -86,10 +86,12 @@ class TeleportConfig:
         "'fast': Hessian-vector products by one forward at shifted weights. 'exact': by double backward, the reference.",
     )
     objective: Literal["grad_norm"] = _setting("grad_norm", "What the teleport climbs: half the squared gradient norm.")
-    method: Literal["null_space", "basis", "null_space+basis"] = _setting(
+    method: Literal["null_space", "basis", "level_set", "symmetry", "null_space+basis"] = _setting(
         "null_space",
         "'null_space': climb inside the null space of every layer's inputs (the paper). 'basis': turn the model's exact "
-        "symmetries to where Adam works best. 'null_space+basis': one after the other.",
+        "symmetries to where Adam works best. 'level_set': climb in all weights along the level set of the losses, kept "
+        "to first order and guarded by a line search (arXiv 2403.03362). 'symmetry': climb over groups that act on "
+        "adjacent layers of an MLP whose activation has an inverse (arXiv 2205.10637). 'null_space+basis': one after the other.",
     )
     basis: Literal["gradient", "predicted_decrease", "activation", "random", "identity"] = _setting(
         "gradient",
