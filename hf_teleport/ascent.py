@@ -11,8 +11,8 @@ is differentiated twice, and any attention kernel will do. docs/mathematics.md h
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,13 +23,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_teleport.distributed import ALONE, Ranks
 from hf_teleport.isolation import forget_caches, seed_everything, shifted
 from hf_teleport.layers import Layer
-from hf_teleport.trace import KeepDouble, ReplayTrace, TangentTrace, Trace, Use, Uses
+from hf_teleport.subspace import Subspace
+from hf_teleport.trace import KeepDouble, Region, ReplayTrace, TangentTrace, Trace, Use, Uses, norm_of
 
 _Trace = TypeVar("_Trace", bound=Trace)
 
 # A shift is too long if it moves some input by this many times the share of its size that is meant; this many are tried.
 _LONG_SHIFT = 5
 _SHIFTS = 4
+_AIM = 3
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 """`loss_fn(model, batch)`: the mean loss of the batch, a scalar."""
@@ -47,6 +49,7 @@ class Point:
         gradients: one for each parameter, None where the loss does not depend on it.
         grad_norm: `||∇_W L||` over all trainable parameters.
         trace: the uses of the parameters, with D.
+        graph: the loss with its graph, if that was kept for `evaluate_again`.
     """
 
     batch: Any
@@ -57,6 +60,7 @@ class Point:
     own_gradients: list[Tensor | None]
     grad_norm: float
     trace: Trace
+    graph: Tensor | None = None
 
     @property
     def by_parameter(self) -> dict[nn.Parameter, Tensor]:
@@ -70,9 +74,8 @@ class Point:
 
 
 def norm(tensors: Iterable[Tensor | None]) -> float:
-    """Euclidean norm of all the numbers in a list of tensors, accumulated in float64."""
-    real = (torch.view_as_real(t.detach()) if t.is_complex() else t.detach() for t in tensors if t is not None)
-    norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in real]
+    """Euclidean norm of all the numbers in a list of tensors."""
+    norms = [norm_of(t.detach()) for t in tensors if t is not None]
     return float(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))) if norms else 0.0
 
 
@@ -83,6 +86,8 @@ def evaluate(
     *,
     seed: int,
     differentiable_gradients: bool = False,
+    keep_graph: bool = False,
+    follow: Iterable[nn.Parameter] | None = None,
     ranks: Ranks = ALONE,
 ) -> Point:
     """One forward and backward at the current weights, followed by a `Trace`. `.grad` is not touched.
@@ -91,28 +96,60 @@ def evaluate(
         batch: with several processes, this one's share of it.
         seed: for models that draw random numbers in eval mode: each forward on this batch draws the same.
         differentiable_gradients: keep the graph of the gradients, for `exact_direction`.
+        keep_graph: keep the graph of the loss, for `evaluate_again`.
+        follow: the parameters whose uses are traced; default: all that are trained.
         ranks: the processes that share the batch.
 
     Raises:
         ValueError: the loss is not a scalar, or depends on no trainable parameter.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    trace = Trace(parameters)
+    trace = Trace(parameters if follow is None else follow)
     _start_afresh(model, seed)
-    # Fused attention kernels have no second derivative; the plain one does.
-    plain_kernels = sdpa_kernel([SDPBackend.MATH]) if differentiable_gradients else nullcontext()
+    with ExitStack() as around:
+        if differentiable_gradients:
+            # Fused attention kernels have no second derivative; the plain one does.
+            around.enter_context(sdpa_kernel([SDPBackend.MATH]))
+        if keep_graph:
+            # Autograd refuses weights that have moved since the forward, unless it is handed what it saved by hooks.
+            around.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved))
 
-    def forward_and_backward() -> tuple[float, list[Tensor | None]]:
-        with torch.enable_grad(), trace, plain_kernels:
-            loss = loss_fn(model, batch)
-        _check_loss(loss)
-        found = torch.autograd.grad(loss, parameters, allow_unused=True, create_graph=differentiable_gradients)
-        return float(loss.detach()), list(found)
+        def forward_and_backward() -> tuple[Tensor, list[Tensor | None]]:
+            with torch.enable_grad(), trace:
+                loss = loss_fn(model, batch)
+            _check_loss(loss)
+            found = torch.autograd.grad(
+                loss, parameters, allow_unused=True, create_graph=differentiable_gradients, retain_graph=keep_graph or None
+            )
+            return loss, list(found)
 
-    own_loss, own = ranks.together(forward_and_backward)
+        own_loss, own = ranks.together(forward_and_backward)
     gradients = ranks.mean_tensors(own, parameters)
-    loss, length = ranks.mean([own_loss, norm(gradients)])
-    return Point(batch, seed, loss, parameters, gradients, own, length, trace)
+    loss, length = ranks.mean([float(own_loss.detach()), norm(gradients)])
+    return Point(batch, seed, loss, parameters, gradients, own, length, trace, own_loss if keep_graph else None)
+
+
+def evaluate_again(point: Point, ranks: Ranks = ALONE) -> Point:
+    """The point after a move of the weights that changed no activation, by a backward alone.
+
+    The activations and the loss are those of the forward that `point` came from; the weights through which backward passes are
+    read where they are now. The new point takes the place of the old one, whose D it overwrites.
+
+    Raises:
+        ValueError: the point was made without `keep_graph`.
+    """
+    if point.graph is None:
+        raise ValueError("this point has no graph; evaluate() it with keep_graph=True.")
+    graph = point.graph
+
+    def backward() -> list[Tensor | None]:
+        point.trace.forget_gradients()
+        return list(torch.autograd.grad(graph, point.parameters, allow_unused=True, retain_graph=True))
+
+    own = ranks.together(backward)
+    gradients = ranks.mean_tensors(own, point.parameters)
+    length = ranks.mean([norm(gradients)])[0]
+    return replace(point, gradients=gradients, own_gradients=own, grad_norm=length)
 
 
 def loss_at(model: nn.Module, loss_fn: LossFn, batch: Any, *, seed: int, ranks: Ranks = ALONE) -> float:
@@ -139,12 +176,21 @@ def _check_loss(loss: Any) -> None:
         )
 
 
+@dataclass
+class ShiftLength:
+    """How far `fast_direction` shifts the weights, as a share of their norm; None until a first shift suggests the next."""
+
+    share: float | None = None
+
+
 def fast_direction(
     model: nn.Module,
     loss_fn: LossFn,
     point: Point,
     direction: list[Tensor | None],
     layers: list[Layer],
+    subspaces: dict[Layer, Subspace] | None = None,
+    shift: ShiftLength | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[Layer, Tensor]:
     """`Dᵀ Ẋ` along a direction u for each layer, by one forward without autograd at `W + εu`.
@@ -156,43 +202,54 @@ def fast_direction(
     shorter one is tried. In float64 it is the difference of two forwards, at `W ± εu`, with ε in proportion to the cube root of
     eps, and without the casts to float32 that many models contain.
 
+    Args:
+        subspaces: project onto the null space of each layer too, `Dᵀ Ẋ P`.
+        shift: the length to begin with, and where the length that was good enough is left for the next call.
+
     Returns:
-        For each layer (G, o, d), with one more column, of zeros, for a bias: it comes after the input, which it cannot shift.
+        For each layer (G, o, d), with one more column for a bias: zeros, until a projection makes something of them, for a bias
+        comes after the input and cannot shift it.
     """
     length = norm(direction)
     if length == 0 or not layers:
         return {}
     dtype = layers[0].weight.dtype
+    of_use = {(layer.weight, layer.region): layer for layer in layers}
     uses: Uses = {layer.weight: {} for layer in layers}
     for layer in layers:
         uses[layer.weight][layer.region] = point.trace.uses[layer.weight][layer.region]
     central = dtype == torch.float64
     eps = torch.finfo(dtype).eps
     small = 12 * eps ** (1 / 3) if central else 20 * eps**0.5
-    epsilon = small * norm(point.parameters) / length
+    shift = shift or ShiftLength()
+    shift.share = shift.share or small
+    size = norm(point.parameters) / length
 
     def difference(epsilon: float) -> TangentTrace:
         starts = uses
+        width = 2 * epsilon if central else epsilon
+
+        def product(weight: nn.Parameter, region: Region, use: Use, shifted_by: Tensor) -> Tensor:
+            layer = of_use[weight, region]
+            return layer.tangent(use, shifted_by / width, None if subspaces is None else subspaces[layer])
+
         if central:
             with shifted(point.parameters, direction, -epsilon):
                 starts = _starting_at(uses, _forward(model, loss_fn, point, ReplayTrace(uses, point.trace.choices), dtype).uses)
         with shifted(point.parameters, direction, epsilon):
-            return _forward(model, loss_fn, point, TangentTrace(starts, point.trace.choices), dtype)
+            return _forward(model, loss_fn, point, TangentTrace(starts, point.trace.choices, product), dtype)
 
     for attempt in range(_SHIFTS):
+        epsilon = shift.share * size
         trace = ranks.together(partial(difference, epsilon))
         relative_shift = _relative_shift(trace, layers, ranks)
         if relative_shift <= _LONG_SHIFT * small or attempt == _SHIFTS - 1:
             break
-        epsilon *= small / relative_shift
-    products = {}
-    width = 2 * epsilon if central else epsilon
-    for layer in layers:
-        product = trace.products[layer.weight].get(layer.region)
-        if product is not None:
-            no_bias_part = product.new_zeros((*product.shape[:-1], 1))
-            products[layer] = (product if layer.bias is None else torch.cat([product, no_bias_part], -1)) / width
-    return _mean(products, layers, ranks)
+        shift.share *= small / relative_shift
+    # The next shift aims between what is meant and what is too long: the longer, the less of it is rounding.
+    shift.share = min(small, shift.share * _AIM * small / relative_shift) if 0 < relative_shift < math.inf else small
+    found = {layer: trace.products[layer.weight].get(layer.region) for layer in layers}
+    return _mean({layer: product for layer, product in found.items() if product is not None}, layers, ranks)
 
 
 def _relative_shift(trace: TangentTrace, layers: list[Layer], ranks: Ranks) -> float:
@@ -223,7 +280,10 @@ def _starting_at(uses: Uses, others: Uses) -> Uses:
     """The same uses, D included, with the inputs of another forward."""
     return {
         weight: {
-            region: [Use(other.call, use.output_gradient) for use, other in zip(calls, others[weight][region], strict=False)]
+            region: [
+                Use(other.call, use.output_gradient, use.reached)
+                for use, other in zip(calls, others[weight][region], strict=False)
+            ]
             for region, calls in parts.items()
         }
         for weight, parts in uses.items()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_teleport.projectors import Projector
-from hf_teleport.subspace import Representation
+from hf_teleport.subspace import Representation, Subspace
 from hf_teleport.trace import Region, Use
 
 
@@ -45,6 +45,30 @@ class Layer:
             slices = max(1, input.shape[0] // 64) if self.projector.role == "conv" and batched else 1
             for part in input.tensor_split(slices):
                 representation.add(self.rows(use.call.projector, part))
+
+    def tangent(self, use: Use, shift: Tensor, subspace: Subspace | None = None) -> Tensor:
+        """`Dᵀ Ẋ` for a use whose input shifts by Ẋ, or `Dᵀ Ẋ P`: (G, o, d or d + 1).
+
+        The ones that are appended for a bias do not shift.
+
+        Raises:
+            ValueError: the use has no D.
+        """
+        if use.output_gradient is None:
+            raise ValueError(f"the backward pass has not come to this use of {self.name}.")
+        if not use.reached:
+            return torch.zeros_like(self.matrix({parameter: parameter.detach() for parameter in self.parameters}))
+        projector = use.call.projector
+        if subspace is not None and projector.role != "conv":
+            gradients = projector.output_rows(use.output_gradient)
+            # A projection takes the longer the more rows it has.
+            if gradients.shape[-2] < gradients.shape[-1]:
+                return gradients.mT @ subspace.project(self._with_zeros(projector.rows(shift)))
+        product = self._with_zeros(projector.weight_gradient(shift, use.output_gradient, self.region.shape))
+        return product if subspace is None else subspace.project(product)
+
+    def _with_zeros(self, matrix: Tensor) -> Tensor:
+        return matrix if self.bias is None else torch.cat([matrix, matrix.new_zeros((*matrix.shape[:-1], 1))], dim=-1)
 
     def matrix(self, tensors: dict[nn.Parameter, Tensor | None]) -> Tensor:
         """Values given for weight and bias (gradients, for instance) as one matrix (G, o, d or d + 1)."""

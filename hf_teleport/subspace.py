@@ -23,6 +23,9 @@ _LITTLE = 0.1
 # Rows x width above which a layer's input is taken in slices, to bound the memory of the float64 copy.
 _SLICE = 2**24
 
+# Width of a block of a Gram matrix, at least: narrower ones multiply more slowly.
+_BLOCK = 128
+
 
 def rank_tolerance(width: int, dtype: torch.dtype) -> float:
     """Singular values up to this share of the largest count as zero: `sqrt(d) * eps(dtype)`.
@@ -59,7 +62,7 @@ class Representation:
     def keep(self, rows: Tensor) -> None:
         """Join float64 rows, or the triangle of a QR that stands for them, to what is kept."""
         if self.gram is not None:
-            self.gram.baddbmm_(rows.mT, rows)
+            self.gram += _gram(rows)
             return
         self.rows = rows if self.rows is None else torch.cat([self.rows, rows], dim=1)
         if self.rows.shape[1] > rows.shape[2]:
@@ -73,8 +76,23 @@ class Representation:
         if self.gram is None:
             if self.rows is None:
                 raise ValueError("a representation without rows has no Gram matrix; add() rows first")
-            self.gram, self.rows = self.rows.mT @ self.rows, None
+            self.gram, self.rows = _gram(self.rows), None
         return self.gram
+
+    def has_full_rank(self) -> bool:
+        """Whether all min(N, d) singular values surely count: seen from a Cholesky factorisation, cheaper than decomposing.
+
+        `C - s` has one only if no eigenvalue of C is as small as s, the square of the tolerance. Float64 rows never show it: that
+        square is below what a Gram matrix resolves.
+        """
+        kept = self.gram if self.rows is None else self.rows
+        if kept is None or self.dtype == torch.float64:
+            return False
+        gram = kept if self.rows is None else kept @ kept.mT
+        # The norm is at least the largest eigenvalue.
+        shift = rank_tolerance(kept.shape[-1], self.dtype) ** 2 * torch.linalg.matrix_norm(gram)
+        factor, failed = torch.linalg.cholesky_ex(gram - shift[..., None, None] * torch.eye(gram.shape[-1]).to(gram))
+        return not bool(failed.any()) and bool(factor.isfinite().all())
 
     def decompose(self) -> tuple[Tensor, Tensor]:
         """Singular values (G, r), largest first, and right singular vectors (G, d, r), in float64.
@@ -92,6 +110,18 @@ class Representation:
             raise ValueError("a representation without rows has no singular vectors; add() rows first")
         _, values, vectors = converging(lambda rows: torch.linalg.svd(rows, full_matrices=False), self.rows)
         return values, vectors.mT
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """`XᵀX`, (G, d, d), of which only the blocks on and above the diagonal are multiplied out."""
+    width = rows.shape[-1]
+    gram = rows.new_empty(len(rows), width, width)
+    step = max(_BLOCK, -(-width // 8))
+    for start in range(0, width, step):
+        end = start + step
+        gram[:, start:end, start:] = rows[..., start:end].mT @ rows[..., start:]
+        gram[:, end:, start:end] = gram[:, start:end, end:].mT
+    return gram
 
 
 def converging(decompose: Callable[[Tensor], Any], matrix: Tensor) -> tuple[Tensor, ...]:
@@ -133,15 +163,15 @@ class Subspace:
     num_rows: int
 
     def project(self, matrix: Tensor) -> Tensor:
-        """`M P` for M (G, o, d): its part in the null space."""
+        """`M P` for M (G, o, d): its part in the null space. If that is no more than rounding of M, zeros."""
         part = (matrix @ self.basis) @ self.basis.mT
-        if self.spans_null:
-            return part
-        rest = matrix - part
+        rest = part if self.spans_null else matrix - part
+        share = rest.norm() / matrix.norm()
         # Where little is left, rounding of the large part taken off is in it too. A second projection takes that off.
-        if rest.norm() < _LITTLE * matrix.norm():
+        if share < _LITTLE and not self.spans_null:
             rest = rest - (rest @ self.basis) @ self.basis.mT
-        return rest
+            share = rest.norm() / matrix.norm()
+        return rest if share > rank_tolerance(matrix.shape[-1], matrix.dtype) else torch.zeros_like(rest)
 
 
 def core_dims(singular_values: Tensor, energy_threshold: float, tolerance: float) -> Tensor:
@@ -171,9 +201,11 @@ def null_space(representation: Representation, energy_threshold: float, dtype: t
     Raises:
         LinAlgError: the decomposition does not converge.
     """
+    dtype = dtype or representation.dtype
+    if energy_threshold == 1 and representation.has_full_rank():
+        return _of_full_rank(representation, dtype)
     values, vectors = representation.decompose()
     groups, width, found = vectors.shape
-    dtype = dtype or representation.dtype
     dims = core_dims(values, energy_threshold, rank_tolerance(width, representation.dtype))
     in_core = torch.arange(found, device=dims.device) < dims[:, None]
     largest, smallest = int(dims.max()), int(dims.min())
@@ -184,3 +216,14 @@ def null_space(representation: Representation, energy_threshold: float, dtype: t
     basis = (vectors * kept[:, None, :])[..., columns]
     null_dim = groups * width - int(dims.sum())
     return Subspace(basis.to(dtype).contiguous(), spans_null, null_dim, groups * width, representation.num_rows)
+
+
+def _of_full_rank(representation: Representation, dtype: torch.dtype) -> Subspace:
+    """At tau = 1 any orthonormal basis of the rows' span will do, and none is needed if they span everything."""
+    if representation.rows is None:
+        gram = representation.square()
+        groups, width, _ = gram.shape
+        return Subspace(gram.new_zeros(groups, width, 0, dtype=dtype), True, 0, groups * width, representation.num_rows)
+    groups, rank, width = representation.rows.shape
+    basis, _ = converging(torch.linalg.qr, representation.rows.mT)
+    return Subspace(basis.to(dtype).contiguous(), False, groups * (width - rank), groups * width, representation.num_rows)

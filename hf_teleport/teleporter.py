@@ -172,7 +172,7 @@ class Teleporter:
             watched = self._held_back_loss(method, held_back)
             snapshot = self._ranks.together(method.snapshot)
             try:
-                steps, reason = self._jump(method) if method.once else self._ascend(method, batches, before)
+                steps, reason = self._jump(method) if method.once else self._climb(method, batches, before, snapshot)
                 objection = self._shorten(method, snapshot, watched, held_back) if steps else ""
                 after = measure(method, batches, method.review) if steps else before
                 if steps and self._ranks.together(weights.round):
@@ -239,27 +239,42 @@ class Teleporter:
         self._progress(1, 1)
         return 1, "steps_done"
 
+    def _climb(self, method: Method, batches: list[Any], before: Measurement, snapshot: Snapshot) -> tuple[int, str]:
+        """`_ascend`; if the method trusted its moves and they changed a loss, undone and made again without trust."""
+        steps, reason = self._ascend(method, batches, before)
+        if method.trusting and reason == "max_loss_change":
+            snapshot.restore()
+            method.distrust()
+            steps, reason = self._ascend(method, batches, before)
+        return steps, reason
+
     def _ascend(self, method: Method, batches: list[Any], before: Measurement) -> tuple[int, str]:
         """The steps on every batch in turn. Returns how many were kept, and why most of the turns ended."""
         steps, total = 0, len(batches) * self.config.steps_per_batch
         endings: Counter[str] = Counter()
         for i, batch in enumerate(batches):
-            point = method.evaluate(batch, self.config.seed + i)
-            method.begin(point)
-            ending = ""
-            for _ in range(self.config.steps_per_batch):
-                if ending := self._limit(point, before.grad_norms[i]):
+            loss, grad_norm = before.losses[i], before.grad_norms[i]
+            point = method.begin(batch, self.config.seed + i)
+            ending = self._objection(point, loss, grad_norm)
+            taken = 0
+            while not ending and taken < self.config.steps_per_batch:
+                if ending := self._limit(point, grad_norm):
                     break
                 move = method.propose(point)
                 if move is None:
                     ending = "no_direction"
                     break
-                reached, ending = self._carry_out(move, method, point, before.losses[i], before.grad_norms[i])
+                reached, ending = self._carry_out(move, method, point, loss, grad_norm)
                 if reached is None:
                     break
                 point = reached
-                steps += 1
-                self._progress(steps, total)
+                taken += 1
+                self._progress(steps + taken, total)
+            steps += taken
+            if taken and method.trusting and self.config.max_loss_change is not None:
+                seen = loss_at(self.model, method.loss_fn, batch, seed=point.seed, ranks=self._ranks)
+                if not (math.isfinite(seen) and self._within(seen, loss)):
+                    return steps, "max_loss_change"
             endings[ending or "steps_done"] += 1
         return steps, endings.most_common(1)[0][0]
 
@@ -273,7 +288,7 @@ class Teleporter:
         objection = ""
         for halving in range(_HALVINGS + 1):
             self._ranks.together(partial(move, 0.5**halving))
-            reached = method.evaluate(point.batch, point.seed)
+            reached = method.evaluate_again(point)
             objection = self._objection(reached, loss, grad_norm)
             if not objection:
                 return reached, ""

@@ -43,10 +43,14 @@ class Region:
 
 @dataclass
 class Use:
-    """One followed use of a weight, and the gradient D that backward leaves at its output."""
+    """One followed use of a weight, and the gradient D that backward leaves at its output.
+
+    `reached`: whether the input depends on trained weights, so that a shift of them may shift it.
+    """
 
     call: Call
     output_gradient: Tensor | None = None
+    reached: bool = True
 
     def keep(self, gradient: Tensor) -> None:
         """Hook for the output's gradient. The first backward is the one that is meant; a double backward comes here too."""
@@ -114,10 +118,17 @@ class Trace(TorchFunctionMode):
                 self.other_uses[parameter].add(getattr(func, "__name__", str(func)))
 
     def _see(self, weight: nn.Parameter, region: Region, call: Call, output: Tensor) -> None:
-        use = Use(call)
+        use = Use(call, reached=call.input.requires_grad)
         self.uses[weight][region].append(use)
         if output.requires_grad:
             output.register_hook(use.keep)
+
+    def forget_gradients(self) -> None:
+        """Make room for the output gradients of another backward."""
+        for parts in self.uses.values():
+            for calls in parts.values():
+                for use in calls:
+                    use.output_gradient = None
 
     def _choose(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         output = func(*args, **kwargs)
@@ -154,23 +165,34 @@ class ReplayTrace(Trace):
         return type(output)((scores.gather(dim, made), made.clone()))
 
 
+Product = Callable[[nn.Parameter, Region, Use, Tensor], Tensor]
+"""`product(weight, region, use, shift)`: what is summed over the uses of a part of a weight, whose input moved by `shift`."""
+
+
+def plain_product(weight: nn.Parameter, region: Region, use: Use, shift: Tensor) -> Tensor:
+    """`Dᵀ (X' - X)`, (G, o, d)."""
+    return use.call.projector.weight_gradient(shift, use.output_gradient, region.shape)  # type: ignore[arg-type]
+
+
 class TangentTrace(ReplayTrace):
-    """Accumulate `Dᵀ (X' - X)` while a forward runs at shifted weights, X' being the shifted inputs.
+    """Accumulate products of `X' - X` with D while a forward runs at shifted weights, X' being the shifted inputs.
 
     A part of a weight whose calls come out differently in the shifted forward gets no product.
 
     Attributes:
-        products: for each part of a weight `Dᵀ (X' - X)`, summed over its calls.
+        products: for each part of a weight the sum over its calls; None or absent: there is none.
         squares: likewise `||X' - X||²` and `||X||²`, (2,).
 
     Args:
         uses: the uses to compare with, with their D, of the parts to follow.
         choices: those of the unshifted forward.
+        product: what is made of each use and the shift of its input.
     """
 
-    def __init__(self, uses: Uses, choices: list[tuple[torch.Size, Tensor]]):
+    def __init__(self, uses: Uses, choices: list[tuple[torch.Size, Tensor]], product: Product = plain_product):
         super().__init__(uses, choices)
         self._awaited = {weight: {region: iter(calls) for region, calls in parts.items()} for weight, parts in uses.items()}
+        self._product = product
         self.products: dict[nn.Parameter, dict[Region, Tensor | None]] = defaultdict(dict)
         self.squares: dict[nn.Parameter, dict[Region, Tensor]] = defaultdict(dict)
 
@@ -184,11 +206,19 @@ class TangentTrace(ReplayTrace):
             products[region] = None
         elif use.output_gradient is not None and products.get(region, ()) is not None:
             shift = call.input - use.call.input
-            squares = torch.stack([shift.double().square().sum(), use.call.input.double().square().sum()])
-            self.squares[weight][region] = self.squares[weight].get(region, 0) + squares
-            product = call.projector.weight_gradient(shift, use.output_gradient, region.shape)
+            if use.reached:
+                squares = torch.stack([norm_of(shift), norm_of(use.call.input)]).square()
+                self.squares[weight][region] = self.squares[weight].get(region, 0) + squares
+            product = self._product(weight, region, use, shift)
             known = products.get(region)
-            products[region] = product if known is None else known + product
+            products[region] = product if known is None else known.add_(product)
+
+
+def norm_of(tensor: Tensor) -> Tensor:
+    """Euclidean norm, a float64 scalar: of each row in its own precision, which is fast, and of the rows' norms in float64."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    rows = torch.linalg.vector_norm(real, dim=-1, dtype=torch.promote_types(real.dtype, torch.float32)) if real.dim() else real
+    return torch.linalg.vector_norm(rows, dtype=torch.float64)
 
 
 _ALIASES = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]

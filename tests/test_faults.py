@@ -4,8 +4,9 @@ stops with the error that was raised."""
 import errno
 import random
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import count
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from hf_teleport.layers import Layer
 from hf_teleport.methods import BasisTurn, NullSpace
 from hf_teleport.models import MLPConfig, MLPForImageClassification
 from hf_teleport.optimizer_state import OptimizerState
-from hf_teleport.subspace import converging
+from hf_teleport.subspace import Representation, converging
 from hf_teleport.symmetry import bases, turn
 
 from ranks import run
@@ -379,11 +380,14 @@ def exploding(monkeypatch, value):
     monkeypatch.setattr(Layer, "add_", add_)
 
 
-@pytest.mark.parametrize(("value", "reason"), [(torch.inf, "non_finite"), (torch.nan, "non_finite"), (1e3, "max_loss_change")])
-def test_a_step_that_explodes_is_undone(monkeypatch, value, reason):
+@pytest.mark.parametrize("growth", [2.0, None])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan, 1e3])
+def test_a_step_that_explodes_is_undone(monkeypatch, value, growth):
     exploding(monkeypatch, value)
-    scene = Scene()
+    scene = Scene(max_growth=growth)
     report = scene.teleport()
+    # At a step it is the gradient that is looked at; the loss is, after the last one.
+    reason = "non_finite" if value != 1e3 else "max_loss_change" if growth is None else "max_growth"
     assert report.stopped_because == reason
     assert not any(layer.moved for layer in report.layers)
     scene.assert_untouched()
@@ -568,6 +572,7 @@ def decomposing(monkeypatch, name, fault, bad):
 
 # Which decomposition, of which method with which settings.
 DECOMPOSITIONS = {
+    "independent_rows": ("qr", "null_space", {}),
     "rows": ("svd", "null_space", {}),
     "rows_of_each_batch": ("svd", "null_space", {"scope": "batch"}),
     "gram": ("eigh", "null_space", {}),
@@ -577,9 +582,13 @@ DECOMPOSITIONS = {
 
 
 def decomposed(kind):
-    _, method, settings = DECOMPOSITIONS[kind]
+    """A teleport, in which the inputs of the layers are decomposed."""
+    name, method, settings = DECOMPOSITIONS[kind]
     scene = Scene(method, **settings)
-    return scene, scene.teleport(batches=repeated(scene) if kind == "gram" else None)
+    # Rows that are seen to be independent are spared all but a QR.
+    spared = nullcontext() if name == "qr" else mock.patch.object(Representation, "has_full_rank", return_value=False)
+    with spared:
+        return scene, scene.teleport(batches=repeated(scene) if kind == "gram" else None)
 
 
 @pytest.mark.parametrize("fault", ["raises", "nan"])
@@ -602,7 +611,7 @@ def test_what_cannot_be_decomposed_stays_and_the_others_move(monkeypatch, kind, 
     first = []
 
     def bad(call, matrix):
-        if matrix.shape[-1] == width and not first:
+        if width in matrix.shape and not first:
             first.append(matrix.clone())
         return bool(first) and matrix.shape == first[0].shape and torch.equal(matrix, first[0])
 
@@ -834,7 +843,8 @@ def test_too_little_memory_before_training_is_not_taken_for_bad_data(tmp_path, c
 
 
 def test_without_a_decomposition_training_goes_on(tmp_path, monkeypatch):
-    decomposing(monkeypatch, "svd", "raises", lambda call, matrix: True)
+    for name in ("qr", "svd"):
+        decomposing(monkeypatch, name, "raises", lambda call, matrix: True)
     run = trainer(tmp_path)
     run.train()
     assert [report.stopped_because for report in run.teleport_reports] == ["no_direction"]

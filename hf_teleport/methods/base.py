@@ -28,9 +28,12 @@ class Method(ABC):
         reports: one for each parameter, filled by `survey`, `fit` and `begin`.
         symmetries: what was turned, for a method that knows symmetries.
         objection: why the event must be undone whatever its loss, set by `review`.
+        trusting: whether a move is taken to leave activations and loss as they were, so that `evaluate_again` need not look. The
+            loss is then looked at after the last step on a batch; if it has moved, the event starts anew without trust.
     """
 
     once: ClassVar[bool] = False
+    trusting: bool = False
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, config: TeleportConfig, optimizer: Any = None, ranks: Ranks = ALONE):
         self.model = model
@@ -50,6 +53,14 @@ class Method(ABC):
     def evaluate(self, batch: Any, seed: int) -> Point:
         """Loss and gradients on a batch at the current weights."""
         return evaluate(self.model, self.loss_fn, batch, seed=seed, ranks=self.ranks)
+
+    def evaluate_again(self, point: Point) -> Point:
+        """The same after a move: loss and gradients on the point's batch where the weights are now."""
+        return self.evaluate(point.batch, point.seed)
+
+    def distrust(self) -> None:
+        """A trusted move has changed a loss: from now on `evaluate_again` looks."""
+        self.trusting = False
 
     @property
     @abstractmethod
@@ -78,8 +89,9 @@ class Method(ABC):
     def fit(self) -> None:  # noqa: B027  (a method need not)
         """All batches are surveyed: prepare what holds for the whole event."""
 
-    def begin(self, point: Point) -> None:  # noqa: B027  (a method need not)
-        """A batch's turn has come: prepare what holds for its steps."""
+    def begin(self, batch: Any, seed: int) -> Point:
+        """A batch's turn has come: evaluate it, and prepare what holds for its steps."""
+        return self.evaluate(batch, seed)
 
     def snapshot(self) -> Snapshot:
         """A copy of all that this method may change."""

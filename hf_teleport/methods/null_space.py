@@ -5,10 +5,11 @@ as it was, and so the inputs of every layer above: one projector serves all step
 """
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
-from hf_teleport.ascent import LossFn, Point, evaluate, exact_direction, fast_direction, norm
+from hf_teleport.ascent import LossFn, Point, ShiftLength, evaluate, evaluate_again, exact_direction, fast_direction, norm
 from hf_teleport.audit import TIED_VIEWS, UNUSED, audit, overlap
 from hf_teleport.config import TeleportConfig
 from hf_teleport.decomposition import null_spaces
@@ -17,7 +18,7 @@ from hf_teleport.layers import Layer
 from hf_teleport.methods.base import Method, Move
 from hf_teleport.objectives import OBJECTIVES
 from hf_teleport.report import LayerReport
-from hf_teleport.subspace import Representation, Subspace, rank_tolerance
+from hf_teleport.subspace import Representation, Subspace
 from hf_teleport.trace import Region
 
 
@@ -29,19 +30,25 @@ class NullSpace(Method):
         self.layers: list[Layer] = []
         self.subspaces: dict[Layer, Subspace] = {}
         self._representations: dict[Layer, Representation] = {}
+        self._shift = ShiftLength()
+        # In the exact null space of a batch its activations stay, and so does the graph of its forward.
+        self.trusting = config.hessian == "fast" and config.energy_threshold == 1
 
     @staticmethod
     def passes(config: TeleportConfig) -> int:
-        # Before, at the start of a turn and after; a step is a pass, and a forward at shifted weights that is charged as one.
-        return config.num_batches * (3 + 2 * config.steps_per_batch)
+        # Before, at the start of a turn, at its end and after; a step is a pass, and a forward at shifted weights.
+        return config.num_batches * (4 + 2 * config.steps_per_batch)
 
     @property
     def movable(self) -> list[nn.Parameter]:
         return list(dict.fromkeys(parameter for layer in self.layers for parameter in layer.parameters))
 
-    def evaluate(self, batch: object, seed: int) -> Point:
+    def evaluate(self, batch: object, seed: int, **options: Any) -> Point:
         exact = self.config.hessian == "exact"
-        return evaluate(self.model, self.loss_fn, batch, seed=seed, differentiable_gradients=exact, ranks=self.ranks)
+        return evaluate(self.model, self.loss_fn, batch, seed=seed, differentiable_gradients=exact, ranks=self.ranks, **options)
+
+    def evaluate_again(self, point: Point) -> Point:
+        return evaluate_again(point, self.ranks) if self.trusting else super().evaluate_again(point)
 
     def survey(self, point: Point) -> None:
         layers, reports = self.ranks.together(lambda: audit(self.model, point, self.config))
@@ -111,34 +118,39 @@ class NullSpace(Method):
             regions.setdefault(layer.weight, []).append(layer.region)
         return regions
 
-    def begin(self, point: Point) -> None:
-        if self.config.scope == "batch":
+    def begin(self, batch: object, seed: int) -> Point:
+        # D is kept for each use that is followed: with the null spaces known, only where there is a move to come.
+        joint = self.config.scope == "joint"
+        follow = [layer.weight for layer in self._moving] if joint else None
+        point = self.evaluate(batch, seed, keep_graph=self.trusting, follow=follow)
+        if not joint:
             self.ranks.together(lambda: self._represent(point))
             self._decompose()
+        return point
+
+    @property
+    def _moving(self) -> list[Layer]:
+        return [layer for layer, subspace in self.subspaces.items() if subspace.null_dim]
+
+    def distrust(self) -> None:
+        super().distrust()
+        # What was learnt where the weights should not have gone.
+        self._shift = ShiftLength()
 
     def propose(self, point: Point | None = None) -> Move | None:
         if point is None:
             raise TypeError("the null space is climbed from the point of a batch")
         direction = OBJECTIVES[self.config.objective](point.gradients)
-        layers = [layer for layer, subspace in self.subspaces.items() if subspace.null_dim]
+        layers = self._moving
         if self.config.hessian == "exact":
             products = exact_direction(point, direction, layers, self.ranks)
+            moves = self.ranks.together(lambda: {layer: self.subspaces[layer].project(h) for layer, h in products.items()})
         else:
-            products = fast_direction(self.model, self.loss_fn, point, direction, layers, self.ranks)
-        moves = self.ranks.together(lambda: self._projected(products))
+            moves = fast_direction(self.model, self.loss_fn, point, direction, layers, self.subspaces, self._shift, self.ranks)
         length = norm(moves.values())
         if length == 0 or not math.isfinite(length):
             return None
         return self._step(moves, self.config.learning_rate * self._unit(length))
-
-    def _projected(self, products: dict[Layer, Tensor]) -> dict[Layer, Tensor]:
-        moves = {}
-        for layer, product in products.items():
-            move = self.subspaces[layer].project(product)
-            # What a projection leaves of a product that lies in the core is rounding, and no direction.
-            if move.norm() > rank_tolerance(product.shape[-1], product.dtype) * product.norm():
-                moves[layer] = move
-        return moves
 
     def _unit(self, length: float) -> float:
         """What the learning rate multiplies: 1, or the factor that makes a move as long as the weights it moves."""
