@@ -186,3 +186,4 @@ def _print_table(name: str, inspection: Inspection) -> None:
         f"{inspection.movable_share:.1%} of the elements may move, {inspection.moved_share:.1%} did in one step on this batch; "
         f"{elementwise} elementwise parameters are not shown; decompositions {sum(x.seconds for x in inspection.layers):.2f} s."
     )
+    console.print(f"An event at the default settings, on batches like this one, may take {inspection.cost}.", highlight=False)

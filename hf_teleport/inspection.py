@@ -9,6 +9,7 @@ from torch import nn
 from hf_teleport.ascent import LossFn, evaluate
 from hf_teleport.audit import audit
 from hf_teleport.config import TeleportConfig
+from hf_teleport.cost import Cost
 from hf_teleport.isolation import Snapshot, evaluation_mode, full_precision, preserved_rng
 from hf_teleport.report import LayerReport, share
 from hf_teleport.subspace import Representation, core_dims, rank_tolerance
@@ -41,10 +42,12 @@ class Inspection:
         moved_share: elements that one step at tau = 1 moved, of those of all layers.
         movable_share: elements that may move, given a null space and a direction.
         loss: on the batch.
+        cost: what an event is likely to cost.
     """
 
     layers: list[InspectedLayer]
     loss: float
+    cost: Cost
 
     @property
     def moved_share(self) -> float:
@@ -61,6 +64,7 @@ class Inspection:
             "moved_share": self.moved_share,
             "movable_share": self.movable_share,
             "loss": self.loss,
+            "cost": asdict(self.cost),
         }
 
 
@@ -74,6 +78,7 @@ def inspect_model(model: nn.Module, batch: Any, loss_fn: LossFn, config: Telepor
     """
     config = config or TeleportConfig()
     snapshot = Snapshot(model.parameters())
+    cost = Teleporter(model, config).check(batch, loss_fn).cost
     report = Teleporter(model, TeleportConfig(**{**config.to_dict(), **_ONE_STEP})).teleport([batch], loss_fn)
     snapshot.restore()
     inspected = {layer.name: InspectedLayer(**asdict(layer)) for layer in report.layers}
@@ -92,7 +97,7 @@ def inspect_model(model: nn.Module, batch: Any, loss_fn: LossFn, config: Telepor
             for tau in THRESHOLDS:
                 core = core_dims(values, tau, rank_tolerance(width, representation.dtype))
                 found.null_dims[f"{tau:g}"] = found.null_dims.get(f"{tau:g}", 0) + groups * width - int(core.sum())
-    return Inspection(list(inspected.values()), report.loss_before)
+    return Inspection(list(inspected.values()), report.loss_before, cost or Cost())
 
 
 _ONE_STEP = {"num_batches": 1, "steps_per_batch": 1, "energy_threshold": 1.0, "max_growth": None, "grad_norm_cap": None}

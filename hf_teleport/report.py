@@ -143,6 +143,7 @@ class Check:
         layers: a report for every weight; empty if there is a problem.
         symmetries: for a method that turns symmetries, each that was found.
         blocking: norm gains that must stay uniform if the residual stream is to turn.
+        cost: what an event will cost; None if there is a problem.
     """
 
     loss: float
@@ -150,6 +151,7 @@ class Check:
     layers: list[LayerReport] = field(default_factory=list)
     symmetries: list[SymmetryReport] = field(default_factory=list)
     blocking: list[nn.Parameter] = field(default_factory=list)
+    cost: Any = None  # a `Cost`; naming it here would be a circle of imports
 
     def require_movable(self) -> None:
         """Raise if the batch was judged, and no weight may move.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hf_teleport.ascent import LossFn, Point, loss_at
 from hf_teleport.batches import halved
 from hf_teleport.config import TeleportConfig
+from hf_teleport.cost import Cost
 from hf_teleport.distributed import Ranks, out_of_memory
 from hf_teleport.isolation import Snapshot, evaluation_mode, full_precision, plain_execution, preserved_rng
 from hf_teleport.measurement import Measurement, measure
@@ -128,7 +129,8 @@ class Teleporter:
                 return Check(point.loss, f"the loss on a teleport batch is {point.loss}; {NO_STEP['non_finite']}")
             method.survey(point)
             blocking = [weights.origin(parameter) for parameter in method.blocking]
-            return Check(point.loss, "", list(method.reports.values()), method.symmetries, blocking)
+            cost = Cost.of(method, batch, point)
+            return Check(point.loss, "", list(method.reports.values()), method.symmetries, blocking, cost)
 
     def _unless_memory_runs_out(self, work: Callable[[], _T]) -> _T | None:
         try:

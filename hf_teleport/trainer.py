@@ -26,6 +26,7 @@ from hf_teleport.arguments import TeleportArguments
 from hf_teleport.batches import share_of
 from hf_teleport.card import add_to_card, teleports
 from hf_teleport.config import TeleportConfig
+from hf_teleport.cost import LARGE_SHARE, Cost, share_of_run
 from hf_teleport.distributed import check_strategy
 from hf_teleport.isolation import preserved_rng
 from hf_teleport.methods import METHODS
@@ -222,8 +223,23 @@ class TeleportMixin(_Base):
                 f"Teleports ({config.method}) before steps {_shortened(sorted(upcoming))}: "
                 f"{sum(layer.movable for layer in check.layers)} of {len(check.layers)} weights "
                 f"({share(check.layers, lambda layer: layer.movable):.0%} of the elements) may move. "
-                f"An event makes at most {METHODS[config.method].passes(config)} passes over a teleport batch; "
-                f"the check, which made {len(checks)}, took {seconds:.2g} s."
+                f"An event makes at most {METHODS[config.method].passes(config)} passes over a teleport batch: it may take "
+                f"{check.cost}. The check took {seconds:.2g} s."
+            )
+        self._warn_of_cost([check.cost for check in checks], len(upcoming))
+
+    def _warn_of_cost(self, costs: list[Cost], events: int) -> None:
+        """Say so if teleports may take more than a small share of the run, whose own time is judged from a teleport batch."""
+        args = self.args
+        samples = args.train_batch_size * args.world_size
+        passes = (self.state.max_steps - self.state.global_step) * args.gradient_accumulation_steps
+        passes *= samples / (self.teleport_config.batch_size or samples)
+        share_of_time = share_of_run(events * sum(cost.event_seconds for cost in costs), passes, costs[0].pass_seconds)
+        if share_of_time > LARGE_SHARE:
+            logger.warning(
+                "Teleports may take up to %.0f %% of the time of training itself; with smaller num_batches, steps_per_batch or "
+                "batch_size, or fewer events, they take less.",
+                100 * share_of_time,
             )
 
 

@@ -50,6 +50,15 @@ class Method(ABC):
     def passes(config: TeleportConfig) -> int:
         """Forward and backward passes over a batch in one event, at most: what it costs but for decompositions."""
 
+    @staticmethod
+    def copies(config: TeleportConfig) -> int:
+        """How many times the size of the trained weights an event holds at once, gradients and copies to return to included."""
+        return 4
+
+    def decomposition_seconds(self, point: Point) -> float:
+        """What the decompositions of an event will take, about, judged from a surveyed batch; 0 where they are cheap."""
+        return 0.0
+
     def evaluate(self, batch: Any, seed: int) -> Point:
         """Loss and gradients on a batch at the current weights."""
         return evaluate(self.model, self.loss_fn, batch, seed=seed, ranks=self.ranks)

@@ -5,6 +5,7 @@ as it was, and so the inputs of every layer above: one projector serves all step
 """
 
 import math
+import time
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,8 +37,34 @@ class NullSpace(Method):
 
     @staticmethod
     def passes(config: TeleportConfig) -> int:
-        # Before, at the start of a turn, at its end and after; a step is a pass, and a forward at shifted weights.
+        # Before, at the start and the end of a turn, and after; a step is a pass, and a forward at shifted weights.
         return config.num_batches * (4 + 2 * config.steps_per_batch)
+
+    @staticmethod
+    def copies(config: TeleportConfig) -> int:
+        # To undo the event, to undo a step, the move, the gradient, the shifted weights.
+        return 5
+
+    def decomposition_seconds(self, point: Point) -> float:
+        joint = self.config.scope == "joint"
+        repeats = self.config.num_batches if joint else 1
+        costs: dict[Layer, float] = {}
+        for layer in self.layers:
+            uses = point.trace.uses[layer.weight][layer.region]
+            groups, _, width = layer.matrix({p: p.detach() for p in layer.parameters}).shape
+            rows = repeats * sum(use.call.input.numel() for use in uses) // (groups * width)
+            costs[layer] = groups * width * min(rows, width) ** 2
+        if not costs:
+            return 0.0
+        longest = max(costs, key=lambda layer: costs[layer])
+        start = time.perf_counter()
+        representation = Representation()
+        for _ in range(repeats):
+            longest.represent(point.trace.uses[longest.weight][longest.region], representation)
+        null_spaces({longest: representation}, {longest: longest.weight.dtype}, self.config.energy_threshold, ALONE)
+        seconds = time.perf_counter() - start
+        events = 1 if joint else self.config.num_batches
+        return events * seconds * sum(costs.values()) / costs[longest] / self.ranks.size
 
     @property
     def movable(self) -> list[nn.Parameter]:
