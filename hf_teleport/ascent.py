@@ -33,6 +33,9 @@ _LONG_SHIFT = 5
 _SHIFTS = 4
 _AIM = 3
 
+# Norms between these need no float64.
+_SMALLEST_NORM, _LARGEST_NORM = 1e-14, 1e18
+
 LossFn = Callable[[nn.Module, Any], Tensor]
 """`loss_fn(model, batch)`: the mean loss of the batch, a scalar."""
 
@@ -75,8 +78,17 @@ class Point:
 
 def norm(tensors: Iterable[Tensor | None]) -> float:
     """Euclidean norm of all the numbers in a list of tensors."""
-    norms = [norm_of(t.detach()) for t in tensors if t is not None]
-    return float(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))) if norms else 0.0
+    present = [t.detach() for t in tensors if t is not None]
+    if not present:
+        return 0.0
+    found = _joined([norm_of(t) for t in present])
+    # Outside these bounds the squares of float32 underflow or overflow.
+    inside = _SMALLEST_NORM < found < _LARGEST_NORM
+    return found if inside else _joined([norm_of(t.to(torch.promote_types(t.dtype, torch.float64))) for t in present])
+
+
+def _joined(norms: list[Tensor]) -> float:
+    return float(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])))
 
 
 def evaluate(
@@ -96,7 +108,7 @@ def evaluate(
         batch: with several processes, this one's share of it.
         seed: for models that draw random numbers in eval mode: each forward on this batch draws the same.
         differentiable_gradients: keep the graph of the gradients, for `exact_direction`.
-        keep_graph: keep the graph of the loss, for `evaluate_again`.
+        keep_graph: keep the graph of the loss, for `evaluate_again`, unless backward reads copies of weights in some process.
         follow: the parameters whose uses are traced; default: all that are trained.
         ranks: the processes that share the batch.
 
@@ -105,14 +117,14 @@ def evaluate(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     trace = Trace(parameters if follow is None else follow)
+    saved = _Saved()
     _start_afresh(model, seed)
     with ExitStack() as around:
         if differentiable_gradients:
             # Fused attention kernels have no second derivative; the plain one does.
             around.enter_context(sdpa_kernel([SDPBackend.MATH]))
         if keep_graph:
-            # Autograd refuses weights that have moved since the forward, unless it is handed what it saved by hooks.
-            around.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved))
+            around.enter_context(saved)
 
         def forward_and_backward() -> tuple[Tensor, list[Tensor | None]]:
             with torch.enable_grad(), trace:
@@ -125,8 +137,30 @@ def evaluate(
 
         own_loss, own = ranks.together(forward_and_backward)
     gradients = ranks.mean_tensors(own, parameters)
-    loss, length = ranks.mean([float(own_loss.detach()), norm(gradients)])
-    return Point(batch, seed, loss, parameters, gradients, own, length, trace, own_loss if keep_graph else None)
+    again = keep_graph and saved.covers(trace)
+    loss, length, agreed = ranks.mean([float(own_loss.detach()), norm(gradients), float(again)])
+    return Point(batch, seed, loss, parameters, gradients, own, length, trace, own_loss if agreed == 1 else None)
+
+
+class _Saved(torch.autograd.graph.saved_tensors_hooks):
+    """What autograd saves inside is handed to backward as it is by then; without hooks it refuses weights that have moved."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+        super().__init__(self._keep, lambda saved: saved)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        self._seen.add(id(tensor if tensor._base is None else tensor._base))
+        # A node that holds its own output holds itself, out of reach of the garbage collector.
+        return tensor.detach()
+
+    def covers(self, trace: Trace) -> bool:
+        """Whether backward reads the followed weights themselves: an einsum may save a copy, and so does offloading."""
+        return all(
+            id(weight) in self._seen
+            for weight, parts in trace.uses.items()
+            if any(use.reached for calls in parts.values() for use in calls)
+        )
 
 
 def evaluate_again(point: Point, ranks: Ranks = ALONE) -> Point:
@@ -216,8 +250,13 @@ def fast_direction(
     dtype = layers[0].weight.dtype
     of_use = {(layer.weight, layer.region): layer for layer in layers}
     uses: Uses = {layer.weight: {} for layer in layers}
+    unreached = []
     for layer in layers:
-        uses[layer.weight][layer.region] = point.trace.uses[layer.weight][layer.region]
+        calls = point.trace.uses[layer.weight][layer.region]
+        if any(use.reached for use in calls):
+            uses[layer.weight][layer.region] = calls
+        else:
+            unreached.append(layer)
     central = dtype == torch.float64
     eps = torch.finfo(dtype).eps
     small = 12 * eps ** (1 / 3) if central else 20 * eps**0.5
@@ -225,14 +264,12 @@ def fast_direction(
     shift.share = shift.share or small
     size = norm(point.parameters) / length
 
+    def product(weight: nn.Parameter, region: Region, use: Use, shifted_by: Tensor) -> Tensor:
+        layer = of_use[weight, region]
+        return layer.tangent(use, shifted_by, None if subspaces is None else subspaces[layer])
+
     def difference(epsilon: float) -> TangentTrace:
         starts = uses
-        width = 2 * epsilon if central else epsilon
-
-        def product(weight: nn.Parameter, region: Region, use: Use, shifted_by: Tensor) -> Tensor:
-            layer = of_use[weight, region]
-            return layer.tangent(use, shifted_by / width, None if subspaces is None else subspaces[layer])
-
         if central:
             with shifted(point.parameters, direction, -epsilon):
                 starts = _starting_at(uses, _forward(model, loss_fn, point, ReplayTrace(uses, point.trace.choices), dtype).uses)
@@ -249,7 +286,11 @@ def fast_direction(
     # The next shift aims between what is meant and what is too long: the longer, the less of it is rounding.
     shift.share = min(small, shift.share * _AIM * small / relative_shift) if 0 < relative_shift < math.inf else small
     found = {layer: trace.products[layer.weight].get(layer.region) for layer in layers}
-    return _mean({layer: product for layer, product in found.items() if product is not None}, layers, ranks)
+    # Divided last: a projection tells by norms, and the squares of what the small gradients of a trained model leave underflow.
+    width = 2 * epsilon if central else epsilon
+    products = {layer: product.div_(width) for layer, product in found.items() if product is not None}
+    products |= {layer: torch.zeros_like(layer.matrix({p: p.detach() for p in layer.parameters})) for layer in unreached}
+    return _mean(products, layers, ranks)
 
 
 def _relative_shift(trace: TangentTrace, layers: list[Layer], ranks: Ranks) -> float:

@@ -56,8 +56,6 @@ class Layer:
         """
         if use.output_gradient is None:
             raise ValueError(f"the backward pass has not come to this use of {self.name}.")
-        if not use.reached:
-            return torch.zeros_like(self.matrix({parameter: parameter.detach() for parameter in self.parameters}))
         projector = use.call.projector
         if subspace is not None and projector.role != "conv":
             gradients = projector.output_rows(use.output_gradient)

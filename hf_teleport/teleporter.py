@@ -257,8 +257,7 @@ class Teleporter:
         for i, batch in enumerate(batches):
             loss, grad_norm = before.losses[i], before.grad_norms[i]
             point = method.begin(batch, self.config.seed + i)
-            ending = self._objection(point, loss, grad_norm)
-            taken = 0
+            ending, taken = self._objection(point, loss, grad_norm), 0
             while not ending and taken < self.config.steps_per_batch:
                 if ending := self._limit(point, grad_norm):
                     break
@@ -275,7 +274,7 @@ class Teleporter:
             steps += taken
             if taken and method.trusting and self.config.max_loss_change is not None:
                 seen = loss_at(self.model, method.loss_fn, batch, seed=point.seed, ranks=self._ranks)
-                if not (math.isfinite(seen) and self._within(seen, loss)):
+                if not self._within(seen, loss):
                     return steps, "max_loss_change"
             endings[ending or "steps_done"] += 1
         return steps, endings.most_common(1)[0][0]

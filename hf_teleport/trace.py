@@ -206,9 +206,8 @@ class TangentTrace(ReplayTrace):
             products[region] = None
         elif use.output_gradient is not None and products.get(region, ()) is not None:
             shift = call.input - use.call.input
-            if use.reached:
-                squares = torch.stack([norm_of(shift), norm_of(use.call.input)]).square()
-                self.squares[weight][region] = self.squares[weight].get(region, 0) + squares
+            squares = torch.stack([norm_of(shift), norm_of(use.call.input)]).square()
+            self.squares[weight][region] = self.squares[weight].get(region, 0) + squares
             product = self._product(weight, region, use, shift)
             known = products.get(region)
             products[region] = product if known is None else known.add_(product)

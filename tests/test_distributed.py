@@ -236,8 +236,18 @@ def faults(rank, size):
     return found
 
 
-def test_a_fault_in_one_process_is_everybodys(tmp_path):
-    first, second = run(faults, 2, tmp_path)
+def one_sided(rank, size):
+    return faults(rank, size), trusting(rank, size)
+
+
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory):
+    """What two processes come to where something happens in one of them."""
+    return run(one_sided, 2, tmp_path_factory.mktemp("one_sided"))
+
+
+def test_a_fault_in_one_process_is_everybodys(sides):
+    first, second = (found for found, _ in sides)
     for (method, kind, at), (outcome, unchanged, weights) in first.items():
         assert torch.equal(weights, second[method, kind, at][2]), (method, kind, at)
         if kind == "error":
@@ -251,6 +261,49 @@ def test_a_fault_in_one_process_is_everybodys(tmp_path):
         else:
             assert outcome[2] > 0, "with batches of half the size it goes well"
             assert not unchanged
+
+
+class Hidden:
+    """A loss that, in the second process alone, has a part which autograd does not see and every move changes."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def __call__(self, model, batch):
+        weight = model.lm_head.weight.detach().numpy()
+        return loss_fn(model, batch) * (1 + self.rank * float((weight**2).sum()))
+
+
+def trusting(rank, size):
+    """What comes of an event that nobody can trust, with a little of its loss free to change and with hardly any."""
+    found = []
+    for limit in (1e-3, 1e-9):
+        model = llama(torch.float64)
+        before, began = flat(model), []
+        teleporter = Teleporter(model, TeleportConfig(max_growth=None, max_loss_change=limit, steps_per_batch=2))
+        method = teleporter._method
+
+        def watched(loss, method=method, began=began):
+            made = method(loss)
+            begin = made.begin
+            made.begin = lambda batch, seed: (began.append(made.trusting), begin(batch, seed))[1]
+            return made
+
+        teleporter._method = watched
+        report = teleporter.teleport(tokens(rank, size, samples=2)[:1], Hidden(rank))
+        found.append((began, report.steps, torch.equal(before, flat(model)), flat(model), report.loss_before, report.loss_after))
+    return found
+
+
+def test_a_loss_that_moves_in_one_process_is_no_longer_trusted_in_any(sides):
+    first, second = (found for _, found in sides)
+    for mine, theirs, limit in zip(first, second, (1e-3, 1e-9), strict=True):
+        began, steps, unchanged, weights, loss_before, loss_after = mine
+        assert began == theirs[0] == [True, False]  # the event was made again
+        assert (steps, unchanged) == theirs[1:3]
+        assert torch.equal(weights, theirs[3])
+        assert unchanged == (steps == 0)
+        assert abs(loss_after - loss_before) <= limit * loss_before
 
 
 def dying(rank, size):

@@ -503,3 +503,169 @@ def test_exact_mode_says_before_it_starts_that_a_loss_has_no_second_derivative()
         with pytest.raises(ValueError, match=r"differentiated twice.*use 'fast'"):
             run(Teleporter(model, config))
     assert Teleporter(model).teleport([data()], ctc).steps
+
+
+# Trust: within a batch's null space its activations stay, so that only backward runs again after a step.
+
+
+class Untrusting(METHODS["null_space"]):
+    """Looks at the loss after each step."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.trusting = False
+
+
+class Remembering(METHODS["null_space"]):
+    """Notes whether it was still trusting when it was asked to begin."""
+
+    began: list
+
+    def begin(self, batch, seed):
+        self.began.append(self.trusting)
+        return super().begin(batch, seed)
+
+
+@pytest.fixture
+def began(monkeypatch):
+    """For each turn of a batch whether the method trusted its moves in it."""
+    monkeypatch.setitem(METHODS, "null_space", Remembering)
+    monkeypatch.setattr(Remembering, "began", began := [], raising=False)
+    return began
+
+
+def weights_after(model, batches, loss, **settings):
+    report = Teleporter(model, TeleportConfig(**settings)).teleport(batches, loss)
+    assert report.steps
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("scope", ["joint", "batch"])
+@pytest.mark.parametrize("name", ["gpt2", "vit", "resnet", "mlp"])
+def test_trust_changes_no_weight_by_more_than_rounding(monkeypatch, name, scope):
+    if name == "mlp":
+        model, batches, loss = mlp(), [data(4, seed=seed) for seed in range(3)], cross_entropy
+    else:
+        (model, batch), loss = build(name), loss_fn
+        batches = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(2)]
+    other = copy.deepcopy(model)
+    settings = {"scope": scope, "max_growth": None, "steps_per_batch": 3, "max_loss_change": 0.5}
+    trusting = weights_after(model, batches, loss, **settings)
+    monkeypatch.setitem(METHODS, "null_space", Untrusting)
+    looking = weights_after(other, batches, loss, **settings)
+    assert (trusting - looking).norm() <= 1e-8 * looking.norm()
+
+
+def test_trust_ends_at_the_same_growth(monkeypatch):
+    model, config = mlp(), TeleportConfig(max_growth=1.3, steps_per_batch=30)
+    other = copy.deepcopy(model)
+    trusting = Teleporter(model, config).teleport([data()], cross_entropy)
+    monkeypatch.setitem(METHODS, "null_space", Untrusting)
+    looking = Teleporter(other, config).teleport([data()], cross_entropy)
+    assert trusting.stopped_because == looking.stopped_because == "max_growth"
+    assert trusting.steps == looking.steps
+    assert trusting.grad_norm_after == pytest.approx(looking.grad_norm_after, rel=1e-8)
+
+
+def hidden(model, batch):
+    """A loss in which a weight has a part that neither autograd nor any operation of torch shows."""
+    secret = float((model[3].weight.detach().numpy() ** 2).sum())
+    return cross_entropy(model, batch) * (1 + secret)
+
+
+@pytest.mark.parametrize("scope", ["joint", "batch"])
+def test_a_loss_that_moves_unseen_is_found_out_and_the_event_made_again_without_trust(began, scope):
+    model = mlp()
+    before = copy.deepcopy(model)
+    settings = {"max_growth": None, "scope": scope, "max_loss_change": 1e-4}
+    report = Teleporter(model, TeleportConfig(**settings)).teleport([data(8), data(8, seed=1)], hidden)
+    assert began[:2] == [True, False]
+    assert not any(began[1:])
+    if report.steps:
+        assert abs(report.loss_after - report.loss_before) <= 1e-4 * report.loss_before
+        assert report.grad_norm_after != report.grad_norm_before
+    else:
+        assert_unchanged(model, before, report, "max_loss_change")
+
+
+def test_without_a_limit_to_its_change_no_loss_is_looked_at(began):
+    report = Teleporter(mlp(), TeleportConfig(max_growth=None, max_loss_change=None)).teleport([data()], hidden)
+    assert began == [True]
+    assert report.steps == 8
+    assert abs(report.loss_after - report.loss_before) > 1e-4 * report.loss_before
+
+
+@pytest.mark.parametrize("later", [1, 3, 6, 20])
+def test_a_loss_with_a_state_of_its_own_is_no_teleport_or_a_good_one(later):
+    """It jumps at some call; whatever was going on then, the weights are as before, or moved and the loss in bounds."""
+    calls = []
+
+    def stateful(model, batch):
+        calls.append(1)
+        return cross_entropy(model, batch) + (len(calls) > later)
+
+    model = mlp()
+    before = copy.deepcopy(model)
+    report = Teleporter(model, TeleportConfig(max_growth=None)).teleport([data()], stateful)
+    if report.steps:
+        assert abs(report.loss_after - report.loss_before) <= TeleportConfig().max_loss_change * report.loss_before
+    else:
+        assert_unchanged(model, before, report, report.stopped_because)
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+def test_a_loss_that_draws_random_numbers(began, seeded):
+    """Torch's numbers are the same in each forward; those of a generator of one's own are not, and the loss is no level set."""
+    own = torch.Generator().manual_seed(0)
+
+    def noisy(model, batch):
+        noise = torch.randn(batch[0].shape, generator=None if seeded else own, dtype=torch.float64)
+        return cross_entropy(model, (batch[0] + noise, batch[1]))
+
+    model = mlp()
+    before = copy.deepcopy(model)
+    report = Teleporter(model, TeleportConfig(max_growth=None)).teleport([data()], noisy)
+    if seeded:
+        assert began == [True]
+        assert report.steps == 8
+        assert report.loss_after == pytest.approx(report.loss_before, rel=1e-10)
+    else:
+        assert_unchanged(model, before, report, "max_loss_change")
+
+
+def test_distrust_begins_from_the_weights_before_the_event(began, monkeypatch):
+    """What the trusting climb did is undone bit for bit before the other begins."""
+    model = mlp()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    stood = []
+
+    def begin(self, batch, seed):
+        stood.append(all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True)))
+        return METHODS["null_space"].__mro__[1].begin(self, batch, seed)
+
+    monkeypatch.setattr(Remembering, "begin", begin)
+    Teleporter(model, TeleportConfig(max_growth=None, max_loss_change=1e-6)).teleport([data()], hidden)
+    assert stood == [True, True]
+
+
+class Scratch(nn.Module):
+    """Every forward writes a buffer in place, that of its batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.layer, self.above = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+        self.register_buffer("gate", torch.zeros(4, 12))
+
+    def forward(self, x):
+        hidden = torch.tanh(self.below(x))
+        self.gate.copy_(torch.sigmoid(hidden).detach())
+        return self.above(torch.tanh(self.layer(hidden * self.gate)))
+
+
+def test_a_buffer_that_every_forward_writes():
+    model = Scratch().double()
+    report = Teleporter(model, TeleportConfig(max_growth=None)).teleport([torch.randn(4, 12).double()], square)
+    assert report.steps == 8
+    assert report.grad_norm_after > report.grad_norm_before
+    assert report.loss_after == pytest.approx(report.loss_before, rel=1e-10)
+    assert not model.gate.any()

@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_teleport.trace import KeepDouble, Region, TangentTrace, Trace
+from hf_teleport.trace import KeepDouble, Region, TangentTrace, Trace, norm_of
 
 
 def test_records_input_weight_bias_and_gradient():
@@ -96,6 +96,59 @@ def test_tangent_product_by_hand_and_calls_that_do_not_match():
             for input in inputs:
                 layer(input)
         assert tangent.products[layer.weight][region] is None
+
+
+def test_a_product_of_ones_own_is_summed_over_the_uses():
+    layer = nn.Linear(4, 4)
+    x, shift = torch.randn(5, 4), torch.randn(5, 4)
+    with Trace(layer.parameters()) as trace:
+        (layer(x) + layer(2 * x)).square().sum().backward()
+    ((region, uses),) = trace.uses[layer.weight].items()
+    seen = []
+
+    def product(weight, part, use, moved):
+        seen.append((weight is layer.weight, part == region, use))
+        return moved.sum(0)
+
+    with torch.no_grad(), TangentTrace(trace.uses, [], product) as tangent:
+        layer(x + shift), layer(2 * x - 3 * shift)
+    assert seen == [(True, True, use) for use in uses]
+    torch.testing.assert_close(tangent.products[layer.weight][region], -2 * shift.sum(0), atol=1e-5, rtol=1e-4)
+    squares = torch.stack([10 * shift.double().square().sum(), 5 * x.double().square().sum()])
+    torch.testing.assert_close(tangent.squares[layer.weight][region], squares, rtol=1e-5, atol=0)
+
+
+def test_a_use_knows_whether_a_shift_of_the_weights_reaches_its_input():
+    below, above = nn.Linear(4, 4), nn.Linear(4, 4)
+    with Trace([*below.parameters(), *above.parameters()]) as trace:
+        hidden = below(torch.randn(2, 4))
+        above(hidden), above(hidden.detach())
+    reached = [use.reached for layer in (below, above) for use in next(iter(trace.uses[layer.weight].values()))]
+    assert reached == [False, True, False]
+
+
+def test_gradients_of_another_backward_take_the_place_of_the_first():
+    layer = nn.Linear(4, 3)
+    with Trace(layer.parameters()) as trace:
+        output = layer(torch.randn(5, 4))
+    output.sum().backward(retain_graph=True)
+    ((use,),) = trace.uses[layer.weight].values()
+    (2 * output).sum().backward(retain_graph=True)
+    assert (use.output_gradient == 1).all()
+    trace.forget_gradients()
+    assert use.output_gradient is None
+    (2 * output).sum().backward()
+    assert (use.output_gradient == 2).all()
+
+
+def test_norm_of_is_that_of_float64():
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128):
+        for shape in ((), (0,), (3, 0), (0, 3), (7,), (20, 100), (2, 3, 5)):
+            tensor = torch.randn(shape, dtype=dtype)
+            exact = tensor.abs().double().square().sum().sqrt()
+            assert norm_of(tensor).dtype == torch.float64
+            torch.testing.assert_close(norm_of(tensor), exact, rtol=1e-6, atol=0)
+            torch.testing.assert_close(norm_of(tensor.mT if tensor.dim() > 1 else tensor), exact, rtol=1e-6, atol=0)
 
 
 def test_a_tangent_forward_makes_the_choices_of_the_first():

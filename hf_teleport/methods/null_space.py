@@ -148,8 +148,9 @@ class NullSpace(Method):
     def begin(self, batch: object, seed: int) -> Point:
         # D is kept for each use that is followed: with the null spaces known, only where there is a move to come.
         joint = self.config.scope == "joint"
-        follow = [layer.weight for layer in self._moving] if joint else None
+        follow = [layer.weight for layer in (self._moving if joint else self.layers)]
         point = self.evaluate(batch, seed, keep_graph=self.trusting, follow=follow)
+        self.trusting = point.graph is not None
         if not joint:
             self.ranks.together(lambda: self._represent(point))
             self._decompose()
