@@ -31,12 +31,22 @@ def main(argv: list[str] | None = None) -> int:
     look.add_argument("--method", choices=["null_space", "basis"], default="null_space", help="of teleportation")
     look.add_argument("--json", action="store_true", help="print JSON instead of a table")
     look.set_defaults(run=_inspect)
+    trial = commands.add_parser("experiment", help="train every arm of a YAML file at every learning rate with every seed")
+    trial.add_argument("config", help="YAML file, for instance configs/paper/cpu/mnist_sgd.yaml")
+    trial.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--KEY VALUE", help="settings that win over the file's")
+    trial.set_defaults(run=_experiment)
+    draw = commands.add_parser("plot", help="picture, numbers and table of an experiment's training losses")
+    draw.add_argument("output", type=Path, help="the experiment's output_dir")
+    draw.set_defaults(run=_plot)
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"hf-teleport: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("hf-teleport: interrupted; an experiment goes on when it is started again", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -67,6 +77,33 @@ def _inspect(arguments: argparse.Namespace) -> None:
         print(json.dumps(inspection.to_dict(), indent=1))
     else:
         _print_table(arguments.model, inspection)
+
+
+def _experiment(arguments: argparse.Namespace) -> None:
+    import datasets
+    import transformers
+
+    from hf_teleport.experiments.runs import execute
+    from hf_teleport.experiments.settings import plan, read
+
+    experiment = plan(read(arguments.config, arguments.overrides))
+    # Every checkpoint would show one.
+    transformers.utils.logging.disable_progress_bar()
+    training = experiment.runs[0].training
+    is_main = training.process_index == 0
+    if training.disable_tqdm or not is_main:
+        datasets.disable_progress_bars()
+    done = execute(experiment)
+    if is_main:
+        print(f"{done} of {len(experiment.runs)} runs were left to do; look at them with: hf-teleport plot {experiment.output}")
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    from hf_teleport.experiments.plot import FIGURE, NUMBERS, plot
+
+    table = plot(arguments.output)
+    _console().print(table)
+    print(f"Written: {arguments.output / FIGURE}, {arguments.output / NUMBERS}")
 
 
 def load_model(name: str, sizes: dict[str, Any] | None = None) -> nn.Module:
@@ -187,3 +224,7 @@ def _print_table(name: str, inspection: Inspection) -> None:
         f"{elementwise} elementwise parameters are not shown; decompositions {sum(x.seconds for x in inspection.layers):.2f} s."
     )
     console.print(f"An event at the default settings, on batches like this one, may take {inspection.cost}.", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

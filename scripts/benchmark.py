@@ -196,7 +196,7 @@ def draw_scaling(rows: list[dict[str, Any]], path: Path) -> Table:
             axis.loglog(values, seconds, marker="o", label=f"{method}, {size}^{fitted[-1]}")
         axis.set(xlabel=size, ylabel="seconds of an event")
         axis.set_xticks(values, map(str, values))
-        axis.minorticks_off()
+        axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axis.legend()
         table.add_row(size, *fitted)
     figure.savefig(path, dpi=120)

@@ -12,8 +12,9 @@ from benchmark_models import Batch, Work, loss_fn
 from torch import Tensor
 
 from hf_teleport import TeleportConfig, Teleporter
-from hf_teleport.ascent import Point, evaluate, exact_direction, norm
+from hf_teleport.ascent import Point, evaluate, norm
 from hf_teleport.audit import audit
+from hf_teleport.direction import exact_direction
 from hf_teleport.isolation import Snapshot, evaluation_mode
 from hf_teleport.layers import Layer
 from hf_teleport.methods import NullSpace

@@ -9,7 +9,6 @@ A YAML file sets any argument, and what stands on the command line after it wins
 
 import json
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from transformers import (
     AutoModelForImageClassification,
     EvalPrediction,
     HfArgumentParser,
-    TrainerCallback,
     ViTConfig,
     ViTForImageClassification,
     set_seed,
@@ -27,6 +25,7 @@ from transformers import (
 
 from hf_teleport import TeleportTrainer, TeleportTrainingArguments
 from hf_teleport.data import ImageTensors, load_images
+from hf_teleport.experiments.history import History
 from hf_teleport.models import CNNConfig, CNNForImageClassification, MLPConfig, MLPForImageClassification
 
 
@@ -42,48 +41,6 @@ class ImageArguments:
     image_size: int | None = field(default=None, metadata={"help": "Resize the images to this height and width."})
     history: str | None = field(default=None, metadata={"help": "Write the run's log to this JSON file."})
     train_loss_rows: int = field(default=10000, metadata={"help": "Training rows on which the training loss is measured."})
-
-
-class History(TrainerCallback):
-    """The run's log with the time that training has taken, teleports included and evaluation left out."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self._spent = [0.0, 0.0]
-        # When the clocks were started; None while they stand.
-        self._since: list[float] | None = None
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._start()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if control.should_evaluate:
-            self._stop()
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stop()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        seconds, cpu_seconds = self._elapsed()
-        self.rows.append({"step": state.global_step, "seconds": seconds, "cpu_seconds": cpu_seconds, **logs})
-
-    def _start(self) -> None:
-        if self._since is None:
-            self._since = _clocks()
-
-    def _stop(self) -> None:
-        self._spent, self._since = self._elapsed(), None
-
-    def _elapsed(self) -> list[float]:
-        running = [0.0, 0.0] if self._since is None else [n - s for n, s in zip(_clocks(), self._since, strict=True)]
-        return [spent + r for spent, r in zip(self._spent, running, strict=True)]
-
-
-def _clocks() -> list[float]:
-    return [time.perf_counter(), time.process_time()]
 
 
 def build_model(name: str, data: ImageTensors) -> Any:

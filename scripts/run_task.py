@@ -13,13 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from run_image_classification import History, parse
+from run_image_classification import parse
 from tasks import TASKS, Masking, Task, TaskArguments
 from torch.utils.data import Dataset, Subset
 from transformers import set_seed
 
 from hf_teleport import TeleportTrainer, TeleportTrainingArguments
 from hf_teleport.data import TensorRows
+from hf_teleport.experiments.history import History
 
 
 def evenly(rows: Any, count: int) -> Dataset:

@@ -25,8 +25,9 @@ from tqdm import tqdm
 from zoo_models import FAMILIES, NAMES, build, loss_fn
 
 from hf_teleport import TeleportConfig, Teleporter
-from hf_teleport.ascent import evaluate, exact_direction, fast_direction
+from hf_teleport.ascent import evaluate
 from hf_teleport.audit import audit
+from hf_teleport.direction import exact_direction, fast_direction
 from hf_teleport.isolation import evaluation_mode
 from hf_teleport.report import LayerReport
 from hf_teleport.subspace import Representation, null_space

@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_teleport import TeleportConfig
-from hf_teleport.ascent import ShiftLength, evaluate, evaluate_again, exact_direction, fast_direction, norm
+from hf_teleport.ascent import evaluate, evaluate_again, norm
 from hf_teleport.audit import audit
+from hf_teleport.direction import ShiftLength, exact_direction, fast_direction
 from hf_teleport.isolation import evaluation_mode, plain_execution
 from hf_teleport.methods import NullSpace
 from hf_teleport.subspace import Representation, null_space

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_teleport.ascent import LossFn, Point, ShiftLength, evaluate, evaluate_again, exact_direction, fast_direction, norm
+from hf_teleport.ascent import LossFn, Point, evaluate, evaluate_again, norm
 from hf_teleport.audit import TIED_VIEWS, UNUSED, audit, overlap
 from hf_teleport.config import TeleportConfig
 from hf_teleport.decomposition import null_spaces
+from hf_teleport.direction import ShiftLength, exact_direction, fast_direction
 from hf_teleport.distributed import ALONE, Ranks
 from hf_teleport.layers import Layer
 from hf_teleport.methods.base import Method, Move

@@ -1,0 +1,18 @@
+"""Libraries that only the experiments need, imported when they are needed."""
+
+from importlib import import_module
+from typing import Any
+
+
+def require_extra(module: str) -> Any:
+    """A module that is, or that needs, an optional library.
+
+    Raises:
+        ModuleNotFoundError: the library is not installed; the message says how to install it.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"the experiments need {error.name}, which is not installed: pip install 'hf_teleport[experiments]'"
+        ) from error

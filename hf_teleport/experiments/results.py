@@ -1,0 +1,98 @@
+"""What came of an experiment's runs, as tables: mean and standard deviation over the seeds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_teleport.experiments.extras import require_extra
+from hf_teleport.experiments.runs import ALL_SETTINGS, DONE, HISTORY, SETTINGS
+
+# Measures of the test set besides its loss, one for each kind of data.
+MEASURES = ("accuracy", "mse", "perplexity")
+
+
+def evaluations(output: str | Path) -> Any:
+    """A `DataFrame` with a row for each evaluation of each finished run.
+
+    Its columns are arm, learning_rate, seed, step, seconds (of training, teleports included), train_loss (in eval mode, of the
+    rows that the settings name), test_loss, measure (the name of one) and metric (its value on the test set). The loss of a run
+    that diverged is infinite, so that means do not pass over it.
+
+    Raises:
+        FileNotFoundError: there is no finished run.
+        ModuleNotFoundError: pandas is not installed.
+    """
+    pandas = require_extra("pandas")
+    rows: list[dict[str, Any]] = []
+    for done in sorted(Path(output).glob(f"*/lr*/seed*/{DONE}")):
+        settings = json.loads(done.with_name(SETTINGS).read_text())
+        run = {name: settings[name] for name in ("arm", "learning_rate", "seed")}
+        rows += [run | row for row in _by_step(json.loads(done.with_name(HISTORY).read_text()))]
+    if not rows:
+        raise FileNotFoundError(f"there is no finished run in {str(output)!r}: give the output_dir of an experiment.")
+    frame = pandas.DataFrame(rows)
+    losses = ["train_loss", "test_loss"]
+    return frame.assign(**{name: frame[name].fillna(float("inf")) for name in losses})
+
+
+def _by_step(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluations in a run's log: each is several rows of it, one for each data set."""
+    steps: dict[int, dict[str, Any]] = {}
+    for row in log:
+        if any(name in row for name in ("eval_train_loss", "eval_test_loss")):
+            steps.setdefault(row["step"], {}).update(row)
+    found = []
+    for step, row in steps.items():
+        measure = next((name for name in MEASURES if f"eval_test_{name}" in row), None)
+        values = {"train_loss": row.get("eval_train_loss"), "test_loss": row.get("eval_test_loss")}
+        values |= {"measure": measure, "metric": row.get(f"eval_test_{measure}")}
+        found.append({"step": step, "seconds": row["seconds"], **values})
+    return found
+
+
+def curves(frame: Any) -> Any:
+    """Over the seeds of `evaluations`, for each arm, learning rate and step.
+
+    The columns are arm, learning_rate, step, seconds, train_loss, train_loss_sd, test_loss, measure, metric (means, but for the
+    standard deviation, with one degree of freedom less than there are seeds) and seeds (how many).
+    """
+    groups = frame.groupby(["arm", "learning_rate", "step"], sort=False)
+    table = groups.agg(
+        seconds=("seconds", "mean"),
+        train_loss=("train_loss", "mean"),
+        train_loss_sd=("train_loss", "std"),
+        test_loss=("test_loss", "mean"),
+        measure=("measure", "first"),
+        metric=("metric", "mean"),
+        seeds=("seed", "nunique"),
+    )
+    return table.reset_index().sort_values(["arm", "learning_rate", "step"], ignore_index=True)
+
+
+def final(frame: Any) -> Any:
+    """The last evaluation of each run."""
+    return frame.sort_values("step").groupby(["arm", "learning_rate", "seed"]).tail(1)
+
+
+def best_rates(frame: Any) -> dict[str, float]:
+    """For each arm the learning rate with the lowest final training loss, mean over the seeds."""
+    means = final(frame).groupby(["arm", "learning_rate"])["train_loss"].mean()
+    return {arm: float(losses.idxmin()[1]) for arm, losses in means.groupby("arm")}
+
+
+def choices(frame: Any, paper_learning_rate: float | None) -> dict[str, dict[str, float]]:
+    """For each way to choose a learning rate: the rate of each arm that has it."""
+    best = {"best learning rate": best_rates(frame)}
+    if paper_learning_rate is None:
+        return best
+    arms = frame.loc[frame["learning_rate"] == paper_learning_rate, "arm"].unique()
+    return {"paper-like learning rate": dict.fromkeys(arms, paper_learning_rate), **best}
+
+
+def paper_rate(output: str | Path) -> float | None:
+    """The experiment's `paper_learning_rate`, if it has one."""
+    settings = Path(output, ALL_SETTINGS)
+    rate = yaml.safe_load(settings.read_text()).get("paper_learning_rate") if settings.exists() else None
+    return None if rate is None else float(rate)
