@@ -1,5 +1,7 @@
 """Experiments on real rows: what is run, kept, gone on with, compared and drawn."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -25,6 +27,7 @@ from hf_teleport.experiments.runs import execute
 from hf_teleport.experiments.settings import plan, read
 from hf_teleport.experiments.task import OPTIONS, Task, evenly
 
+import ranks
 from tiny_runs import quick_collection  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -347,6 +350,27 @@ def test_killed_at_the_command_line_it_goes_on(config, tmp_path):
     (whole,) = run(file)[0].runs
     (resumed,) = plan(read(file, ["--output_dir", str(tmp_path / "killed")])).runs
     assert history(resumed) == history(whole)
+
+
+def in_processes(rank, size):
+    """What one of several processes carries out, what is left then, and what it shows."""
+    words = ["--disable_tqdm", "false", "--per_device_train_batch_size", "8"]
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        counts = [run(os.environ["EXPERIMENT"], *words)[1] for _ in range(2)]
+    return counts, shown.getvalue()
+
+
+@needs_data
+def test_processes_train_each_run_together(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("EXPERIMENT", str(config()))
+    (first, shown), (second, hidden) = ranks.run(in_processes, 2, tmp_path)
+    assert first == second == [2, 0]
+    assert "null_space, learning rate 0.1, seed 0" in shown
+    assert not hidden
+    kept = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("settings.json")]
+    assert [settings["processes"] for settings in kept] == [2, 2]
+    with pytest.raises(ValueError, match="processes = 1 is not allowed; allowed: 2"):
+        run(config(), "--per_device_train_batch_size", "8")
 
 
 def test_the_command_says_what_is_wrong(tmp_path, capsys):
