@@ -11,7 +11,7 @@ import transformers.modeling_utils
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
 
-from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer, TeleportTrainingArguments, ascent
+from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer, TeleportTrainingArguments, direction
 from hf_teleport.isolation import Snapshot
 from hf_teleport.layers import Layer
 from hf_teleport.methods import BasisTurn, NullSpace
@@ -28,7 +28,7 @@ PHASES = {
     "measured_before": (NullSpace, "survey", 2),
     "decomposed": (NullSpace, "fit", 1),
     "weights_copied": (Snapshot, "__init__", 2),
-    "weights_shifted": (ascent, "_forward", 1),  # they are elsewhere for as long as it lasts
+    "weights_shifted": (direction, "_forward", 1),  # they are elsewhere for as long as it lasts
     "half_a_step": (Layer, "add_", 2),
     "shortened": (Teleporter, "_shorten", 1),
     "null_space_kept": (Teleporter, "_keep", 1),
