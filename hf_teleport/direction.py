@@ -27,8 +27,8 @@ from hf_teleport.trace import KeepDouble, Region, ReplayTrace, TangentTrace, Tra
 
 _Trace = TypeVar("_Trace", bound=Trace)
 
-# A shift is too long if it moves some input by this many times the share of its size that is meant; so many are tried. The next
-# step's aims at less.
+# A shift is too long if it moves some input by this many times the share of its size that is meant; so many are tried. The next one
+# aims at less, but no shorter than it must be: the longer, the less of it is rounding.
 _LONG_SHIFT = 5
 _SHIFTS = 4
 _AIM = 3
@@ -54,7 +54,7 @@ def fast_direction(
     """`Dᵀ Ẋ` along a direction u for each layer, by one forward without autograd at `W + εu`.
 
     Equal to `H u` up to a part in the span of the layer's inputs, so after a projection at tau = 1 to `(H u) P`. The shift is
-    `ε = 20 sqrt(eps) ||W|| / ||u||`: somewhat longer than where truncation and rounding balance, because truncation is the same
+    `ε = 100 sqrt(eps) ||W|| / ||u||`: longer than where truncation and rounding balance, because truncation is the same
     however the data is split over processes, and rounding is not. If it moves some layer's input by far more than that share of
     its size, the network is more sensitive than its weights show (a layer norm of a nearly constant input, for instance), and a
     shorter one is tried. In float64 it is the difference of two forwards, at `W ± εu`, with ε in proportion to the cube root of
@@ -83,7 +83,7 @@ def fast_direction(
             unreached.append(layer)
     central = dtype == torch.float64
     eps = torch.finfo(dtype).eps
-    small = 12 * eps ** (1 / 3) if central else 20 * eps**0.5
+    small = 12 * eps ** (1 / 3) if central else 100 * eps**0.5
     shift = shift or ShiftLength()
     shift.share = shift.share or small
     size = norm(point.parameters) / length
@@ -106,8 +106,9 @@ def fast_direction(
         relative_shift = _relative_shift(trace, layers, ranks)
         if relative_shift <= _LONG_SHIFT * small or attempt == _SHIFTS - 1:
             break
-        shift.share *= small / relative_shift
-    # The next shift aims between what is meant and what is too long: the longer, the less of it is rounding.
+        # In float64 rounding is far away.
+        shorter = small if central else _AIM * small
+        shift.share *= shorter / relative_shift if relative_shift < math.inf else shorter
     shift.share = min(small, shift.share * _AIM * small / relative_shift) if 0 < relative_shift < math.inf else small
     found = {layer: trace.products[layer.weight].get(layer.region) for layer in layers}
     # Divided last: a projection tells by norms, and the squares of what the small gradients of a trained model leave underflow.

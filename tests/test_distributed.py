@@ -9,7 +9,7 @@ from torch import nn, optim
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer, TeleportTrainingArguments
 from hf_teleport.data import ImageTensors
@@ -25,6 +25,14 @@ _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "n
 def llama(dtype):
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**_SIZES, use_cache=False)).to(dtype)
+
+
+def gpt2(dtype):
+    """Wide enough for a null space of all batches together, and with biases."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 96, "n_layer": 3, "n_head": 4, "n_positions": 16, "vocab_size": VOCAB}
+    sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None, use_cache=False)).to(dtype)
 
 
 def mixtral(dtype):
@@ -60,13 +68,15 @@ def flat(model):
     return torch.cat([p.detach().flatten() for p in whole]).clone()
 
 
-# Every batch's null space is its own here: three together leave a Llama of 32 none at tau = 1. Steps by the fast difference in
-# float32 differ by what its rounding makes of another order of summation; so do steps along the level set, into which the loss
-# itself enters, which Llama sums in float32.
+# Every batch's null space is its own where a Llama of 32 would have none of three together at tau = 1. In float32 each of them takes
+# up the rounding of the moves before it, by whatever Hessian. Steps along the level set differ by what another order of summation
+# makes of the loss, which enters into them and which Llama sums in float32.
 CASES = {
-    "fast32": (llama, torch.float32, {"scope": "batch", "steps_per_batch": 3}, 1e-5),
+    "fast32": (gpt2, torch.float32, {}, 1e-6),
+    "fast32 by batch": (llama, torch.float32, {"scope": "batch", "steps_per_batch": 3}, 5e-6),
+    "exact32 by batch": (llama, torch.float32, {"scope": "batch", "steps_per_batch": 3, "hessian": "exact"}, 5e-6),
     "exact32": (llama, torch.float32, {"energy_threshold": 0.9, "hessian": "exact", "max_loss_change": None}, 1e-6),
-    "fast": (llama, torch.float64, {"scope": "batch", "steps_per_batch": 3}, 1e-9),
+    "fast": (llama, torch.float64, {"scope": "batch", "steps_per_batch": 3}, 1e-12),
     "exact": (llama, torch.float64, {"energy_threshold": 0.9, "hessian": "exact", "max_loss_change": None}, 1e-12),
     "experts": (mixtral, torch.float64, {"scope": "batch", "hessian": "exact", "steps_per_batch": 3}, 1e-12),
     "gradient": (llama, torch.float64, {"method": "basis"}, 1e-12),
@@ -87,7 +97,8 @@ def teleported(name, rank, size, sharded=False):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     # Experts that a process's tokens never reach get no gradient there: each process trains alike only without optimizer.
-    optimizer = None if make is mixtral else trained(model, rank, size)
+    # What is compared is the event: all come to it from the same weights.
+    optimizer = None if make is mixtral else trained(model, 0, 1)
     report = Teleporter(model, TeleportConfig(**settings), optimizer=optimizer).teleport(tokens(rank, size), loss_fn)
     assert report.steps > 0, name
     after = flat(model)
