@@ -27,8 +27,8 @@ from hf_teleport.trace import KeepDouble, Region, ReplayTrace, TangentTrace, Tra
 
 _Trace = TypeVar("_Trace", bound=Trace)
 
-# A shift is too long if it moves some input by this many times the share of its size that is meant; so many are tried. The next one
-# aims at less, but no shorter than it must be: the longer, the less of it is rounding.
+# A shift is too long if it moves some input by this many times the share of its size that is meant; so many are tried. The next
+# one aims at less, but at no less than it must: the longer, the less of it is rounding.
 _LONG_SHIFT = 5
 _SHIFTS = 4
 _AIM = 3

@@ -68,9 +68,9 @@ def flat(model):
     return torch.cat([p.detach().flatten() for p in whole]).clone()
 
 
-# Every batch's null space is its own where a Llama of 32 would have none of three together at tau = 1. In float32 each of them takes
-# up the rounding of the moves before it, by whatever Hessian. Steps along the level set differ by what another order of summation
-# makes of the loss, which enters into them and which Llama sums in float32.
+# Every batch's null space is its own where a Llama of 32 would have none of three together at tau = 1. In float32 each of them
+# takes up the rounding of the moves before it, by whatever Hessian. Steps along the level set differ by what another order of
+# summation makes of the loss, which enters into them and which Llama sums in float32.
 CASES = {
     "fast32": (gpt2, torch.float32, {}, 1e-6),
     "fast32 by batch": (llama, torch.float32, {"scope": "batch", "steps_per_batch": 3}, 5e-6),
