@@ -398,7 +398,7 @@ def keep(output, arm, rate, seed, losses):
     (folder / "settings.json").write_text(json.dumps({"arm": arm, "learning_rate": rate, "seed": seed}))
     rows = []
     for i, loss in enumerate(losses):
-        row = {"step": 10 * i, "seconds": i * (1.0 + seed)}
+        row = {"step": 10 * i, "seconds": i * (1.0 + seed), "cpu_seconds": i * (0.5 + seed)}
         rows += [row | {"loss": 9.0}, row | {"eval_train_loss": loss, "eval_train_accuracy": 0.0}]
         rows += [row | {"eval_test_loss": loss + 1, "eval_test_accuracy": 1 / (1 + loss)}]
     (folder / "history.json").write_text(json.dumps(rows))
@@ -423,7 +423,7 @@ def test_numbers_by_hand(kept):
     frame = evaluations(kept)
     table = curves(frame).set_index(["arm", "learning_rate", "step"])
     row = table.loc[("baseline", 0.1, 10)]
-    assert (row["train_loss"], row["test_loss"], row["seconds"], row["seeds"]) == (2.0, 3.0, 1.5, 2)
+    assert (row["train_loss"], row["test_loss"], row["seconds"], row["cpu_seconds"], row["seeds"]) == (2.0, 3.0, 1.5, 1.0, 2)
     assert row["train_loss_sd"] == pytest.approx(2**0.5)
     assert (row["measure"], row["metric"]) == ("accuracy", (1 / 2 + 1 / 4) / 2)
     # A run that diverged counts, and one that is not finished does not.
@@ -436,6 +436,11 @@ def test_numbers_by_hand(kept):
         "best learning rate": {"baseline": 0.1, "null_space": 0.5},
     }
     assert list(choices(frame, None)) == ["best learning rate"]
+
+
+def test_a_rate_that_was_only_looked_at_is_not_the_best(kept):
+    keep(kept, "baseline", 0.9, 0, [4.0, 0.1])
+    assert best_rates(evaluations(kept))["baseline"] == 0.1
 
 
 def test_plot_writes_picture_and_numbers_and_prints_a_table(kept, capsys):

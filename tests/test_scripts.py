@@ -396,3 +396,57 @@ def test_the_cost_of_a_step_after_a_turn():
     out = run("step_cost.py", "--hidden_size", 32, "--layers", 1, "--repeats", 2)
     assert "median ratio" in out
     assert "the event:" in out
+
+
+def kept_run(folder, arm, seed, losses, seconds):
+    """A finished run as an experiment leaves it."""
+    folder = folder / arm / "lr0.1" / f"seed{seed}"
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text(json.dumps({"arm": arm, "learning_rate": 0.1, "seed": seed}))
+    rows = []
+    for i, loss in enumerate(losses):
+        at = {"step": i, "seconds": i * seconds, "cpu_seconds": i * seconds}
+        rows += [at | {"eval_train_loss": loss}, at | {"eval_test_loss": 2 * loss, "eval_test_accuracy": 0.5}]
+    (folder / "history.json").write_text(json.dumps(rows))
+    (folder / "done").touch()
+
+
+def test_the_papers_experiments_side_by_side(tmp_path, capsys):
+    from paper_report import main, time_to
+
+    folder = tmp_path / "mnist_sgd"
+    for seed in (0, 1, 2):
+        kept_run(folder, "baseline", seed, [4.0, 2.0, 1.0 + seed / 100], 1.0)
+        kept_run(folder, "null_space", seed, [4.0, 1.0 + seed / 100, 0.5 + seed / 100], 2.0)
+    (folder / "experiment.yaml").write_text("paper_learning_rate: 0.1")
+    text = main([str(folder), "--output", str(tmp_path / "all")])
+    cells = [cell.strip() for cell in text.splitlines()[-1].split("|")[1:-1]]
+    assert cells[:4] == ["mnist_sgd", "0.1 (both)", "1.01", "0.51"]
+    assert cells[4:] == ["**-0.500 ± 0.000**", "**-1.000 ± 0.000**", "x 2.00", "x 1.00"]
+    assert set(pd.read_csv(tmp_path / "all.csv")["experiment"]) == {"mnist_sgd"}
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+    run = pd.DataFrame({"step": [0, 1, 2], "cpu_seconds": [0.0, 10.0, 20.0], "train_loss": [4.0, 2.0, 3.0]})
+    assert time_to(run, 3.0) == 5.0
+    assert time_to(run, 1.0) == np.inf
+
+
+@pytest.mark.skipif(not (ROOT.parent / "shared" / "data").exists(), reason="needs the data sets in ../shared/data")
+def test_the_papers_figures_of_eigenvectors_and_thresholds(tmp_path):
+    from paper_figures import main
+
+    file = str(ROOT / "configs" / "paper" / "cpu" / "mnist_sgd.yaml")
+    shares = main(["variance", file, "--output", str(tmp_path / "variance.png")])
+    assert set(shares["role"]) == {"linear", "head"}
+    by_layer = shares.groupby("layer")["share"]
+    assert by_layer.apply(lambda share: share.is_monotonic_increasing).all()
+    assert by_layer.last().to_numpy() == pytest.approx(1.0)
+    turns = main(["thresholds", file, "--steps", "4", "--output", str(tmp_path / "thresholds.png")])
+    assert list(turns["tau"].unique()) == [1.0, 0.999, 0.99, 0.9]
+    last = turns.groupby("tau").last()
+    drift = (last["loss"] - turns.groupby("tau")["loss"].first()).abs()
+    assert drift[1.0] < 1e-5 < drift[0.9]
+    assert last["null_share"].is_monotonic_decreasing
+    assert (last["grad_norm"] > turns["grad_norm"].iloc[0]).all()
+    for name in ("variance", "thresholds"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / f"{name}.csv").exists()

@@ -16,7 +16,7 @@ MEASURES = ("accuracy", "mse", "perplexity")
 def evaluations(output: str | Path) -> Any:
     """A `DataFrame` with a row for each evaluation of each finished run.
 
-    Its columns are arm, learning_rate, seed, step, seconds (of training, teleports included), train_loss (in eval mode, of the
+    Its columns are arm, learning_rate, seed, step, seconds and cpu_seconds (of training, teleports included), train_loss (in eval mode, of the
     rows that the settings name), test_loss, measure (the name of one) and metric (its value on the test set). The loss of a run
     that diverged is infinite, so that means do not pass over it.
 
@@ -48,19 +48,20 @@ def _by_step(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
         measure = next((name for name in MEASURES if f"eval_test_{name}" in row), None)
         values = {"train_loss": row.get("eval_train_loss"), "test_loss": row.get("eval_test_loss")}
         values |= {"measure": measure, "metric": row.get(f"eval_test_{measure}")}
-        found.append({"step": step, "seconds": row["seconds"], **values})
+        found.append({"step": step, "seconds": row["seconds"], "cpu_seconds": row["cpu_seconds"], **values})
     return found
 
 
 def curves(frame: Any) -> Any:
     """Over the seeds of `evaluations`, for each arm, learning rate and step.
 
-    The columns are arm, learning_rate, step, seconds, train_loss, train_loss_sd, test_loss, measure, metric (means, but for the
+    The columns are arm, learning_rate, step, seconds, cpu_seconds, train_loss, train_loss_sd, test_loss, measure, metric (means, but for the
     standard deviation, with one degree of freedom less than there are seeds) and seeds (how many).
     """
     groups = frame.groupby(["arm", "learning_rate", "step"], sort=False)
     table = groups.agg(
         seconds=("seconds", "mean"),
+        cpu_seconds=("cpu_seconds", "mean"),
         train_loss=("train_loss", "mean"),
         train_loss_sd=("train_loss", "std"),
         test_loss=("test_loss", "mean"),
@@ -77,9 +78,16 @@ def final(frame: Any) -> Any:
 
 
 def best_rates(frame: Any) -> dict[str, float]:
-    """For each arm the learning rate with the lowest final training loss, mean over the seeds."""
-    means = final(frame).groupby(["arm", "learning_rate"])["train_loss"].mean()
-    return {arm: float(losses.idxmin()[1]) for arm, losses in means.groupby("arm")}
+    """For each arm the learning rate with the lowest final training loss, mean over the seeds.
+
+    A rate that fewer seeds have run with than another, to see that it is no good, is left out.
+    """
+    runs = final(frame).groupby(["arm", "learning_rate"])["train_loss"].agg(["mean", "size"])
+    best = {}
+    for arm, rates in runs.groupby("arm"):
+        whole = rates[rates["size"] == rates["size"].max()]
+        best[arm] = float(whole["mean"].idxmin()[1])
+    return best
 
 
 def choices(frame: Any, paper_learning_rate: float | None) -> dict[str, dict[str, float]]:
