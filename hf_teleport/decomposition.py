@@ -1,7 +1,8 @@
 """The null spaces of all layers, each found by one process from the rows that all of them saw.
 
 A decomposition costs d³ and depends on no other, so the layers are spread over the processes, the longest first. What a process
-knows of a layer goes to the layer's owner, who decomposes it and hands the basis back to all.
+knows of a layer goes to the layer's owner, who decomposes it and hands the basis back to all. Layers that read the same input, as
+q, k and v do, share a representation, and so a decomposition and a basis.
 """
 
 import logging
@@ -26,7 +27,8 @@ def null_spaces(
     """The null space of each layer's rows; None where the decomposition fails.
 
     Args:
-        representations: what this process saw of each layer; a layer of which it saw nothing may be absent.
+        representations: what this process saw of each layer; a layer of which it saw nothing may be absent. Layers that saw the
+            same have the same object.
         dtypes: for each layer that may move, in the same order in all processes, the precision of its weight.
         energy_threshold: tau in (0, 1].
         ranks: the processes whose rows are one representation.
@@ -34,9 +36,33 @@ def null_spaces(
     Returns:
         One for each layer of which some process saw rows.
     """
-    if ranks.size == 1:
-        return {key: _found(representations[key], energy_threshold, dtypes[key]) for key in dtypes if key in representations}
+    sources = _sources(representations, dtypes, ranks)
+    keys = [key for key, source in sources.items() if source == key]
+    found = _of_each(keys, representations, dtypes, energy_threshold, ranks)
+    return {key: found[source] for key, source in sources.items() if source in found}
+
+
+def _sources(representations: dict[_K, Representation], dtypes: dict[_K, torch.dtype], ranks: Ranks) -> dict[_K, _K]:
+    """For each layer the first one that saw the same as it did, in every process."""
+    first: dict[object, int] = {}
+    own = [
+        first.setdefault((id(representations[key]), dtype), i) if key in representations else i
+        for i, (key, dtype) in enumerate(dtypes.items())
+    ]
     keys = list(dtypes)
+    agreed = (each[0] if len(set(each)) == 1 else i for i, each in enumerate(zip(*ranks.gather(own), strict=True)))
+    return dict(zip(keys, (keys[i] for i in agreed), strict=True))
+
+
+def _of_each(
+    keys: list[_K],
+    representations: dict[_K, Representation],
+    dtypes: dict[_K, torch.dtype],
+    energy_threshold: float,
+    ranks: Ranks,
+) -> dict[_K, Subspace | None]:
+    if ranks.size == 1:
+        return {key: _found(representations[key], energy_threshold, dtypes[key]) for key in keys if key in representations}
     known = [representations.get(key) for key in keys]
     shares = list(zip(*ranks.gather([_Share.of(own) for own in known]), strict=True))
     seen = [i for i, each in enumerate(shares) if any(share.num_rows for share in each)]

@@ -1,5 +1,6 @@
 """A layer that may move: a weight, its bias, and the matrix view that its projector gives of both."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,10 @@ class Layer:
         if self.bias is None:
             return rows
         return torch.cat([rows, rows.new_ones((*rows.shape[:-1], 1))], dim=-1)
+
+    def reads(self, uses: list[Use]) -> Hashable:
+        """What the rows of its uses are made of: layers for which it is equal have equal rows, as long as the inputs live."""
+        return self.bias is None, tuple((id(use.call.input), use.call.projector) for use in uses)
 
     def represent(self, uses: list[Use], representation: Representation) -> None:
         """Add the inputs of all uses to a representation, in slices of the batch to bound the memory of patches."""

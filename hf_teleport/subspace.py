@@ -62,7 +62,7 @@ class Representation:
     def keep(self, rows: Tensor) -> None:
         """Join float64 rows, or the triangle of a QR that stands for them, to what is kept."""
         if self.gram is not None:
-            self.gram += _gram(rows)
+            self.gram = self.gram + _gram(rows)  # not in place: a copy of this object may hold the old one
             return
         self.rows = rows if self.rows is None else torch.cat([self.rows, rows], dim=1)
         if self.rows.shape[1] > rows.shape[2]:

@@ -1,14 +1,15 @@
-"""Two of the paper's figures from its experiments' settings: how much a few eigenvectors capture, and what tau does to a teleport.
+"""Two of the paper's figures from its experiments' settings: what a few eigenvectors capture, and what tau does to a teleport.
 
     python scripts/paper_figures.py variance configs/paper/cpu/{mnist,cifar10,smnist}_sgd.yaml --output runs/variance.png
     python scripts/paper_figures.py thresholds configs/paper/cpu/{mnist,cifar10,smnist}_sgd.yaml --output runs/thresholds.png
 
-Each experiment gives the data, the network, the batch size of a teleport and, for `--train_steps`, the optimizer at the paper-like
-learning rate. The numbers are written beside the figure as a CSV file.
+Each experiment gives the data, the network, the batch size of a teleport and, for `--train_steps`, the optimizer at the
+paper-like learning rate. The numbers are written beside the figure as a CSV file.
 
-- variance: for every layer that may move, the share of ||R||² in the leading singular vectors of its inputs on one teleport batch.
-- thresholds: the loss and the gradient norm along one batch's turn by double backward, without any guard, at each energy threshold;
-  and the loss on another batch. A step is as long as `--step` of the weights' norm, so that thresholds are compared at equal lengths.
+- variance: for every layer that may move, the share of ||R||² in the leading singular vectors of its inputs on a teleport batch.
+- thresholds: the loss and the gradient norm along one batch's turn by double backward, without any guard, at each energy
+  threshold; and the loss on another batch. A step is as long as `--step` of the weights' norm, so that thresholds are compared at
+  equal lengths.
 """
 
 import argparse

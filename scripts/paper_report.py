@@ -20,7 +20,7 @@ from grid_report import interval, markdown
 
 from hf_teleport.experiments.results import best_rates, curves, evaluations, final, paper_rate
 
-HEADER = ["data, optimizer", "rate", "baseline", "null space", "difference", "test, difference", "CPU time", "to the baseline's loss"]
+HEADER = ["data, optimizer", "rate", "baseline", "null space", "difference", "test, difference", "CPU time", "to baseline's loss"]
 ARMS = ["baseline", "null_space"]
 
 

@@ -35,3 +35,14 @@ def test_rows_that_are_not_finite_have_none(rows, caplog):
     assert found["broken"] is None
     assert found["whole"].null_dim == 5
     assert "left out of this teleport" in caplog.text
+
+
+def test_layers_that_saw_the_same_share_a_decomposition():
+    same, other = represented(torch.randn(1, 3, 8)), represented(torch.randn(1, 3, 8))
+    known = {"q": same, "o": other, "k": same, "v": same}
+    dtypes = dict.fromkeys(known, torch.float32) | {"v": torch.float64}
+    found = null_spaces(known, dtypes, 1.0, ALONE)
+    assert list(found) == ["q", "o", "k", "v"]
+    assert found["k"] is found["q"]
+    assert found["o"] is not found["q"]
+    assert found["v"].basis.dtype == torch.float64

@@ -16,9 +16,9 @@ MEASURES = ("accuracy", "mse", "perplexity")
 def evaluations(output: str | Path) -> Any:
     """A `DataFrame` with a row for each evaluation of each finished run.
 
-    Its columns are arm, learning_rate, seed, step, seconds and cpu_seconds (of training, teleports included), train_loss (in eval mode, of the
-    rows that the settings name), test_loss, measure (the name of one) and metric (its value on the test set). The loss of a run
-    that diverged is infinite, so that means do not pass over it.
+    Its columns are arm, learning_rate, seed, step, seconds and cpu_seconds (of training, teleports included), train_loss (in eval
+    mode, of the rows that the settings name), test_loss, measure (the name of one) and metric (its value on the test set). The
+    loss of a run that diverged is infinite, so that means do not pass over it.
 
     Raises:
         FileNotFoundError: there is no finished run.
@@ -55,8 +55,8 @@ def _by_step(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def curves(frame: Any) -> Any:
     """Over the seeds of `evaluations`, for each arm, learning rate and step.
 
-    The columns are arm, learning_rate, step, seconds, cpu_seconds, train_loss, train_loss_sd, test_loss, measure, metric (means, but for the
-    standard deviation, with one degree of freedom less than there are seeds) and seeds (how many).
+    The columns are arm, learning_rate, step, seconds, cpu_seconds, train_loss, train_loss_sd, test_loss, measure, metric (means,
+    but for the standard deviation, with one degree of freedom less than there are seeds) and seeds (how many).
     """
     groups = frame.groupby(["arm", "learning_rate", "step"], sort=False)
     table = groups.agg(

@@ -4,6 +4,7 @@
 as it was, and so the inputs of every layer above: one projector serves all steps, and no layer depends on another's.
 """
 
+import copy
 import math
 import time
 from typing import Any
@@ -50,8 +51,12 @@ class NullSpace(Method):
         joint = self.config.scope == "joint"
         repeats = self.config.num_batches if joint else 1
         costs: dict[Layer, float] = {}
+        counted = set()
         for layer in self.layers:
             uses = point.trace.uses[layer.weight][layer.region]
+            if layer.reads(uses) in counted:
+                continue
+            counted.add(layer.reads(uses))
             groups, _, width = layer.matrix({p: p.detach() for p in layer.parameters}).shape
             rows = repeats * sum(use.call.input.numel() for use in uses) // (groups * width)
             costs[layer] = groups * width * min(rows, width) ** 2
@@ -196,10 +201,18 @@ class NullSpace(Method):
         return move
 
     def _represent(self, point: Point) -> None:
+        """Add a batch's inputs. Layers that have read the same so far share a representation, until they part."""
+        before, shared = dict(self._representations), {}
         for layer in self.layers:
             uses = point.trace.uses.get(layer.weight, {}).get(layer.region, [])
-            if uses:
-                layer.represent(uses, self._representations.setdefault(layer, Representation()))
+            if not uses:
+                continue
+            known = before.get(layer)
+            same = (id(known), layer.reads(uses))
+            if same not in shared:
+                shared[same] = Representation() if known is None else copy.copy(known)
+                layer.represent(uses, shared[same])
+            self._representations[layer] = shared[same]
 
     def _decompose(self) -> None:
         """Turn what was represented into null spaces, and note their dimensions in the reports."""
