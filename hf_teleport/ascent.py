@@ -56,6 +56,10 @@ class Point:
         pairs = zip(self.parameters, self.gradients, strict=True)
         return {parameter: gradient.detach() for parameter, gradient in pairs if gradient is not None}
 
+    def release(self) -> None:
+        """Let the gradients go: of the memory of a step, the largest part."""
+        self.gradients, self.own_gradients = [], []
+
     @property
     def finite(self) -> bool:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)

@@ -285,7 +285,8 @@ class Teleporter:
         Args:
             loss, grad_norm: of the point's batch before the event.
         """
-        snapshot = self._ranks.together(lambda: Snapshot(method.movable))
+        point.release()  # the move is made of them
+        snapshot = self._ranks.together(method.step_snapshot)
         objection = ""
         for halving in range(_HALVINGS + 1):
             self._ranks.together(partial(move, 0.5**halving))

@@ -15,7 +15,7 @@ from hf_teleport import TeleportConfig, Teleporter
 from hf_teleport.ascent import Point, evaluate, norm
 from hf_teleport.audit import audit
 from hf_teleport.direction import exact_direction
-from hf_teleport.isolation import Snapshot, evaluation_mode
+from hf_teleport.isolation import evaluation_mode
 from hf_teleport.layers import Layer
 from hf_teleport.methods import NullSpace
 from hf_teleport.subspace import Representation, core_dims, null_space, rank_tolerance
@@ -42,7 +42,8 @@ class Turn:
         move = self.method.propose(self.point)
         if move is None:
             raise ValueError("this batch has no null space; take a wider or a deeper model.")
-        to_undo_the_step = Snapshot(self.method.movable)
+        self.point.release()
+        to_undo_the_step = self.method.step_snapshot()
         move(1.0)
         self.point = self.method.evaluate_again(self.point)
         del to_undo_the_step

@@ -106,6 +106,10 @@ class Method(ABC):
         """A copy of all that this method may change."""
         return Snapshot(self.movable)
 
+    def step_snapshot(self) -> Snapshot:
+        """A copy of all that the next move may change."""
+        return self.snapshot()
+
     def review(self, point: Point) -> None:  # noqa: B027  (a method need not)
         """See one teleport batch after the last move; called for each in turn."""
 

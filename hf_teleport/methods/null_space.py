@@ -17,6 +17,7 @@ from hf_teleport.config import TeleportConfig
 from hf_teleport.decomposition import null_spaces
 from hf_teleport.direction import ShiftLength, exact_direction, fast_direction
 from hf_teleport.distributed import ALONE, Ranks
+from hf_teleport.isolation import Snapshot
 from hf_teleport.layers import Layer
 from hf_teleport.methods.base import Method, Move
 from hf_teleport.objectives import OBJECTIVES
@@ -165,6 +166,9 @@ class NullSpace(Method):
     @property
     def _moving(self) -> list[Layer]:
         return [layer for layer, subspace in self.subspaces.items() if subspace.null_dim]
+
+    def step_snapshot(self) -> Snapshot:
+        return Snapshot(dict.fromkeys(parameter for layer in self._moving for parameter in layer.parameters))
 
     def distrust(self) -> None:
         super().distrust()
