@@ -212,3 +212,16 @@ def test_scaling_sizes_leave_a_null_space():
 def test_work_draws_at_least_one_sample():
     work = Work(*mlp(8, 1, 2, image_size=4), CPU)
     assert len(work.draw(0)["labels"]) == 1
+
+
+def test_decompositions_are_spread_over_processes(tmp_path):
+    from benchmark_ranks import main
+
+    words = ["--width", "24", "--blocks", "1", "--repeats", "1", "--processes", "1", "2"]
+    found = main([*words, "--json", str(tmp_path / "ranks.json")])
+    assert list(found["seconds"]) == [1, 2]
+    assert all(seconds > 0 for seconds in found["seconds"].values())
+    # As many times shorter as there are processes, until the largest layers are alone.
+    assert found["llama_7b"][8] == pytest.approx(8, rel=0.01)
+    assert 32 < found["llama_7b"][64] < 64
+    assert json.loads((tmp_path / "ranks.json").read_text())["llama_7b"]["2"] == pytest.approx(2, rel=0.01)
