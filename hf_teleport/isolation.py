@@ -30,7 +30,11 @@ def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch; inside `preserved_rng` only."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        # `torch.manual_seed` also notes a stack trace for every backend that is not there: milliseconds, before each forward.
+        torch.default_generator.manual_seed(seed)
 
 
 @contextmanager
