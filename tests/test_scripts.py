@@ -425,6 +425,12 @@ def test_the_papers_experiments_side_by_side(tmp_path, capsys):
     assert cells[4:] == ["**-0.500 ± 0.000**", "**-1.000 ± 0.000**", "x 2.00", "x 1.00"]
     assert set(pd.read_csv(tmp_path / "all.csv")["experiment"]) == {"mnist_sgd"}
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+    for seed in (0, 1):
+        kept_run(tmp_path / "smnist_sgd", "baseline", seed, [1.0, 2.0 + seed], 1.0)
+        kept_run(tmp_path / "smnist_sgd", "null_space", seed, [1.0, float("nan")], 1.0)
+    text = main([str(tmp_path / "smnist_sgd"), "--output", str(tmp_path / "worse")])
+    assert "| diverged | diverged |" in text
+    assert "no lower than it starts" in text
     run = pd.DataFrame({"step": [0, 1, 2], "cpu_seconds": [0.0, 10.0, 20.0], "train_loss": [4.0, 2.0, 3.0]})
     assert time_to(run, 3.0) == 5.0
     assert time_to(run, 1.0) == np.inf
