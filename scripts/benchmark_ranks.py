@@ -2,8 +2,8 @@
 
     python scripts/benchmark_ranks.py --json runs/ranks.json
 
-Measured: the null spaces at tau = 0.99 of as many layers as a small Llama has, from Gram matrices, by 1, 2 and 4 gloo processes of
-one thread each. The time is CPU time of the process that needs the most, so that processes may be more than cores.
+Measured: the null spaces at tau = 0.99 of as many layers as a small Llama has, from Gram matrices, by 1, 2 and 4 gloo processes
+of one thread each. The time is CPU time of the process that needs the most, so that processes may be more than cores.
 
 Computed: the same spreading of the real layers of Llama-2-7B, with d³ to a decomposition, for up to 64 processes: how many times
 shorter it takes than on one, and no shorter than its largest layer.
