@@ -55,9 +55,9 @@ class NullSpace(Method):
         counted = set()
         for layer in self.layers:
             uses = point.trace.uses[layer.weight][layer.region]
-            if layer.reads(uses) in counted:
+            if (read := layer.reads(uses)) in counted:
                 continue
-            counted.add(layer.reads(uses))
+            counted.add(read)
             groups, _, width = layer.matrix({p: p.detach() for p in layer.parameters}).shape
             rows = repeats * sum(use.call.input.numel() for use in uses) // (groups * width)
             costs[layer] = groups * width * min(rows, width) ** 2
