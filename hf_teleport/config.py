@@ -10,7 +10,7 @@ import operator
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 SYMMETRIES = ("stream", "value_output", "query_key", "chain", "scaling")
 
@@ -85,7 +85,22 @@ class TeleportConfig:
         "fast",
         "'fast': Hessian-vector products by one forward at shifted weights. 'exact': by double backward, the reference.",
     )
-    objective: Literal["grad_norm"] = _setting("grad_norm", "What the teleport climbs: half the squared gradient norm.")
+    objective: Literal["grad_norm", "predicted_decrease", "lookahead", "sharpness", "curvature"] = _setting(
+        "grad_norm",
+        "What method 'null_space' climbs. 'grad_norm': half the squared gradient norm (the paper). 'predicted_decrease': the "
+        "decrease of the loss that the optimizer's own next step predicts. 'lookahead': minus another batch's loss after that "
+        "step; needs no cap, and stops by itself. 'sharpness': minus the mean loss around the weights; 'curvature': minus the "
+        "curvature along the gradient. All but the first shorten a step until it gains, and end a batch's turn when none does.",
+    )
+    radius: float = _setting(
+        0.05, "How far the objectives 'sharpness' and 'curvature' look around, as a share of the norm of the weights."
+    )
+    control: Literal["random_move", "matched_rate"] | None = _setting(
+        None,
+        "Instead of the teleport, what a sceptic would try. 'random_move': in each layer's null space a random move as long as "
+        "the teleport's. 'matched_rate': the weights stay, and until the next epoch the learning rate is multiplied by what the "
+        "teleport would have multiplied the gradient norm by.",
+    )
     method: Literal["null_space", "basis", "level_set", "symmetry", "null_space+basis"] = _setting(
         "null_space",
         "'null_space': climb inside the null space of every layer's inputs (the paper). 'basis': turn the model's exact "
@@ -141,7 +156,7 @@ class TeleportConfig:
             self.every_steps = _integer("every_steps", self.every_steps)
         self.symmetries = _words("symmetries", self.symmetries)
         # YAML reads 1e-3 (no dot) as a string, so numbers are converted here.
-        for name in ("learning_rate", "energy_threshold", "min_misalignment"):
+        for name in ("learning_rate", "energy_threshold", "min_misalignment", "radius"):
             setattr(self, name, _number(name, getattr(self, name)))
         for name in ("grad_norm_cap", "max_growth", "max_loss_change"):
             setattr(self, name, _limit(name, getattr(self, name)))
@@ -152,7 +167,8 @@ class TeleportConfig:
         for name in ("target_modules", "exclude_modules"):
             setattr(self, name, _modules(name, getattr(self, name)))
         _require(0 < self.energy_threshold <= 1, "energy_threshold", self.energy_threshold, "0 < tau <= 1")
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
+        for name in ("learning_rate", "radius"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
         for name in ("num_batches", "steps_per_batch"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
@@ -165,10 +181,15 @@ class TeleportConfig:
         _require(0 <= self.min_misalignment <= 1, "min_misalignment", self.min_misalignment, "0 to 1")
         unknown = [kind for kind in self.symmetries if kind not in SYMMETRIES]
         _require(bool(self.symmetries) and not unknown, "symmetries", self.symmetries, f"some of {', '.join(SYMMETRIES)}")
+        if self.control == "":
+            self.control = None
         for setting in fields(self):
-            choices = getattr(setting.type, "__args__", ()) if _is_literal(setting.type) else ()
+            choices = _choices(setting.type)
             value = getattr(self, setting.name)
             _require(not choices or value in choices, setting.name, value, "one of " + ", ".join(map(repr, choices)))
+
+        alone = self.method == "null_space" and self.scope == "joint"
+        _require(self.control is None or alone, "control", self.control, "None, but with method 'null_space' and scope 'joint'")
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "TeleportConfig":
@@ -194,8 +215,12 @@ class TeleportConfig:
         return asdict(self)
 
 
-def _is_literal(annotation: Any) -> bool:
-    return getattr(annotation, "__origin__", None) is Literal
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """The values of a `Literal`, or of one that may be None; empty: it is none."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    inside = [choice for part in get_args(annotation) if get_origin(part) is Literal for choice in get_args(part)]
+    return (*inside, None) if inside else ()
 
 
 def _require(condition: bool, name: str, value: Any, allowed: str) -> None:

@@ -154,6 +154,10 @@ class Snapshot:
             for parameter, saved in self._saved:
                 parameter.lerp_(saved, 0.5)
 
+    def moved(self) -> dict[nn.Parameter, Tensor]:
+        """How far each parameter is from its copy."""
+        return {parameter: parameter.detach() - saved for parameter, saved in self._saved}
+
     def changed(self) -> set[nn.Parameter]:
         """The parameters that differ from their copy."""
         return {parameter for parameter, saved in self._saved if not torch.equal(parameter, saved)}

@@ -66,7 +66,8 @@ class TeleportReport:
         steps: ascent steps that were kept; a change of basis is one.
         stopped_because: why most of the batches' turns ended: 'steps_done', 'grad_norm_cap', 'max_growth', 'max_loss_change',
             'non_finite', 'no_direction' (no layer has both a null space and a gradient in it), 'nothing_movable', 'aligned' (the
-            basis is good as it is), or 'not_a_symmetry'.
+            basis is good as it is), 'no_gain' (no step raised the objective), 'not_a_symmetry', or 'matched_rate' (a control;
+            what is told of after is what the undone event had come to).
         rolled_back: whether the whole event was undone, every weight being bit for bit what it was.
         seconds: wall-clock of the whole event, measurements included.
         symmetries: for a method that turns symmetries, each that was found.
@@ -89,6 +90,11 @@ class TeleportReport:
         """Mean over the measured symmetries, each block counting once."""
         measured = [(s.misalignment, s.blocks) for s in self.symmetries if s.misalignment is not None]
         return sum(value * blocks for value, blocks in measured) / sum(blocks for _, blocks in measured) if measured else None
+
+    @property
+    def matched_rate(self) -> float:
+        """What the learning rate is multiplied by until the next epoch: 1, but for the control 'matched_rate'."""
+        return self.grad_norm_after / self.grad_norm_before if self.stopped_because == "matched_rate" else 1.0
 
     @property
     def null_dim(self) -> int:
@@ -114,6 +120,7 @@ class TeleportReport:
             "seconds": self.seconds,
             "stopped_because": self.stopped_because,
             "rolled_back": self.rolled_back,
+            **({} if self.matched_rate == 1 else {"matched_rate": self.matched_rate}),
             **({} if self.misalignment is None else {"misalignment": self.misalignment}),
         }
 

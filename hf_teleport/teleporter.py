@@ -21,11 +21,13 @@ from hf_teleport.batches import halved
 from hf_teleport.config import TeleportConfig
 from hf_teleport.cost import Cost
 from hf_teleport.distributed import Ranks, out_of_memory
+from hf_teleport.guard import Guard
 from hf_teleport.isolation import Snapshot, evaluation_mode, full_precision, plain_execution, preserved_rng
 from hf_teleport.measurement import Measurement, measure
 from hf_teleport.methods import METHODS, Method, Move
 from hf_teleport.optimizer_state import forget
 from hf_teleport.reasons import NO_STEP, explain
+from hf_teleport.rehearsal import Rehearsal
 from hf_teleport.report import Check, TeleportReport, why_immovable
 from hf_teleport.storage import WorkingWeights, is_low, working_weights
 
@@ -36,9 +38,6 @@ _T = TypeVar("_T")
 # A step that meets an objection is tried again at half its length this many times before the batch's turn ends.
 _HALVINGS = 4
 
-# A step may pass `max_growth` by this factor; one that jumps further is too long to trust.
-_OVERSHOOT = 1.1
-
 
 class Teleporter:
     """Teleports any `nn.Module` with any scalar loss.
@@ -47,7 +46,9 @@ class Teleporter:
         model: its parameters with `requires_grad` are teleported, in place. A compiled one, or one wrapped by DDP, is unwrapped.
         config: the settings; `epochs`, `warmup_steps` and `batch_size` are for the trainer and are not read here.
         optimizer: the one that trains the model. A change of basis turns its state along; without it only the weights turn.
+            Objectives about its next step need it.
         progress: called after each step with the number of steps taken and the most there can be.
+        max_grad_norm: to which the gradients of training are clipped, which is part of the optimizer's next step.
 
     Example:
         >>> report = Teleporter(model, TeleportConfig()).teleport(batches, lambda model, batch: model(**batch).loss)
@@ -59,10 +60,13 @@ class Teleporter:
         config: TeleportConfig | None = None,
         progress: Callable[[int, int], None] | None = None,
         optimizer: Any = None,
+        max_grad_norm: float | None = None,
     ):
         self.model = extract_model_from_parallel(model, keep_torch_compile=False)
         self.config = config or TeleportConfig()
         self.optimizer = optimizer
+        self._max_grad_norm = max_grad_norm
+        self._guard = Guard(self.config)
         self._progress = progress or (lambda step, total: None)
         self._ranks = Ranks(next((p.device for p in model.parameters()), "cpu"))
 
@@ -123,7 +127,7 @@ class Teleporter:
 
     def _judge(self, batch: Any, loss_fn: LossFn) -> Check:
         with self._isolated(loss_fn) as (loss_fn, weights):
-            method = self._method(loss_fn)
+            method = self._method(loss_fn, weights)
             point = method.evaluate(batch, self.config.seed)
             if not point.finite:
                 return Check(point.loss, f"the loss on a teleport batch is {point.loss}; {NO_STEP['non_finite']}")
@@ -162,7 +166,7 @@ class Teleporter:
 
     def _event(self, batches: list[Any], loss_fn: LossFn, held_back: Any, start: float) -> TeleportReport:
         with self._isolated(loss_fn) as (loss_fn, weights):
-            method = self._method(loss_fn)
+            method = self._method(loss_fn, weights)
             before = measure(method, batches, method.survey)
             if not before.finite:
                 explain(method.reports, set(), 0, "non_finite")
@@ -175,13 +179,16 @@ class Teleporter:
             snapshot = self._ranks.together(method.snapshot)
             try:
                 steps, reason = self._jump(method) if method.once else self._climb(method, batches, before, snapshot)
+                if steps and self.config.control == "random_move":
+                    self._ranks.together(partial(method.randomise, snapshot))
                 objection = self._shorten(method, snapshot, watched, held_back) if steps else ""
                 after = measure(method, batches, method.review) if steps else before
                 if steps and self._ranks.together(weights.round):
                     after = measure(method, batches)
                 objection = objection or self._verdict(method, before, after)
                 changed = self._ranks.together(snapshot.changed)
-                if not objection:
+                rehearsed = bool(steps) and self.config.control == "matched_rate"
+                if not objection and not rehearsed:
                     self._keep(method)
             except BaseException:
                 snapshot.restore()
@@ -189,8 +196,11 @@ class Teleporter:
             if objection:
                 snapshot.restore()
                 reason, steps, after, changed = objection, 0, before, set()
+            elif rehearsed:
+                snapshot.restore()
+                reason, changed = "matched_rate", set()
             explain(method.reports, changed, steps, reason)
-            return self._report(method, before, after, steps, reason, start, undone=bool(objection))
+            return self._report(method, before, after, steps, reason, start, undone=bool(objection) or rehearsed)
 
     def _held_back_loss(self, method: Method, held_back: Any) -> float:
         """NaN if there is no such batch."""
@@ -204,7 +214,7 @@ class Teleporter:
             return ""
         for _ in range(_HALVINGS + 1):
             loss = self._held_back_loss(method, held_back)
-            if math.isfinite(loss) and self._within(loss, watched):
+            if math.isfinite(loss) and self._guard.within(loss, watched):
                 return ""
             if method.once:  # half a rotation is none
                 break
@@ -217,7 +227,7 @@ class Teleporter:
         # A unit that is saturated hides what becomes of its weights.
         if not self._ranks.together(lambda: after.finite and all(p.isfinite().all() for p in method.movable)):
             own = "non_finite"
-        elif not own and not self._within(after.loss, before.loss):
+        elif not own and not self._guard.within(after.loss, before.loss):
             own = "max_loss_change"
         return next((objection for objection in self._ranks.gather(own) if objection), "")
 
@@ -229,8 +239,11 @@ class Teleporter:
         if self.optimizer is not None and self.config.optimizer_state == "reset":
             forget(self.optimizer, method.movable)
 
-    def _method(self, loss_fn: LossFn) -> Method:
-        return METHODS[self.config.method](self.model, loss_fn, self.config, self.optimizer, self._ranks)
+    def _method(self, loss_fn: LossFn, weights: WorkingWeights) -> Method:
+        method = METHODS[self.config.method](self.model, loss_fn, self.config, self.optimizer, self._ranks)
+        if self.optimizer is not None:
+            method.rehearsal = Rehearsal(self.optimizer, weights.origin, self._max_grad_norm)
+        return method
 
     def _jump(self, method: Method) -> tuple[int, str]:
         """The one move of a method that makes but one. Returns the number of moves, and why there is no other."""
@@ -257,9 +270,9 @@ class Teleporter:
         for i, batch in enumerate(batches):
             loss, grad_norm = before.losses[i], before.grad_norms[i]
             point = method.begin(batch, self.config.seed + i)
-            ending, taken = self._objection(point, loss, grad_norm), 0
+            ending, taken = self._guard.objection(point, loss, grad_norm), 0
             while not ending and taken < self.config.steps_per_batch:
-                if ending := self._limit(point, grad_norm):
+                if ending := self._guard.limit(point, grad_norm):
                     break
                 move = method.propose(point)
                 if move is None:
@@ -274,7 +287,7 @@ class Teleporter:
             steps += taken
             if taken and method.trusting and self.config.max_loss_change is not None:
                 seen = loss_at(self.model, method.loss_fn, batch, seed=point.seed, ranks=self._ranks)
-                if not self._within(seen, loss):
+                if not self._guard.within(seen, loss):
                     return steps, "max_loss_change"
             endings[ending or "steps_done"] += 1
         return steps, endings.most_common(1)[0][0]
@@ -291,34 +304,12 @@ class Teleporter:
         for halving in range(_HALVINGS + 1):
             self._ranks.together(partial(move, 0.5**halving))
             reached = method.evaluate_again(point)
-            objection = self._objection(reached, loss, grad_norm)
-            if not objection:
+            objection = self._guard.objection(reached, loss, grad_norm)
+            if not objection and method.gains(reached, 0.5**halving):
                 return reached, ""
+            objection = objection or "no_gain"
             snapshot.restore()
         return None, objection
-
-    def _objection(self, point: Point, loss: float, grad_norm: float) -> str:
-        growth = self.config.max_growth
-        if not point.finite:
-            return "non_finite"
-        if not self._within(point.loss, loss):
-            return "max_loss_change"
-        if growth is not None and point.grad_norm > _OVERSHOOT * growth * grad_norm:
-            return "max_growth"
-        return ""
-
-    def _within(self, loss: float, reference: float) -> bool:
-        limit = self.config.max_loss_change
-        return limit is None or abs(loss - reference) <= limit * abs(reference)
-
-    def _limit(self, point: Point, start: float) -> str:
-        """Why to end a batch's turn before another step; empty: go on."""
-        cap, growth = self.config.grad_norm_cap, self.config.max_growth
-        if cap is not None and point.grad_norm >= cap:
-            return "grad_norm_cap"
-        if growth is not None and point.grad_norm >= growth * start:
-            return "max_growth"
-        return ""
 
     def _report(
         self,

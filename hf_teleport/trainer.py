@@ -71,6 +71,7 @@ class TeleportMixin(_Base):
         self._teleport_steps: dict[int, int] = {}
         self._held: list[nn.Parameter] = []
         self._last_step_seen = -1
+        self._rate_factor = 1.0
         self.add_callback(_TeleportCallback(self))
 
     @property
@@ -107,6 +108,7 @@ class TeleportMixin(_Base):
             with self._teleport_bar(step) as progress, preserved_rng():
                 report = self._teleporter(config, progress).teleport(batches, self._teleport_loss, held_back)
             self.teleport_reports.append(report)
+            self._rate_factor = report.matched_rate
             should_log = self.control.should_log
             self.log({f"teleport/{name}": value for name, value in report.metrics().items()})
             self.control.should_log = should_log  # which a log clears: this one is not the one that was asked for
@@ -121,7 +123,7 @@ class TeleportMixin(_Base):
             add_to_card(Path(self.args.output_dir, "README.md"), self.teleport_config, teleports(self.state.log_history))
 
     def _teleporter(self, config: TeleportConfig, progress: Any = None) -> Teleporter:
-        return Teleporter(self.model, config, progress, self.optimizer)
+        return Teleporter(self.model, config, progress, self.optimizer, self.args.max_grad_norm)
 
     def get_teleport_dataloader(self, event: int) -> DataLoader:
         """Batches for the teleport before step `event`: drawn at random by a generator of their own.
@@ -189,6 +191,7 @@ class TeleportMixin(_Base):
         self._teleport_steps = teleport_steps(self.teleport_config, steps_per_epoch, max_steps)
         self._last_step_seen = -1
         self._held = []
+        self._rate_factor = self._logged_rate_factor(steps_per_epoch)
         upcoming = [step for step in self._teleport_steps if step >= self.state.global_step]
         if not upcoming:
             return
@@ -227,6 +230,12 @@ class TeleportMixin(_Base):
                 f"{check.cost}. The check took {seconds:.2g} s."
             )
         self._warn_of_cost([check.cost for check in checks], len(upcoming))
+
+    def _logged_rate_factor(self, steps_per_epoch: int) -> float:
+        """That of the last teleport of the epoch in which a run is resumed."""
+        epoch = self.state.global_step // steps_per_epoch * steps_per_epoch
+        logged = [row for row in self.state.log_history if row["step"] >= epoch and "teleport/loss_before" in row]
+        return logged[-1].get("teleport/matched_rate", 1.0) if logged else 1.0
 
     def _warn_of_cost(self, costs: list[Cost], events: int) -> None:
         """Say so if teleports may take more than a small share of the run, whose own time is judged from a teleport batch."""
@@ -272,6 +281,18 @@ class _TeleportCallback(TrainerCallback):
         self._trainer._plan_teleports(train_dataloader)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._scale_rates(self._trainer._rate_factor)
         if self._trainer._held and state.global_step < min(self._trainer._teleport_steps):
             for parameter in self._trainer._held:
                 parameter.grad = None
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._scale_rates(1 / self._trainer._rate_factor)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._rate_factor = 1.0
+
+    def _scale_rates(self, factor: float) -> None:
+        if factor != 1:
+            for group in self._trainer.optimizer.param_groups:
+                group["lr"] *= factor

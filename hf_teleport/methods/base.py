@@ -10,6 +10,7 @@ from hf_teleport.ascent import LossFn, Point, evaluate
 from hf_teleport.config import TeleportConfig
 from hf_teleport.distributed import ALONE, Ranks
 from hf_teleport.isolation import Snapshot
+from hf_teleport.rehearsal import Rehearsal
 from hf_teleport.report import LayerReport, SymmetryReport
 
 Move = Callable[[float], None]
@@ -25,6 +26,7 @@ class Method(ABC):
 
     Attributes:
         once: whether the event is a single move that holds for every input, and not an ascent on each batch in turn.
+        rehearsal: the optimizer's next steps, set before `survey` for objectives that are about them.
         reports: one for each parameter, filled by `survey`, `fit` and `begin`.
         symmetries: what was turned, for a method that knows symmetries.
         objection: why the event must be undone whatever its loss, set by `review`.
@@ -41,6 +43,7 @@ class Method(ABC):
         self.config = config
         self.optimizer = optimizer
         self.ranks = ranks
+        self.rehearsal: Rehearsal | None = None
         self.reports: dict[nn.Parameter, LayerReport] = {}
         self.symmetries: list[SymmetryReport] = []
         self.objection = ""
@@ -109,6 +112,14 @@ class Method(ABC):
     def step_snapshot(self) -> Snapshot:
         """A copy of all that the next move may change."""
         return self.snapshot()
+
+    def gains(self, reached: Point, fraction: float) -> bool:
+        """Whether the move that was just made, this fraction of what was proposed, is worth keeping; if not, it is halved."""
+        return True
+
+    def randomise(self, snapshot: Snapshot) -> None:
+        """Put a random move of the same length in the place of the event's, as a control."""
+        raise NotImplementedError(f"{type(self).__name__} has no random move")
 
     def review(self, point: Point) -> None:  # noqa: B027  (a method need not)
         """See one teleport batch after the last move; called for each in turn."""

@@ -7,8 +7,10 @@ as it was, and so the inputs of every layer above: one projector serves all step
 import copy
 import math
 import time
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_teleport.ascent import LossFn, Point, evaluate, evaluate_again, norm
@@ -20,7 +22,7 @@ from hf_teleport.distributed import ALONE, Ranks
 from hf_teleport.isolation import Snapshot
 from hf_teleport.layers import Layer
 from hf_teleport.methods.base import Method, Move
-from hf_teleport.objectives import OBJECTIVES
+from hf_teleport.objectives import OBJECTIVES, Objective, Slope, Surroundings
 from hf_teleport.report import LayerReport
 from hf_teleport.subspace import Representation, Subspace
 from hf_teleport.trace import Region
@@ -34,14 +36,34 @@ class NullSpace(Method):
         self.layers: list[Layer] = []
         self.subspaces: dict[Layer, Subspace] = {}
         self._representations: dict[Layer, Representation] = {}
+        self._batches: list[Any] = []
+        # The line search: the objective before the last move, its slope after it if that was asked for, and how much shorter
+        # than configured the next step is.
+        self._value = -math.inf
+        self._reached: Slope | None = None
+        self._scale = 1.0
         self._shift = ShiftLength()
         # In the exact null space of a batch its activations stay, and so does the graph of its forward.
         self.trusting = config.hessian == "fast" and config.energy_threshold == 1
 
+    @cached_property
+    def _objective(self) -> Objective:
+        return OBJECTIVES[self.config.objective](
+            Surroundings(
+                parameters=[p for p in self.model.parameters() if p.requires_grad],
+                evaluate=lambda batch, seed: evaluate(self.model, self.loss_fn, batch, seed=seed, follow=[], ranks=self.ranks),
+                another=self._another,
+                rehearsal=self.rehearsal,
+                radius=self.config.radius,
+                seed=self.config.seed,
+            )
+        )
+
     @staticmethod
     def passes(config: TeleportConfig) -> int:
         # Before, at the start and the end of a turn, and after; a step is a pass, and a forward at shifted weights.
-        return config.num_batches * (4 + 2 * config.steps_per_batch)
+        each = 2 + OBJECTIVES[config.objective].passes
+        return config.num_batches * (4 + each * config.steps_per_batch)
 
     @staticmethod
     def copies(config: TeleportConfig) -> int:
@@ -85,11 +107,13 @@ class NullSpace(Method):
         return evaluate_again(point, self.ranks) if self.trusting else super().evaluate_again(point)
 
     def survey(self, point: Point) -> None:
+        if not self._batches:
+            self._objective  # noqa: B018  (says now what it lacks)
+        self._batches.append(point.batch)
         layers, reports = self.ranks.together(lambda: audit(self.model, point, self.config))
         if not self.reports and self.config.hessian == "exact":
             # Whether the model can be differentiated twice shows here, before training, and not at the first step.
-            own = OBJECTIVES[self.config.objective](point.own_gradients)
-            exact_direction(point, own, layers)
+            exact_direction(point, point.own_gradients, layers)
         for audited in self._everywhere(layers, reports):
             self._merge(*audited)
         if self.config.scope == "joint":
@@ -157,11 +181,17 @@ class NullSpace(Method):
         joint = self.config.scope == "joint"
         follow = [layer.weight for layer in (self._moving if joint else self.layers)]
         point = self.evaluate(batch, seed, keep_graph=self.trusting, follow=follow)
+        self._reached, self._scale = None, 1.0
         self.trusting = point.graph is not None
         if not joint:
             self.ranks.together(lambda: self._represent(point))
             self._decompose()
         return point
+
+    def _another(self, batch: Any) -> tuple[Any, int]:
+        """The teleport batch after a given one, round about, and its seed."""
+        following = next((i + 1 for i, other in enumerate(self._batches) if other is batch), 0) % len(self._batches)
+        return self._batches[following], self.config.seed + following
 
     @property
     def _moving(self) -> list[Layer]:
@@ -178,17 +208,40 @@ class NullSpace(Method):
     def propose(self, point: Point | None = None) -> Move | None:
         if point is None:
             raise TypeError("the null space is climbed from the point of a batch")
-        direction = OBJECTIVES[self.config.objective](point.gradients)
-        layers = self._moving
-        if self.config.hessian == "exact":
-            products = exact_direction(point, direction, layers, self.ranks)
-            moves = self.ranks.together(lambda: {layer: self.subspaces[layer].project(h) for layer, h in products.items()})
-        else:
-            moves = fast_direction(self.model, self.loss_fn, point, direction, layers, self.subspaces, self._shift, self.ranks)
+        slope = self._reached or self._objective.slope(point)
+        self._value, self._reached = slope.value, None
+        moves = self._projected(point, slope)
         length = norm(moves.values())
         if length == 0 or not math.isfinite(length):
             return None
-        return self._step(moves, self.config.learning_rate * self._unit(length))
+        return self._step(moves, self._scale * self.config.learning_rate * self._unit(length))
+
+    def _projected(self, point: Point, slope: Slope) -> dict[Layer, Tensor]:
+        """The objective's gradient `H v + p` in the null space of each layer."""
+        moves: dict[Layer, Tensor] = {}
+        layers = self._moving
+        if slope.along is not None and self.config.hessian == "exact":
+            products = exact_direction(point, slope.along, layers, self.ranks)
+            moves = self.ranks.together(lambda: {layer: self.subspaces[layer].project(h) for layer, h in products.items()})
+        elif slope.along is not None:
+            moves = fast_direction(self.model, self.loss_fn, point, slope.along, layers, self.subspaces, self._shift, self.ranks)
+        if slope.plain is not None:
+            plain = dict(zip(point.parameters, slope.plain, strict=True))
+            for layer in layers:
+                if plain[layer.weight] is not None:
+                    own = self.subspaces[layer].project(layer.matrix(plain))
+                    moves[layer] = moves[layer] + own if layer in moves else own
+        return moves
+
+    def gains(self, reached: Point, fraction: float) -> bool:
+        if not self._objective.searched:
+            return True
+        slope = self._objective.slope(reached)
+        if not slope.value > self._value:
+            return False
+        # The next step is tried at twice what was good here, but never longer than configured: far away nothing is known.
+        self._reached, self._scale = slope, min(1.0, 2 * fraction * self._scale)
+        return True
 
     def _unit(self, length: float) -> float:
         """What the learning rate multiplies: 1, or the factor that makes a move as long as the weights it moves."""
@@ -203,6 +256,22 @@ class NullSpace(Method):
                 layer.add_(direction, rate * fraction)
 
         return move
+
+    def randomise(self, snapshot: Snapshot) -> None:
+        """In place of the event's move: in each layer's null space a random one of the same length.
+
+        Args:
+            snapshot: of the weights before the event.
+        """
+        generator = torch.Generator().manual_seed(self.config.seed)
+        moved: dict[nn.Parameter, Tensor | None] = {**snapshot.moved()}
+        lengths = {layer: norm([layer.matrix(moved)]) for layer in self._moving}
+        snapshot.restore()
+        for layer, length in lengths.items():
+            noise = torch.randn(layer.matrix({p: p.detach() for p in layer.parameters}).shape, generator=generator)
+            move = self.subspaces[layer].project(noise.to(layer.weight))
+            if length:
+                layer.add_(move, length / norm([move]))
 
     def _represent(self, point: Point) -> None:
         """Add a batch's inputs. Layers that have read the same so far share a representation, until they part."""

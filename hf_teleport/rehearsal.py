@@ -1,0 +1,123 @@
+"""What the optimizer would do next, found out on copies of its state: its next step for a gradient, and how that bends.
+
+Any optimizer that steps each parameter by its own gradient and state will do; nothing is assumed about its formula.
+"""
+
+import copy
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_teleport.ascent import norm
+from hf_teleport.optimizer_state import unwrapped
+
+Tensors = list[Tensor | None]
+
+# As torch.nn.utils.clip_grad_norm_ has it.
+_CLIP_EPS = 1e-6
+
+
+class Rehearsal:
+    """An optimizer's next steps, as a function of the gradients, with the optimizer and the weights left as they are.
+
+    Weight decay is left out: it shrinks the weights whatever their gradients are.
+
+    Args:
+        optimizer: the one that trains the model; also one wrapped by Accelerate.
+        origin: the parameter in the optimizer that a given one stands in for (`WorkingWeights.origin`).
+        max_grad_norm: gradients are clipped to this norm before the step; None or 0: they are not.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        origin: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
+        max_grad_norm: float | None = None,
+    ):
+        self._optimizer = unwrapped(optimizer)
+        self._origin = origin
+        self._max_grad_norm = max_grad_norm
+        self._groups = {parameter: group for group in self._optimizer.param_groups for parameter in group["params"]}
+
+    def step(self, parameters: Sequence[nn.Parameter], gradients: Tensors) -> Tensors:
+        """What the next step adds to each parameter; None for one that has no gradient, or that the optimizer does not train."""
+        factor, _ = self._clipping(gradients)
+        return self._changes(parameters, [None if g is None else g * factor for g in gradients])
+
+    def pull_back(self, parameters: Sequence[nn.Parameter], gradients: Tensors, cotangents: Tensors) -> Tensors:
+        """`(∂ step / ∂ gradients)ᵀ` times the cotangents, all lists with a tensor or None for each parameter.
+
+        The optimizer's own part of the derivative is taken to be symmetric, as it is for one that treats every coordinate alone,
+        and is a central difference of two steps; that of the clipping is exact.
+        """
+        factor, length = self._clipping(gradients)
+        clipped = [None if g is None else g * factor for g in gradients]
+        size = norm(cotangents)
+        if size == 0:
+            return [None] * len(gradients)
+        dtype = max((c.dtype for c in cotangents if c is not None), key=lambda dtype: torch.finfo(dtype).eps)
+        # Of the gradients' size: truncation goes with its square, rounding with its inverse.
+        epsilon = torch.finfo(dtype).eps ** (1 / 3) * norm(clipped) / size
+        ahead, behind = (
+            self._changes(
+                parameters,
+                [
+                    None if g is None else g if c is None else g + sign * epsilon * c
+                    for g, c in zip(clipped, cotangents, strict=True)
+                ],
+            )
+            for sign in (1, -1)
+        )
+        scaled = [None if a is None or b is None else (a - b) / (2 * epsilon) for a, b in zip(ahead, behind, strict=True)]
+        if factor == 1:
+            return scaled
+        pairs = [(s, g) for s, g in zip(scaled, gradients, strict=True) if s is not None and g is not None]
+        along = sum(float((s * g).sum()) for s, g in pairs) / (length * (length + _CLIP_EPS))
+        return [
+            None if s is None else factor * (s if g is None else s - along * g) for s, g in zip(scaled, gradients, strict=True)
+        ]
+
+    def _clipping(self, gradients: Tensors) -> tuple[float, float]:
+        """The factor by which the gradients are clipped, and their norm."""
+        length = norm(gradients)
+        limit = self._max_grad_norm
+        return (min(1.0, limit / (length + _CLIP_EPS)) if limit else 1.0), length
+
+    @torch.no_grad()
+    def _changes(self, parameters: Iterable[nn.Parameter], gradients: Tensors) -> Tensors:
+        return [
+            None if gradient is None else self._change(parameter, gradient)
+            for parameter, gradient in zip(parameters, gradients, strict=True)
+        ]
+
+    def _change(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
+        """One parameter's step, on a copy of it: the memory of one parameter at a time."""
+        group = self._groups.get(self._origin(parameter))
+        if group is None:
+            return None
+        rate = group.get("lr")
+        own = nn.Parameter(parameter.detach().clone())
+        own.grad = gradient.detach()
+        settings = {"params": [own], "weight_decay": 0.0}
+        if rate is not None:
+            # At its own rate a step may be no more than the rounding of the weights that it is added to.
+            settings["lr"] = torch.ones_like(rate) if isinstance(rate, Tensor) else 1.0
+        trial = _shell(self._optimizer)
+        trial.param_groups = [{**group, **settings}]
+        state = self._optimizer.state.get(parameter)
+        trial.state = defaultdict(dict, {} if state is None else {own: copy.deepcopy(state)})
+        type(self._optimizer).step(trial)
+        return (own.detach() - parameter.detach()) * (1.0 if rate is None else float(rate))
+
+
+def _shell(optimizer: Any) -> Any:
+    """An optimizer of the same kind and settings without parameters, state and hooks of its own."""
+    shell: Any = object.__new__(type(optimizer))
+    # A scheduler puts a counting `step` on the object.
+    shell.__dict__.update({name: value for name, value in optimizer.__dict__.items() if name != "step"})
+    for hooks in [name for name in shell.__dict__ if name.startswith("_optimizer_step_")]:
+        setattr(shell, hooks, OrderedDict())
+    return shell
