@@ -76,6 +76,11 @@ class TeleportConfig:
         "Largest relative change of the loss on the teleport data. A step beyond it is halved, then undone; "
         "an event that ends beyond it is undone. None or inf: no limit, as in the paper.",
     )
+    rehearsal_steps: int = _setting(
+        0,
+        "Keep an event only if so many of the optimizer's next steps, rehearsed on the teleport batches, end at a lower loss on "
+        "the batch held back than they do without it. 0: keep it unseen.",
+    )
     scope: Literal["joint", "batch"] = _setting(
         "joint",
         "'joint': one null space, of all teleport batches together. 'batch': a new null space for each "
@@ -160,7 +165,7 @@ class TeleportConfig:
             setattr(self, name, _number(name, getattr(self, name)))
         for name in ("grad_norm_cap", "max_growth", "max_loss_change"):
             setattr(self, name, _limit(name, getattr(self, name)))
-        for name in ("warmup_steps", "num_batches", "steps_per_batch", "seed"):
+        for name in ("warmup_steps", "num_batches", "steps_per_batch", "rehearsal_steps", "seed"):
             setattr(self, name, _integer(name, getattr(self, name)))
         if self.batch_size is not None:
             self.batch_size = _integer("batch_size", self.batch_size)
@@ -169,7 +174,8 @@ class TeleportConfig:
         _require(0 < self.energy_threshold <= 1, "energy_threshold", self.energy_threshold, "0 < tau <= 1")
         for name in ("learning_rate", "radius"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+        for name in ("warmup_steps", "rehearsal_steps"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("num_batches", "steps_per_batch"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         _require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "1 or more, or None")

@@ -1,14 +1,14 @@
 """The teleport data at one setting of the weights: what a guard compares before and after."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_teleport.ascent import Point, norm
+from hf_teleport.ascent import Point, evaluate, loss_at, norm
 from hf_teleport.methods import Method
 
 
@@ -42,6 +42,29 @@ def measure(method: Method, batches: list[Any], see: Callable[[Point], None] = l
             break
         see(point)
     return Measurement(losses, grad_norms, norm(total) / len(losses))
+
+
+def landing(method: Method, batches: list[Any], held_back: Any, forgotten: Collection[nn.Parameter] = ()) -> float | None:
+    """The loss on the batch held back after `rehearsal_steps` of the optimizer's next steps, on the teleport batches in turn.
+
+    Args:
+        forgotten: parameters of which the optimizer will remember nothing.
+
+    Returns:
+        None if that is not to be looked at, or cannot be: without an optimizer or such a batch.
+    """
+    rehearsal, config = method.rehearsal, method.config
+    if not config.rehearsal_steps or rehearsal is None or held_back is None:
+        return None
+    parameters = [p for p in method.model.parameters() if p.requires_grad]
+
+    def gradients(step: int) -> list[Tensor | None]:
+        i = step % len(batches)
+        seed = config.seed + i
+        return evaluate(method.model, method.loss_fn, batches[i], seed=seed, follow=[], ranks=method.ranks).gradients
+
+    with rehearsal.ahead(parameters, gradients, config.rehearsal_steps, forgotten):
+        return loss_at(method.model, method.loss_fn, held_back, seed=config.seed, ranks=method.ranks)
 
 
 def _sum(total: list[Tensor | None], gradients: list[Tensor | None]) -> list[Tensor | None]:

@@ -14,6 +14,7 @@ NO_STEP = {
     "not_a_symmetry": "what was turned changes the model's gradients otherwise than a symmetry would; please report this model",
     "max_growth": "every step overshot max_growth; lower the teleport learning_rate",
     "no_gain": "no step raised the objective: where the weights stand is as good as what was found beside it",
+    "no_better": "the optimizer's next steps would not have ended lower after it than without it, so it was undone",
     "held_back": "it changed the loss on the batch held back by more than max_loss_change; take more teleport batches",
     "out_of_memory": "memory ran out, with smaller batches too; lower batch_size, or teleport fewer layers by target_modules",
 }

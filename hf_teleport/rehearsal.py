@@ -1,11 +1,12 @@
-"""What the optimizer would do next, found out on copies of its state: its next step for a gradient, and how that bends.
+"""What the optimizer would do next, found out on copies of its state: one step, how that bends, and several in a row.
 
 Any optimizer that steps each parameter by its own gradient and state will do; nothing is assumed about its formula.
 """
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,12 +24,11 @@ _CLIP_EPS = 1e-6
 class Rehearsal:
     """An optimizer's next steps, as a function of the gradients, with the optimizer and the weights left as they are.
 
-    Weight decay is left out: it shrinks the weights whatever their gradients are.
-
     Args:
         optimizer: the one that trains the model; also one wrapped by Accelerate.
         origin: the parameter in the optimizer that a given one stands in for (`WorkingWeights.origin`).
         max_grad_norm: gradients are clipped to this norm before the step; None or 0: they are not.
+        rates: for the i-th step from now the learning rate of each parameter group; default: those of now.
     """
 
     def __init__(
@@ -36,14 +36,19 @@ class Rehearsal:
         optimizer: Any,
         origin: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
         max_grad_norm: float | None = None,
+        rates: Callable[[int], list[float]] | None = None,
     ):
         self._optimizer = unwrapped(optimizer)
         self._origin = origin
         self._max_grad_norm = max_grad_norm
+        self._rates = rates
         self._groups = {parameter: group for group in self._optimizer.param_groups for parameter in group["params"]}
 
     def step(self, parameters: Sequence[nn.Parameter], gradients: Tensors) -> Tensors:
-        """What the next step adds to each parameter; None for one that has no gradient, or that the optimizer does not train."""
+        """What the next step adds to each parameter; None for one that has no gradient, or that the optimizer does not train.
+
+        Weight decay is left out: it shrinks the weights whatever their gradients are.
+        """
         factor, _ = self._clipping(gradients)
         return self._changes(parameters, [None if g is None else g * factor for g in gradients])
 
@@ -79,6 +84,45 @@ class Rehearsal:
         return [
             None if s is None else factor * (s if g is None else s - along * g) for s, g in zip(scaled, gradients, strict=True)
         ]
+
+    @contextmanager
+    def ahead(
+        self,
+        parameters: Sequence[nn.Parameter],
+        gradients: Callable[[int], Tensors],
+        steps: int,
+        forgotten: Collection[nn.Parameter] = (),
+    ) -> Iterator[None]:
+        """Inside, the parameters are where so many steps take them; after, they and the optimizer are bit for bit what they were.
+
+        Args:
+            gradients: called before the i-th step, with the parameters where it begins.
+            forgotten: parameters of which the optimizer will remember nothing.
+        """
+        trial = _shell(self._optimizer)
+        own = {self._origin(parameter): parameter for parameter in parameters}
+        trial.param_groups = [
+            {**group, "params": [own[p] for p in group["params"] if p in own]} for group in self._optimizer.param_groups
+        ]
+        state, anew = self._optimizer.state, set(forgotten)
+        trial.state = defaultdict(dict, {p: copy.deepcopy(state[p]) for p in parameters if p in state and p not in anew})
+        kept = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
+        try:
+            for parameter, data, _ in kept:
+                # With the strides of the original, by which views of it are known.
+                parameter.data = torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, device=data.device).copy_(data)
+            for i in range(steps):
+                found = gradients(i)
+                factor, _ = self._clipping(found)
+                for parameter, gradient in zip(parameters, found, strict=True):
+                    parameter.grad = None if gradient is None else gradient.detach() * factor
+                for group, rate in zip(trial.param_groups, self._rates(i) if self._rates else [], strict=False):
+                    group["lr"] = rate
+                type(self._optimizer).step(trial)
+            yield
+        finally:
+            for parameter, data, gradient in kept:
+                parameter.data, parameter.grad = data, gradient
 
     def _clipping(self, gradients: Tensors) -> tuple[float, float]:
         """The factor by which the gradients are clipped, and their norm."""

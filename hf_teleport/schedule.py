@@ -5,6 +5,10 @@ depends on the step alone, and a run resumed from a checkpoint teleports where t
 """
 
 import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim.lr_scheduler import LambdaLR
 
 from hf_teleport.config import TeleportConfig, parse_epochs
 
@@ -70,3 +74,15 @@ def _repeated(config: TeleportConfig, steps: list[int], steps_per_epoch: int, ma
     if steps and config.every_steps:
         steps = sorted({*steps, *range(steps[0], max_steps, config.every_steps)})
     return {step: step // steps_per_epoch for step in steps}
+
+
+def upcoming_rates(scheduler: Any) -> Callable[[int], list[float]] | None:
+    """For the i-th step from now the learning rate of each parameter group; None for a scheduler that cannot say beforehand.
+
+    Those of Transformers can, but for the ones that wait for a plateau.
+    """
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # inside the one that Accelerate wraps around it
+    if not isinstance(scheduler, LambdaLR):
+        return None
+    now, pairs = scheduler.last_epoch, list(zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True))
+    return lambda i: [float(base * factor(now + i)) for base, factor in pairs]

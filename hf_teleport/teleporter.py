@@ -23,7 +23,7 @@ from hf_teleport.cost import Cost
 from hf_teleport.distributed import Ranks, out_of_memory
 from hf_teleport.guard import Guard
 from hf_teleport.isolation import Snapshot, evaluation_mode, full_precision, plain_execution, preserved_rng
-from hf_teleport.measurement import Measurement, measure
+from hf_teleport.measurement import Measurement, landing, measure
 from hf_teleport.methods import METHODS, Method, Move
 from hf_teleport.optimizer_state import forget
 from hf_teleport.reasons import NO_STEP, explain
@@ -48,7 +48,7 @@ class Teleporter:
         optimizer: the one that trains the model. A change of basis turns its state along; without it only the weights turn.
             Objectives about its next step need it.
         progress: called after each step with the number of steps taken and the most there can be.
-        max_grad_norm: to which the gradients of training are clipped, which is part of the optimizer's next step.
+        max_grad_norm, rates: of training, as `Rehearsal` takes them, for what looks at the optimizer's next steps.
 
     Example:
         >>> report = Teleporter(model, TeleportConfig()).teleport(batches, lambda model, batch: model(**batch).loss)
@@ -61,11 +61,13 @@ class Teleporter:
         progress: Callable[[int, int], None] | None = None,
         optimizer: Any = None,
         max_grad_norm: float | None = None,
+        rates: Callable[[int], list[float]] | None = None,
     ):
         self.model = extract_model_from_parallel(model, keep_torch_compile=False)
         self.config = config or TeleportConfig()
         self.optimizer = optimizer
         self._max_grad_norm = max_grad_norm
+        self._rates = rates
         self._guard = Guard(self.config)
         self._progress = progress or (lambda step, total: None)
         self._ranks = Ranks(next((p.device for p in model.parameters()), "cpu"))
@@ -176,6 +178,7 @@ class Teleporter:
                 explain(method.reports, set(), 0, "nothing_movable")
                 return self._report(method, before, before, 0, "nothing_movable", start)
             watched = self._held_back_loss(method, held_back)
+            usual = landing(method, batches, held_back)
             snapshot = self._ranks.together(method.snapshot)
             try:
                 steps, reason = self._jump(method) if method.once else self._climb(method, batches, before, snapshot)
@@ -186,6 +189,10 @@ class Teleporter:
                 if steps and self._ranks.together(weights.round):
                     after = measure(method, batches)
                 objection = objection or self._verdict(method, before, after)
+                if steps and not objection and usual is not None:
+                    forgotten = method.movable if self.config.optimizer_state == "reset" else []
+                    landed = landing(method, batches, held_back, forgotten)
+                    objection = "" if landed is not None and landed < usual else "no_better"
                 changed = self._ranks.together(snapshot.changed)
                 rehearsed = bool(steps) and self.config.control == "matched_rate"
                 if not objection and not rehearsed:
@@ -242,7 +249,7 @@ class Teleporter:
     def _method(self, loss_fn: LossFn, weights: WorkingWeights) -> Method:
         method = METHODS[self.config.method](self.model, loss_fn, self.config, self.optimizer, self._ranks)
         if self.optimizer is not None:
-            method.rehearsal = Rehearsal(self.optimizer, weights.origin, self._max_grad_norm)
+            method.rehearsal = Rehearsal(self.optimizer, weights.origin, self._max_grad_norm, self._rates)
         return method
 
     def _jump(self, method: Method) -> tuple[int, str]:

@@ -32,7 +32,7 @@ from hf_teleport.isolation import preserved_rng
 from hf_teleport.methods import METHODS
 from hf_teleport.optimizer_state import keeps_copies, unwrapped
 from hf_teleport.report import TeleportReport, share
-from hf_teleport.schedule import teleport_steps
+from hf_teleport.schedule import teleport_steps, upcoming_rates
 from hf_teleport.teleporter import Teleporter
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,9 @@ class TeleportMixin(_Base):
             add_to_card(Path(self.args.output_dir, "README.md"), self.teleport_config, teleports(self.state.log_history))
 
     def _teleporter(self, config: TeleportConfig, progress: Any = None) -> Teleporter:
-        return Teleporter(self.model, config, progress, self.optimizer, self.args.max_grad_norm)
+        return Teleporter(
+            self.model, config, progress, self.optimizer, self.args.max_grad_norm, upcoming_rates(self.lr_scheduler)
+        )
 
     def get_teleport_dataloader(self, event: int) -> DataLoader:
         """Batches for the teleport before step `event`: drawn at random by a generator of their own.

@@ -140,9 +140,7 @@ def test_lookahead_is_double_backward(kind):
     slope = method._objective.slope(point)
     state = {name: optimizer.state.get(p) for name, p in model.named_parameters()}
     rate = optimizer.param_groups[0]["lr"]
-    expected = dict(
-        zip(model.parameters(), double_backward_of_lookahead(model, batches, kind, rate, state), strict=True)
-    )
+    expected = dict(zip(model.parameters(), double_backward_of_lookahead(model, batches, kind, rate, state), strict=True))
     moves = method._projected(point, slope)
     for layer, move in moves.items():
         wanted = method.subspaces[layer].project(layer.matrix(expected))
@@ -228,3 +226,38 @@ def test_predicted_decrease_of_sign_descent():
     slope = method._objective.slope(point)
     expected = 1e-2 * sum(g.abs().sum() for g in point.gradients)
     assert slope.value == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("rate", [0.3, 30.0])
+def test_an_event_is_kept_only_if_the_next_steps_end_lower(rate):
+    """The gradient norm doubled: better for a small learning rate, and worse for one that overshoots already."""
+    ends = {}
+    for rehearsal_steps in (0, 3):
+        model, batches = network()
+        held_back = (torch.randn(5, 12, dtype=torch.float64), torch.arange(5) % 4)
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+        config = TeleportConfig(rehearsal_steps=rehearsal_steps, max_growth=3, max_loss_change=None)
+        report = Teleporter(model, config, optimizer=optimizer).teleport(batches, entropy, held_back)
+        moved = any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        assert moved == (not report.rolled_back)
+        ends[rehearsal_steps] = report.stopped_because, landed(model, before, optimizer, batches, held_back), moved
+    reason, (without, with_it), _ = ends[0]
+    assert ends[3][0] == (reason if with_it < without else "no_better")
+    assert ends[3][2] == (with_it < without)
+    assert (with_it < without) == (rate < 1)
+
+
+def landed(model, before, optimizer, batches, held_back):
+    """The loss held back after three real steps: from the weights before, and from those now."""
+    own = [p.detach().clone() for p in model.parameters()]
+    ends = []
+    for start in (before, own):
+        for parameter, value in zip(model.parameters(), start, strict=True):
+            parameter.data = value.clone()
+        for i in range(3):
+            optimizer.zero_grad()
+            entropy(model, batches[i % 2]).backward()
+            optimizer.step()
+        ends.append(entropy(model, held_back).item())
+    return ends

@@ -135,3 +135,58 @@ def test_missing_gradients_and_cotangents():
     pulled = rehearsal.pull_back(parameters, gradients, [None, *(torch.ones_like(p) for p in parameters[1:])])
     assert pulled[1] is None
     assert all(p is not None and p.isfinite().all() for i, p in enumerate(pulled) if i != 1)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_several_steps_are_those_that_follow(name, max_grad_norm):
+    model, optimizer, _ = trained(name)
+    parameters = list(model.parameters())
+    before = [p.detach().clone() for p in parameters]
+    state = copy.deepcopy(optimizer.state_dict())
+    batches = [torch.randn(6, 5, dtype=torch.float64) for _ in range(3)]
+    rates = [[0.01], [0.02], [0.005]]
+
+    def gradients(i):
+        return list(torch.autograd.grad(model(batches[i]).square().mean(), parameters))
+
+    with Rehearsal(optimizer, max_grad_norm=max_grad_norm, rates=lambda i: rates[i]).ahead(parameters, gradients, 3):
+        reached = [p.detach().clone() for p in parameters]
+    assert all(torch.equal(p, b) and p.grad is None for p, b in zip(parameters, before, strict=True))
+    torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
+    for i in range(3):
+        for parameter, gradient in zip(parameters, gradients(i), strict=True):
+            parameter.grad = gradient
+        if max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        optimizer.param_groups[0]["lr"] = rates[i][0]
+        optimizer.step()
+    torch.testing.assert_close(reached, [p.detach() for p in parameters], rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_forgotten_starts_anew():
+    model, optimizer, gradients = trained("adam")
+    parameters = list(model.parameters())
+    fresh = torch.optim.Adam(parameters, lr=1e-2)
+    ends = []
+    for own, forgotten in ((optimizer, parameters), (fresh, [])):
+        with Rehearsal(own).ahead(parameters, lambda i: gradients, 2, forgotten):
+            ends.append([p.detach().clone() for p in parameters])
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+def test_an_error_on_the_way_puts_everything_back():
+    model, optimizer, _ = trained("adam")
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    before = [p.detach().clone() for p in parameters]
+
+    def gradients(i):
+        if i:
+            raise RuntimeError("on the way")
+        return [torch.ones_like(p) for p in parameters]
+
+    with pytest.raises(RuntimeError, match="on the way"), Rehearsal(optimizer).ahead(parameters, gradients, 2):
+        pass
+    assert all(torch.equal(p, b) and p.grad.eq(1).all() for p, b in zip(parameters, before, strict=True))

@@ -1,9 +1,11 @@
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import get_scheduler
 
 from hf_teleport import TeleportConfig
-from hf_teleport.schedule import teleport_steps
+from hf_teleport.schedule import teleport_steps, upcoming_rates
 
 
 def test_first_epochs_and_listed_epochs():
@@ -66,3 +68,24 @@ def test_each_event_lies_in_its_epoch_after_the_warmup(steps_per_epoch, num_epoc
         assert step // steps_per_epoch == epoch
         assert epoch in epochs
         assert warmup <= step < max_steps
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant_with_warmup", "inverse_sqrt"])
+def test_upcoming_rates_are_those_that_come(name):
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": parameters[:1], "lr": 0.1}, {"params": parameters[1:], "lr": 0.3}])
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=4, num_training_steps=12)
+    for _ in range(2):
+        optimizer.step()
+        scheduler.step()
+    told = upcoming_rates(scheduler)
+    for i in range(8):
+        assert told(i) == pytest.approx([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_scheduler_that_cannot_say_beforehand():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    assert upcoming_rates(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)) is None
+    assert upcoming_rates(None) is None
