@@ -81,6 +81,11 @@ class TeleportConfig:
         "Keep an event only if so many of the optimizer's next steps, rehearsed on the teleport batches, end at a lower loss on "
         "the batch held back than they do without it. 0: keep it unseen.",
     )
+    budget: float | None = _setting(
+        0.05,
+        "For method 'auto', the largest share of the run's passes that teleports may take; steps and batches of an event are cut "
+        "to it, and if that is not enough there is none. None or inf: no limit.",
+    )
     scope: Literal["joint", "batch"] = _setting(
         "joint",
         "'joint': one null space, of all teleport batches together. 'batch': a new null space for each "
@@ -106,12 +111,14 @@ class TeleportConfig:
         "the teleport's. 'matched_rate': the weights stay, and until the next epoch the learning rate is multiplied by what the "
         "teleport would have multiplied the gradient norm by.",
     )
-    method: Literal["null_space", "basis", "level_set", "symmetry", "null_space+basis"] = _setting(
+    method: Literal["null_space", "basis", "auto", "level_set", "symmetry", "null_space+basis"] = _setting(
         "null_space",
         "'null_space': climb inside the null space of every layer's inputs (the paper). 'basis': turn the model's exact "
-        "symmetries to where Adam works best. 'level_set': climb in all weights along the level set of the losses, kept "
-        "to first order and guarded by a line search (arXiv 2403.03362). 'symmetry': climb over groups that act on "
-        "adjacent layers of an MLP whose activation has an inverse (arXiv 2205.10637). 'null_space+basis': one after the other.",
+        "symmetries to where Adam works best. 'auto': 'basis' where it suits model and optimizer; else 'null_space' with "
+        "objective 'lookahead', within `budget`, and kept only if a rehearsal of the next steps lands lower. 'level_set': climb "
+        "in all weights along the level set of the losses, kept to first order and guarded by a line search (arXiv 2403.03362). "
+        "'symmetry': climb over groups that act on adjacent layers of an MLP whose activation has an inverse (arXiv 2205.10637). "
+        "'null_space+basis': one after the other.",
     )
     basis: Literal["gradient", "predicted_decrease", "activation", "random", "identity"] = _setting(
         "gradient",
@@ -163,7 +170,7 @@ class TeleportConfig:
         # YAML reads 1e-3 (no dot) as a string, so numbers are converted here.
         for name in ("learning_rate", "energy_threshold", "min_misalignment", "radius"):
             setattr(self, name, _number(name, getattr(self, name)))
-        for name in ("grad_norm_cap", "max_growth", "max_loss_change"):
+        for name in ("grad_norm_cap", "max_growth", "max_loss_change", "budget"):
             setattr(self, name, _limit(name, getattr(self, name)))
         for name in ("warmup_steps", "num_batches", "steps_per_batch", "rehearsal_steps", "seed"):
             setattr(self, name, _integer(name, getattr(self, name)))
@@ -179,7 +186,7 @@ class TeleportConfig:
         for name in ("num_batches", "steps_per_batch"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         _require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "1 or more, or None")
-        for name in ("grad_norm_cap", "max_loss_change"):
+        for name in ("grad_norm_cap", "max_loss_change", "budget"):
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "a positive number, or None")
         _require(self.max_growth is None or self.max_growth > 1, "max_growth", self.max_growth, "a number above 1, or None")

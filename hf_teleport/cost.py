@@ -6,10 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_teleport.ascent import Point
-from hf_teleport.methods import Method
+from hf_teleport.config import TeleportConfig
+from hf_teleport.methods import METHODS, Method
 
 # Of the run's time, up to which teleports are not worth a warning.
 LARGE_SHARE = 0.05
+
+
+def event_passes(config: TeleportConfig) -> int:
+    """Forward and backward passes over a teleport batch in one event, at most: those of its method, and of two rehearsals."""
+    return METHODS[config.method].passes(config) + 2 * config.rehearsal_steps
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Cost:
         seconds = time.perf_counter() - start
         decompositions = method.ranks.together(lambda: method.decomposition_seconds(point))
         trained = sum(p.numel() * p.element_size() for p in method.model.parameters() if p.requires_grad)
-        event = method.passes(method.config) * seconds + decompositions
+        event = event_passes(method.config) * seconds + decompositions
         return cls(seconds, event, method.copies(method.config) * trained)
 
     def __str__(self) -> str:

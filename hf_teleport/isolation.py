@@ -37,6 +37,17 @@ def seed_everything(seed: int) -> None:
         torch.default_generator.manual_seed(seed)
 
 
+def own_copy(source: Any) -> Any:
+    """A data set or collator whose random generators are copies: drawing from them does not move those of training."""
+    own = copy.copy(source)
+    for name, value in list(getattr(own, "__dict__", {}).items()):
+        if isinstance(value, torch.Generator):
+            setattr(own, name, value.clone_state())
+        elif isinstance(value, (np.random.Generator, np.random.RandomState, random.Random)):
+            setattr(own, name, copy.deepcopy(value))
+    return own
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode inside, and its own mode after; buffers too are as before.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_teleport.ascent import LossFn, Point, loss_at
 from hf_teleport.batches import halved
+from hf_teleport.choice import choose
 from hf_teleport.config import TeleportConfig
 from hf_teleport.cost import Cost
 from hf_teleport.distributed import Ranks, out_of_memory
@@ -99,6 +100,8 @@ class Teleporter:
             batches = list(batches)
         if not batches:
             raise ValueError("there are no teleport batches: pass at least one batch of data to teleport on.")
+        if self.config.method == "auto":
+            self.config, _ = choose(self, batches[0], loss_fn)
         while True:
             report = self._unless_memory_runs_out(partial(self._event, batches, loss_fn, held_back, start))
             if report is not None:

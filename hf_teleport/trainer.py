@@ -4,9 +4,7 @@
 +trainer = TeleportTrainer(model, TeleportTrainingArguments("out"), train_dataset=rows)
 """
 
-import copy
 import logging
-import random
 import time
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
@@ -15,21 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from hf_teleport.arguments import TeleportArguments
 from hf_teleport.batches import share_of
+from hf_teleport.callback import TeleportCallback
 from hf_teleport.card import add_to_card, teleports
+from hf_teleport.choice import BASIS_STEP, afford, choose
 from hf_teleport.config import TeleportConfig
-from hf_teleport.cost import LARGE_SHARE, Cost, share_of_run
+from hf_teleport.cost import LARGE_SHARE, Cost, event_passes, share_of_run
 from hf_teleport.distributed import check_strategy
-from hf_teleport.isolation import preserved_rng
-from hf_teleport.methods import METHODS
+from hf_teleport.isolation import own_copy, preserved_rng
 from hf_teleport.optimizer_state import keeps_copies, unwrapped
 from hf_teleport.report import TeleportReport, share
 from hf_teleport.schedule import teleport_steps, upcoming_rates
@@ -67,12 +65,13 @@ class TeleportMixin(_Base):
             teleport_config = own or TeleportConfig()
         self.teleport_config = teleport_config
         self._own_teleport_dataset = teleport_dataset
+        self._settled: TeleportConfig | None = None
         self.teleport_reports: list[TeleportReport] = []
         self._teleport_steps: dict[int, int] = {}
         self._held: list[nn.Parameter] = []
         self._last_step_seen = -1
         self._rate_factor = 1.0
-        self.add_callback(_TeleportCallback(self))
+        self.add_callback(TeleportCallback(self))
 
     @property
     def teleport_dataset(self) -> Any:
@@ -82,6 +81,11 @@ class TeleportMixin(_Base):
     @teleport_dataset.setter
     def teleport_dataset(self, rows: Any) -> None:
         self._own_teleport_dataset = rows
+
+    @property
+    def _settings(self) -> TeleportConfig:
+        """Those in force: what method 'auto' has come to, or `teleport_config` itself."""
+        return self._settled or self.teleport_config
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; an empty data set to teleport on is refused at once."""
@@ -103,8 +107,8 @@ class TeleportMixin(_Base):
         """Teleport the model now, log what came of it, and return the report: that of the last method, if there are several."""
         step = self.state.global_step
         with preserved_rng():
-            batches, held_back = self._teleport_batches(self.teleport_config.num_batches, event=step)
-        for config in self.teleport_config.each_method():
+            batches, held_back = self._teleport_batches(self._settings.num_batches, event=step)
+        for config in self._settings.each_method():
             with self._teleport_bar(step) as progress, preserved_rng():
                 report = self._teleporter(config, progress).teleport(batches, self._teleport_loss, held_back)
             self.teleport_reports.append(report)
@@ -136,7 +140,7 @@ class TeleportMixin(_Base):
         Raises:
             ValueError: there is no data set.
         """
-        dataset, collator = _own_copy(self.teleport_dataset), _own_copy(self.data_collator)
+        dataset, collator = own_copy(self.teleport_dataset), own_copy(self.data_collator)
         if dataset is None:
             raise ValueError(_EMPTY)
         if isinstance(dataset, datasets.Dataset):
@@ -190,6 +194,7 @@ class TeleportMixin(_Base):
                 nothing, no weight that may move, or an optimizer that a change of basis does not suit.
         """
         _, steps_per_epoch, *_, max_steps = self.set_initial_training_values(self.args, train_dataloader)
+        self._settled = None
         self._teleport_steps = teleport_steps(self.teleport_config, steps_per_epoch, max_steps)
         self._last_step_seen = -1
         self._held = []
@@ -203,9 +208,12 @@ class TeleportMixin(_Base):
             if not batches:
                 raise ValueError(_EMPTY)
             start = time.perf_counter()
-            checks = [
-                self._teleporter(config).check(batches[0], self._teleport_loss) for config in self.teleport_config.each_method()
-            ]
+            if self.teleport_config.method == "auto":
+                self._settle(batches[0], steps_per_epoch, max_steps)
+                upcoming = [step for step in self._teleport_steps if step >= self.state.global_step]
+                if not upcoming:
+                    return
+            checks = [self._teleporter(config).check(batches[0], self._teleport_loss) for config in self._settings.each_method()]
             seconds = time.perf_counter() - start
         if not self.state.global_step:  # a resumed run has begun, and its events would only warn
             for check in checks:
@@ -223,15 +231,38 @@ class TeleportMixin(_Base):
         if problems := [check.problem for check in checks if check.problem]:
             logger.warning("Teleports will be skipped as long as this lasts: %s.", problems[0])
             return
-        for config, check in zip(self.teleport_config.each_method(), checks, strict=True):
+        for config, check in zip(self._settings.each_method(), checks, strict=True):
             self._tell(
                 f"Teleports ({config.method}) before steps {_shortened(sorted(upcoming))}: "
                 f"{sum(layer.movable for layer in check.layers)} of {len(check.layers)} weights "
                 f"({share(check.layers, lambda layer: layer.movable):.0%} of the elements) may move. "
-                f"An event makes at most {METHODS[config.method].passes(config)} passes over a teleport batch: it may take "
+                f"An event makes at most {event_passes(config)} passes over a teleport batch: it may take "
                 f"{check.cost}. The check took {seconds:.2g} s."
             )
         self._warn_of_cost([check.cost for check in checks], len(upcoming))
+
+    def _settle(self, batch: Any, steps_per_epoch: int, max_steps: int) -> None:
+        """Decide for method 'auto' on settings and schedule, by what is the same in a run and in its resumption."""
+        teleporter = self._teleporter(self.teleport_config)
+        # Early, but an epoch may be short.
+        chosen, why = choose(teleporter, batch, self._teleport_loss, min(BASIS_STEP, steps_per_epoch // 2))
+        steps = teleport_steps(chosen, steps_per_epoch, max_steps)
+        affordable = afford(chosen, len(steps), self._passes(max_steps))
+        self._settled = affordable or chosen
+        self._teleport_steps = {} if affordable is None else steps
+        if why and self.is_world_process_zero():
+            outcome = (
+                f"'null_space' instead, kept if the next {chosen.rehearsal_steps} steps land lower with it."
+                if affordable
+                else f"no teleports, for even one takes more than {chosen.budget:.0%} of so short a run (teleport_budget)."
+            )
+            self._tell(f"Method 'auto': no change of basis ({why.rstrip('.')}); {outcome}")
+
+    def _passes(self, steps: int) -> float:
+        """What so many training steps take, in passes over a teleport batch."""
+        args = self.args
+        samples = args.train_batch_size * args.world_size
+        return steps * args.gradient_accumulation_steps * samples / (self._settings.batch_size or samples)
 
     def _logged_rate_factor(self, steps_per_epoch: int) -> float:
         """That of the last teleport of the epoch in which a run is resumed."""
@@ -241,10 +272,7 @@ class TeleportMixin(_Base):
 
     def _warn_of_cost(self, costs: list[Cost], events: int) -> None:
         """Say so if teleports may take more than a small share of the run, whose own time is judged from a teleport batch."""
-        args = self.args
-        samples = args.train_batch_size * args.world_size
-        passes = (self.state.max_steps - self.state.global_step) * args.gradient_accumulation_steps
-        passes *= samples / (self.teleport_config.batch_size or samples)
+        passes = self._passes(self.state.max_steps - self.state.global_step)
         share_of_time = share_of_run(events * sum(cost.event_seconds for cost in costs), passes, costs[0].pass_seconds)
         if share_of_time > LARGE_SHARE:
             logger.warning(
@@ -260,41 +288,3 @@ def _shortened(steps: list[int]) -> str:
 
 class TeleportTrainer(TeleportMixin, Trainer):
     """`Trainer` that teleports before scheduled epochs. All of Trainer's arguments, and those of `TeleportMixin`."""
-
-
-def _own_copy(source: Any) -> Any:
-    """A data set or collator whose random generators are copies: drawing from them does not move those of training."""
-    own = copy.copy(source)
-    for name, value in list(getattr(own, "__dict__", {}).items()):
-        if isinstance(value, torch.Generator):
-            setattr(own, name, value.clone_state())
-        elif isinstance(value, (np.random.Generator, np.random.RandomState, random.Random)):
-            setattr(own, name, copy.deepcopy(value))
-    return own
-
-
-class _TeleportCallback(TrainerCallback):
-    """Checks the teleports when everything is set up and nothing has been trained, and holds what must wait for the first."""
-
-    def __init__(self, trainer: Any):
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
-        self._trainer._plan_teleports(train_dataloader)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._scale_rates(self._trainer._rate_factor)
-        if self._trainer._held and state.global_step < min(self._trainer._teleport_steps):
-            for parameter in self._trainer._held:
-                parameter.grad = None
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._scale_rates(1 / self._trainer._rate_factor)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._rate_factor = 1.0
-
-    def _scale_rates(self, factor: float) -> None:
-        if factor != 1:
-            for group in self._trainer.optimizer.param_groups:
-                group["lr"] *= factor

@@ -1,0 +1,79 @@
+"""Method 'auto': which method suits a model and its optimizer, and how much of it a run can pay for.
+
+What it goes by is measured in docs/when.md: a change of basis shortens training where the optimizer looks at each coordinate
+alone and the model has features to turn; of the null space nobody knows beforehand, so it must show its worth each time.
+"""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+from hf_teleport.ascent import LossFn
+from hf_teleport.config import TeleportConfig
+from hf_teleport.cost import event_passes
+
+# The first gradients say little of the basis; after ten steps they say most of what they ever will.
+BASIS_STEP = 10
+
+# So many of the optimizer's steps are rehearsed before a null space event is kept.
+_REHEARSED = 8
+
+
+def choose(teleporter: Any, batch: Any, loss_fn: LossFn, basis_step: int = BASIS_STEP) -> tuple[TeleportConfig, str]:
+    """Settings with method 'basis' if something turns, else with 'null_space', kept only if a rehearsal lands lower with it.
+
+    Without an optimizer it is the paper's method.
+
+    Args:
+        teleporter: a `Teleporter` with the settings to start from.
+        batch, loss_fn: as for its `check`.
+        basis_step: before which step a basis is turned at the earliest.
+
+    Returns:
+        The settings, and why not 'basis'; empty: it is.
+    """
+    config = teleporter.config
+    if teleporter.optimizer is None:
+        return replace(config, method="null_space"), "no optimizer is known"
+    basis = replace(config, method="basis", warmup_steps=max(config.warmup_steps, basis_step))
+    trial = copy.copy(teleporter)
+    trial.config = basis
+    try:
+        found = trial.check(batch, loss_fn)
+    except ValueError as error:
+        why = str(error)
+    else:
+        if any(not symmetry.reason for symmetry in found.symmetries):
+            return basis, ""
+        why = "the model has no features to turn"
+    rehearsed = config.rehearsal_steps or _REHEARSED
+    return replace(config, method="null_space", objective="lookahead", rehearsal_steps=rehearsed), why
+
+
+def afford(config: TeleportConfig, events: int, training_passes: float) -> TeleportConfig | None:
+    """Settings with so few steps and batches that all events take no more than `budget` of the run.
+
+    Counted in passes over a teleport batch and not in seconds, so that a run and its resumption come to the same. A change of
+    basis is not cut: with fewer batches it would know less.
+
+    Args:
+        events: how many the run has.
+        training_passes: what training takes, in passes over a teleport batch.
+
+    Returns:
+        None if not even the smallest event can be paid for.
+    """
+    if config.budget is None or config.method == "basis":
+        return config
+    steps, batches = config.steps_per_batch, config.num_batches
+    while True:
+        cut = replace(config, steps_per_batch=steps, num_batches=batches)
+        if events * event_passes(cut) <= config.budget * training_passes:
+            return cut
+        # Fewer steps on a batch first: a null space of more batches is safer for those not seen.
+        if steps > 2:
+            steps //= 2
+        elif batches > 1:
+            batches //= 2
+        else:
+            return None

@@ -1,0 +1,138 @@
+"""Method 'auto': what it comes to, and what it leaves alone."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import Trainer, TrainingArguments
+
+from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer
+from hf_teleport.choice import BASIS_STEP, afford, choose
+from hf_teleport.cost import event_passes
+from hf_teleport.models import MLPConfig, MLPForImageClassification
+
+from tiny_models import build, loss_fn
+
+
+def mlp():
+    torch.manual_seed(0)
+    return MLPForImageClassification(MLPConfig(image_size=4, num_channels=1, hidden_sizes=[32, 32], num_labels=4))
+
+
+def rows(count=32):
+    generator = torch.Generator().manual_seed(0)
+    return [{"pixel_values": torch.randn(1, 4, 4, generator=generator), "labels": i % 4} for i in range(count)]
+
+
+def chosen(model, batch, optimizer=None, **settings):
+    teleporter = Teleporter(model, TeleportConfig(method="auto", **settings), optimizer=optimizer)
+    return choose(teleporter, batch, loss_fn)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "t5"])
+def test_a_transformer_with_adamw_gets_a_basis_after_its_first_steps(name):
+    model, batch = build(name)
+    config, why = chosen(model, batch, torch.optim.AdamW(model.parameters()))
+    assert (config.method, config.warmup_steps, why) == ("basis", BASIS_STEP, "")
+    config, _ = chosen(model, batch, torch.optim.AdamW(model.parameters()), warmup_steps=50)
+    assert config.warmup_steps == 50
+
+
+def test_an_optimizer_that_sees_no_basis():
+    model, batch = build("llama")
+    config, why = chosen(model, batch, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert (config.method, config.objective, config.rehearsal_steps) == ("null_space", "lookahead", 8)
+    assert "SGD" in why
+
+
+def test_a_model_without_features_to_turn():
+    model = mlp()
+    batch = {"pixel_values": torch.randn(4, 1, 4, 4), "labels": torch.arange(4)}
+    config, why = chosen(model, batch, torch.optim.AdamW(model.parameters()), rehearsal_steps=3)
+    assert (config.method, config.objective, config.rehearsal_steps) == ("null_space", "lookahead", 3)
+    assert "no features" in why
+
+
+def test_without_an_optimizer_it_is_the_papers_method():
+    model, batch = build("llama")
+    assert chosen(model, batch)[0] == TeleportConfig()
+    report = Teleporter(model, TeleportConfig(method="auto")).teleport([batch], loss_fn)
+    assert report.method == "null_space"
+    assert report.grad_norm_after > report.grad_norm_before
+
+
+@given(
+    batches=st.integers(1, 32),
+    steps=st.integers(1, 16),
+    events=st.integers(1, 5),
+    passes=st.integers(1, 100_000),
+    rehearsal_steps=st.integers(0, 16),
+)
+def test_what_is_afforded_is_within_the_budget(batches, steps, events, passes, rehearsal_steps):
+    config = TeleportConfig(
+        num_batches=batches, steps_per_batch=steps, rehearsal_steps=rehearsal_steps, objective="lookahead", budget=0.05
+    )
+    cut = afford(config, events, passes)
+    if cut is None:
+        smallest = TeleportConfig(num_batches=1, steps_per_batch=min(2, steps), rehearsal_steps=rehearsal_steps)
+        assert events * event_passes(smallest) > 0.05 * passes or steps == 1
+    else:
+        assert events * event_passes(cut) <= 0.05 * passes
+        assert cut.num_batches <= batches
+        assert cut.steps_per_batch <= steps
+        if events * event_passes(config) <= 0.05 * passes:
+            assert cut == config
+
+
+def test_neither_a_basis_nor_a_run_without_a_budget_is_cut():
+    for config in (TeleportConfig(method="basis"), TeleportConfig(budget=None)):
+        assert afford(config, 5, 1) is config
+
+
+def train(tmp_path, model, trainer_class=TeleportTrainer, resume=None, teleport_config=None, **settings):
+    arguments = {"output_dir": str(tmp_path), "num_train_epochs": 2, "per_device_train_batch_size": 4, "report_to": "none"}
+    arguments |= {"disable_tqdm": True, "use_cpu": True, "save_strategy": "steps", "save_steps": 2, "seed": 0}
+    own = {} if teleport_config is None else {"teleport_config": teleport_config}
+    trainer = trainer_class(model, TrainingArguments(**arguments | settings), train_dataset=rows(), **own)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def test_a_run_too_short_for_it_is_plain_training(tmp_path, caplog):
+    config = TeleportConfig(method="auto")
+    with caplog.at_level("INFO"):
+        trainer = train(tmp_path / "auto", mlp(), teleport_config=config, optim="sgd")
+    assert not trainer.teleport_reports
+    assert "no features to turn" in caplog.text or "SGD" in caplog.text
+    assert "teleport_budget" in caplog.text
+    plain = train(tmp_path / "plain", mlp(), Trainer, optim="sgd")
+    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), plain.model.parameters(), strict=True))
+
+
+def test_with_a_budget_it_teleports_and_resumes_to_the_same(tmp_path):
+    config = TeleportConfig(method="auto", budget=None, epochs=2, num_batches=2, steps_per_batch=2)
+    whole = train(tmp_path / "whole", mlp(), teleport_config=config, learning_rate=0.1, optim="sgd")
+    assert [report.method for report in whole.teleport_reports] == ["null_space", "null_space"]
+    assert all(report.rolled_back == (report.stopped_because == "no_better") for report in whole.teleport_reports)
+    again = train(
+        tmp_path / "again",
+        mlp(),
+        teleport_config=config,
+        resume=str(tmp_path / "whole" / "checkpoint-6"),
+        learning_rate=0.1,
+        optim="sgd",
+    )
+    assert len(again.teleport_reports) == 1
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_a_basis_is_turned_early_in_a_short_epoch(tmp_path):
+    model, batch = build("gpt2")
+    data = [{key: value[i % 3] for key, value in batch.items()} for i in range(32)]
+    arguments = TrainingArguments(
+        str(tmp_path), num_train_epochs=1, per_device_train_batch_size=4, report_to="none", disable_tqdm=True, use_cpu=True
+    )
+    trainer = TeleportTrainer(model, arguments, train_dataset=data, teleport_config=TeleportConfig(method="auto"))
+    trainer.train()
+    assert [report.method for report in trainer.teleport_reports] == ["basis"]
+    assert trainer._teleport_steps == {4: 0}
