@@ -35,6 +35,17 @@ def main(argv: list[str] | None = None) -> int:
     trial.add_argument("config", help="YAML file, for instance configs/paper/cpu/mnist_sgd.yaml")
     trial.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--KEY VALUE", help="settings that win over the file's")
     trial.set_defaults(run=_experiment)
+    contest = commands.add_parser(
+        "compare",
+        help="whether the teleports of a YAML file help against its baseline at its best learning rate",
+        description="Searches the best learning rate of each arm with the first seed, trains what is to be compared, controls "
+        "included, with all seeds, and judges each at equal time and at equal samples. What is finished is not trained again.",
+        epilog="--clock cpu_seconds compares CPU time instead of time: on a machine that has other work to do, and only for one "
+        "process on a CPU. --controls some of warmup, random_move, matched_rate; '[]' for none.",
+    )
+    contest.add_argument("config", help="YAML file, for instance configs/compare/mnist_mlp_sgd.yaml")
+    contest.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--KEY VALUE", help="settings that win over the file's")
+    contest.set_defaults(run=_compare)
     draw = commands.add_parser("plot", help="picture, numbers and table of an experiment's training losses")
     draw.add_argument("output", type=Path, help="the experiment's output_dir")
     draw.set_defaults(run=_plot)
@@ -80,22 +91,44 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _experiment(arguments: argparse.Namespace) -> None:
-    import datasets
-    import transformers
-
     from hf_teleport.experiments.runs import execute
     from hf_teleport.experiments.settings import plan, read
 
     experiment = plan(read(arguments.config, arguments.overrides))
-    # Every checkpoint would show one.
-    transformers.utils.logging.disable_progress_bar()
-    training = experiment.runs[0].training
-    is_main = training.process_index == 0
-    if training.disable_tqdm or not is_main:
-        datasets.disable_progress_bars()
+    is_main = _quieten(experiment.runs[0].training)
     done = execute(experiment)
     if is_main:
         print(f"{done} of {len(experiment.runs)} runs were left to do; look at them with: hf-teleport plot {experiment.output}")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from hf_teleport.experiments.compare import compare, protocol
+    from hf_teleport.experiments.report import sentences, table, write
+    from hf_teleport.experiments.settings import read
+
+    planned = protocol(read(arguments.config, arguments.overrides))
+    is_main = _quieten(planned.whole.runs[0].training)
+    comparison = compare(planned)
+    if is_main:
+        paths = write(comparison)
+        console = _console()
+        console.print(table(comparison))
+        for sentence in sentences(comparison):
+            console.print(sentence, highlight=False)
+        print(f"Written: {', '.join(map(str, paths))}")
+
+
+def _quieten(training: Any) -> bool:
+    """Show no bars but that over the runs; returns whether this is the process that speaks."""
+    import datasets
+    import transformers
+
+    # Every checkpoint would show one.
+    transformers.utils.logging.disable_progress_bar()
+    is_main = training.process_index == 0
+    if training.disable_tqdm or not is_main:
+        datasets.disable_progress_bars()
+    return is_main
 
 
 def _plot(arguments: argparse.Namespace) -> None:

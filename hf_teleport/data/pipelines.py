@@ -13,7 +13,16 @@ from hf_teleport.data.catalogue import CATALOGUE, KINDS, Source, find
 from hf_teleport.data.images import load_images
 from hf_teleport.data.sequences import load_sequences
 from hf_teleport.data.series import load_series
-from hf_teleport.data.text import Texts, language_model_rows, load_text_roles, sentence_rows, treebank_words, word_tokenizer
+from hf_teleport.data.text import (
+    Texts,
+    language_model_rows,
+    load_text_roles,
+    saved_tokenizer,
+    sentence_rows,
+    splits_at_blanks,
+    treebank_words,
+    word_tokenizer,
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,8 @@ def load(source: str | Source, folder: str | Path | None = None, kind: str | Non
             series: context (7 x 24 steps), horizon (as long as the context), shift (24: the target is the window a day later),
             shares (0.6 and 0.2, the rest for the test), columns, split, series_column, as for `load_series`.
             text: text_column, label_column (default: the catalogue's; without one it is for a language model), length (256 tokens
-            in a row), vocabulary_size (default: every word of the training text).
+            in a row), vocabulary_size (default: every word of the training text), tokenizer (a folder or Hub id; default: one
+            made from the words of the training text).
 
     Raises:
         FileNotFoundError: the data are neither here nor within reach.
@@ -127,19 +137,25 @@ def _text(
     label_column: str | None = None,
     length: int = 256,
     vocabulary_size: int | None = None,
+    tokenizer: str | Path | None = None,
 ) -> Pipeline:
     label_column = label_column or source.label_column
     parts = load_text_roles(source, text_column, label_column, folder=folder)
-    words = {role: Texts(treebank_words(texts.sentences), texts.labels) for role, texts in parts.items()}
-    tokenizer = word_tokenizer(words["train"].sentences, vocabulary_size, masked=label_column is not None)
+    if tokenizer is not None and vocabulary_size is not None:
+        raise ValueError(f"vocabulary_size = {vocabulary_size} is not allowed; allowed: none, for the tokenizer has its own.")
+    tokens = None if tokenizer is None else saved_tokenizer(tokenizer)
+    # A tokenizer of words takes them between blanks; any other one finds them in the text as it is.
+    if tokens is None or splits_at_blanks(tokens):
+        parts = {role: Texts(treebank_words(texts.sentences), texts.labels) for role, texts in parts.items()}
+    tokens = tokens or word_tokenizer(parts["train"].sentences, vocabulary_size, masked=label_column is not None)
 
     def rows(texts: Texts) -> Dataset:
         if label_column is None:
-            return language_model_rows(texts.sentences, tokenizer, length)
-        return sentence_rows(texts, tokenizer, length)
+            return language_model_rows(texts.sentences, tokens, length)
+        return sentence_rows(texts, tokens, length)
 
     measure = "perplexity" if label_column is None else "accuracy"
-    return Pipeline("text", measure, tokenizer=tokenizer, **{role: rows(texts) for role, texts in words.items()})
+    return Pipeline("text", measure, tokenizer=tokens, **{role: rows(texts) for role, texts in parts.items()})
 
 
 _PIPELINES: dict[str, Callable[..., Pipeline]] = {"image": _images, "sequence": _sequences, "series": _series, "text": _text}

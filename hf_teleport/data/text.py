@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_teleport.data.catalogue import Source
 from hf_teleport.data.rows import TensorRows, class_labels, column, split_roles
@@ -112,6 +112,31 @@ def word_tokenizer(sentences: list[str], vocabulary_size: int | None, masked: bo
             single=f"{START} $A", special_tokens=[(START, tokenizer.token_to_id(START))]
         )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def saved_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder or a Hub id.
+
+    Raises:
+        ValueError: there is none that can be read, or it has no token for padding or for the end of a text.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"tokenizer = {str(source)!r} could not be read: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.eos_token_id is None:
+        tokenizer.eos_token = tokenizer.sep_token
+    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer = {str(source)!r} has no token for padding or for the end of a text; allowed: one that has.")
+    return tokenizer
+
+
+def splits_at_blanks(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether its tokens are the words between blanks, as those of `word_tokenizer`."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and isinstance(backend.model, models.WordLevel)
 
 
 def language_model_rows(sentences: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> TensorRows:

@@ -10,6 +10,9 @@ FIGURE, NUMBERS = "training_loss.png", "training_loss.csv"
 
 Choices = dict[str, dict[str, float]]
 
+# What training loss is drawn against: columns of `results.curves`, and what to call them.
+ALONG = {"step": "step", "seconds": "seconds, teleports included"}
+
 
 def plot(output: str | Path) -> Any:
     """Write the training loss of an experiment's finished runs as a figure and a CSV file into its folder.
@@ -29,30 +32,32 @@ def plot(output: str | Path) -> Any:
     return table(frame, chosen, folder.name)
 
 
-def figure(lines: Any, chosen: Choices) -> Any:
-    """Training loss against steps and against seconds, side by side, for each way to choose the learning rate.
+def figure(lines: Any, chosen: Choices, along: dict[str, str] | None = None) -> Any:
+    """Training loss against steps, seconds and others, side by side, for each way to choose the learning rate.
 
     Args:
         lines: as `results.curves`; a band is a standard deviation to either side.
         chosen: as `results.choices`.
+        along: columns and their names; default: `ALONG`.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
     figures = require_extra("matplotlib.figure")
+    along = along or ALONG
     # Made without pyplot, which would keep it in memory and may want a display.
-    drawing = figures.Figure(figsize=(10, 3.6 * len(chosen)), layout="constrained")
-    panels = drawing.subplots(len(chosen), 2, squeeze=False, sharey="row")
-    for (title, rates), (left, right) in zip(chosen.items(), panels, strict=True):
-        for arm, rate in rates.items():
-            line = lines[(lines["arm"] == arm) & (lines["learning_rate"] == rate)]
-            mean, deviation = line["train_loss"], line["train_loss_sd"].fillna(0)
-            for axes, along in ((left, line["step"]), (right, line["seconds"])):
-                axes.plot(along, mean, marker=".", label=f"{arm}, {rate:g}")
-                axes.fill_between(along, mean - deviation, mean + deviation, alpha=0.2)
-        left.set(xlabel="step", ylabel="training loss", title=title, yscale="log")
-        right.set(xlabel="seconds, teleports included", title=title, yscale="log")
-        left.legend(fontsize="small")
+    drawing = figures.Figure(figsize=(5 * len(along), 3.6 * len(chosen)), layout="constrained")
+    panels = drawing.subplots(len(chosen), len(along), squeeze=False, sharey="row")
+    for (title, rates), row in zip(chosen.items(), panels, strict=True):
+        for axes, (column, name) in zip(row, along.items(), strict=True):
+            for arm, rate in rates.items():
+                line = lines[(lines["arm"] == arm) & (lines["learning_rate"] == rate)]
+                mean, deviation = line["train_loss"], line["train_loss_sd"].fillna(0)
+                axes.plot(line[column], mean, marker=".", label=f"{arm}, {rate:g}")
+                axes.fill_between(line[column], mean - deviation, mean + deviation, alpha=0.2)
+            axes.set(xlabel=name, title=title, yscale="log")
+        row[0].set_ylabel("training loss")
+        row[0].legend(fontsize="small")
     return drawing
 
 

@@ -1,13 +1,19 @@
 """What came of an experiment's runs, as tables: mean and standard deviation over the seeds."""
 
 import json
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from hf_teleport.arguments import TeleportTrainingArguments
 from hf_teleport.experiments.extras import require_extra
 from hf_teleport.experiments.runs import ALL_SETTINGS, DONE, HISTORY, SETTINGS
+
+# Of settings that a file does not name.
+_DEFAULTS = {setting.name: setting.default for setting in fields(TeleportTrainingArguments)}
 
 # Measures of the test set besides its loss, one for each kind of data.
 MEASURES = ("accuracy", "mse", "perplexity")
@@ -16,9 +22,10 @@ MEASURES = ("accuracy", "mse", "perplexity")
 def evaluations(output: str | Path) -> Any:
     """A `DataFrame` with a row for each evaluation of each finished run.
 
-    Its columns are arm, learning_rate, seed, step, seconds and cpu_seconds (of training, teleports included), train_loss (in eval
-    mode, of the rows that the settings name), test_loss, measure (the name of one) and metric (its value on the test set). The
-    loss of a run that diverged is infinite, so that means do not pass over it.
+    Its columns are arm, learning_rate, seed, step, samples (of the training batches and of all teleports so far), seconds and
+    cpu_seconds (of training, teleports included), train_loss (in eval mode, of the rows that the settings name), test_loss,
+    measure (the name of one) and metric (its value on the test set). The loss of a run that diverged is infinite, so that means
+    do not pass over it.
 
     Raises:
         FileNotFoundError: there is no finished run.
@@ -29,7 +36,9 @@ def evaluations(output: str | Path) -> Any:
     for done in sorted(Path(output).glob(f"*/lr*/seed*/{DONE}")):
         settings = json.loads(done.with_name(SETTINGS).read_text())
         run = {name: settings[name] for name in ("arm", "learning_rate", "seed")}
-        rows += [run | row for row in _by_step(json.loads(done.with_name(HISTORY).read_text()))]
+        log = json.loads(done.with_name(HISTORY).read_text())
+        samples = _samples(settings, log)
+        rows += [run | row | {"samples": samples(row["step"])} for row in _by_step(log)]
     if not rows:
         raise FileNotFoundError(f"there is no finished run in {str(output)!r}: give the output_dir of an experiment.")
     frame = pandas.DataFrame(rows)
@@ -52,16 +61,34 @@ def _by_step(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def _samples(settings: dict[str, Any], log: list[dict[str, Any]]) -> Callable[[int], int]:
+    """How many samples a run has used when it has made so many steps.
+
+    A teleport uses those of its batches and of the one held back, however often it passes over them. It comes before the step
+    that it is named after, and after an evaluation there.
+    """
+
+    def value(name: str) -> Any:
+        return settings.get(name, _DEFAULTS[name])
+
+    batch = value("per_device_train_batch_size") * settings.get("processes", 1)
+    drawn = (value("teleport_num_batches") + 1) * (value("teleport_batch_size") or batch)
+    event = min(drawn, settings.get("train_rows") or drawn)
+    events = {row["step"] for row in log if any(name.startswith("teleport/") for name in row)}
+    return lambda step: step * batch * value("gradient_accumulation_steps") + event * sum(at < step for at in events)
+
+
 def curves(frame: Any) -> Any:
     """Over the seeds of `evaluations`, for each arm, learning rate and step.
 
-    The columns are arm, learning_rate, step, seconds, cpu_seconds, train_loss, train_loss_sd, test_loss, measure, metric (means,
-    but for the standard deviation, with one degree of freedom less than there are seeds) and seeds (how many).
+    The columns are arm, learning_rate, step, seconds, cpu_seconds, samples, train_loss, train_loss_sd, test_loss, measure, metric
+    (means, but for the standard deviation, with one degree of freedom less than there are seeds) and seeds (how many).
     """
     groups = frame.groupby(["arm", "learning_rate", "step"], sort=False)
     table = groups.agg(
         seconds=("seconds", "mean"),
         cpu_seconds=("cpu_seconds", "mean"),
+        samples=("samples", "mean"),
         train_loss=("train_loss", "mean"),
         train_loss_sd=("train_loss", "std"),
         test_loss=("test_loss", "mean"),

@@ -1,6 +1,7 @@
 """Runs, one after the other in one process, each kept in a folder; what is finished is not run again.
 
-A run's folder has `settings.json`, its Trainer checkpoints while it lasts, and in the end `history.json` and `done`.
+A run's folder has `settings.json`, its Trainer checkpoints while it lasts, and in the end `history.json`, `done` and, if
+the settings say so, its trained model in `model`.
 """
 
 import json
@@ -21,7 +22,7 @@ from hf_teleport.experiments.settings import Experiment, Run
 from hf_teleport.experiments.task import Task, evenly
 from hf_teleport.trainer import TeleportTrainer
 
-SETTINGS, HISTORY, DONE, ALL_SETTINGS = "settings.json", "history.json", "done", "experiment.yaml"
+SETTINGS, HISTORY, DONE, ALL_SETTINGS, MODEL = "settings.json", "history.json", "done", "experiment.yaml", "model"
 
 
 def execute(experiment: Experiment) -> int:
@@ -44,7 +45,7 @@ def execute(experiment: Experiment) -> int:
         experiment.output.mkdir(parents=True, exist_ok=True)
         _write(experiment.output / ALL_SETTINGS, yaml.safe_dump(experiment.settings, sort_keys=False))
     with processes.main_process_first():
-        data = experiment.task.load()
+        data = experiment.task.data
     hidden = experiment.runs[0].training.disable_tqdm or not processes.is_main_process
     with tqdm(total=len(experiment.runs), initial=len(experiment.runs) - len(pending[0]), unit="run", disable=hidden) as bar:
         for index in pending[0]:
@@ -99,6 +100,10 @@ def _carry_out(run: Run, task: Task, data: Pipeline, measures: dict[str, Any], b
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if not any("eval_test_loss" in row and row["step"] == trainer.state.global_step for row in history.rows):
         trainer.evaluate()
+    if run.save_model:
+        trainer.save_model(str(run.folder / MODEL))
+        if data.tokenizer is not None and processes.is_main_process:
+            data.tokenizer.save_pretrained(run.folder / MODEL)
     processes.wait_for_everyone()
     if processes.is_main_process:
         _write(run.folder / HISTORY, json.dumps(history.rows))

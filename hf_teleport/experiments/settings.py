@@ -6,6 +6,8 @@ The keys of a file are those of `Task` and of its data (`task.OPTIONS`), every f
     arms: for each name the training arguments in which this arm differs; null drops an inherited arm
     learning_rates, seeds: every arm runs with each of them
     paper_learning_rate: the one of the rates to compare all arms at, when the results are plotted
+    save_model: true keeps the model of each run, with the tokenizer of text, in `model` in the run's folder
+    controls, clock: of `hf-teleport compare`, see compare.py
     output_dir: where the runs are kept; default: runs/FOLDER/NAME of the file FOLDER/NAME.yaml
 
 Mappings are merged key by key, everything else is replaced. A seed decides a run's initial weights, the order of its data and
@@ -17,7 +19,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ Settings = dict[str, Any]
 
 _TASK = [f.name for f in fields(Task) if f.name != "options"]
 _DATA = list(dict.fromkeys(name for names in OPTIONS.values() for name in names))
-_GRID = ["arms", "learning_rates", "seeds", "paper_learning_rate"]
+_GRID = ["arms", "learning_rates", "seeds", "paper_learning_rate", "save_model"]
+_COMPARISON = ["controls", "clock"]
 _TRAINING = [f.name for f in fields(TeleportTrainingArguments) if f.init]
 _REQUIRED = ["dataset", "model", "arms", "learning_rates", "seeds"]
 
@@ -50,6 +53,7 @@ class Run:
     Attributes:
         training: its arguments.
         settings: all that decides its outcome, in plain values.
+        save_model: whether its trained model is kept.
     """
 
     arm: str
@@ -57,6 +61,7 @@ class Run:
     seed: int
     training: TeleportTrainingArguments
     settings: Settings
+    save_model: bool = False
 
     @property
     def folder(self) -> Path:
@@ -109,7 +114,7 @@ def plan(settings: Settings) -> Experiment:
         ValueError: a key that is missing, unknown, or set by the grid, or a value that is not allowed.
     """
     for key in settings:
-        _require_free(key, [*_TASK, *_DATA, *_GRID, *_TRAINING], "the settings")
+        _require_free(key, [*_TASK, *_DATA, *_GRID, *_COMPARISON, *_TRAINING], "the settings")
     if missing := [key for key in _REQUIRED if settings.get(key) in (None, {}, [])]:
         raise ValueError(f"{missing[0]!r} is missing from the settings; needed are {', '.join(_REQUIRED)}.")
     rates = _numbers(settings, "learning_rates", float)
@@ -123,7 +128,14 @@ def plan(settings: Settings) -> Experiment:
     )
     output = Path(settings["output_dir"])
     common = {key: settings[key] for key in _TRAINING if key in settings}
-    runs = [run for arm, own in _arms(settings["arms"]).items() for run in _runs(arm, common | own, rates, seeds, task, output)]
+    save_model = settings.get("save_model", False)
+    if not isinstance(save_model, bool):
+        raise ValueError(f"save_model = {save_model!r} is not allowed; allowed: true or false.")
+    runs = [
+        replace(run, save_model=save_model, settings=run.settings | ({"save_model": True} if save_model else {}))
+        for arm, own in _arms(settings["arms"]).items()
+        for run in _runs(arm, common | own, rates, seeds, task, output)
+    ]
     return Experiment(task, sorted(runs, key=lambda run: seeds.index(run.seed)), output, settings)
 
 
@@ -144,7 +156,9 @@ def _runs(arm: str, training: Settings, rates: list[float], seeds: list[int], ta
             plain = arguments.to_dict()
             decisive = {key: plain[key] for key in [*training, *own] if key not in _WITHOUT_EFFECT}
             decisive |= {"arm": arm, "processes": arguments.world_size}
-            decisive |= {f.name: getattr(task, f.name) for f in fields(Task) if f.name != "options"} | task.options
+            of_task = {f.name: getattr(task, f.name) for f in fields(Task) if f.name != "options"} | task.options
+            # Left out as in the folders of runs from before there was such a key, which are still good.
+            decisive |= {key: value for key, value in of_task.items() if (key, value) != ("pretrained", None)}
             runs.append(Run(arm, rate, seed, arguments, json.loads(json.dumps(decisive))))
     return runs
 
