@@ -64,8 +64,8 @@ class Verdict:
             (each teleport counts those of its batches), minus the baseline's final training loss.
         test_loss, metric: difference of the test loss and of the test set's measure at equal time.
         diverged: how many seeds end with a loss that is not finite.
-        word: 'better', 'worse' or 'no difference that the seeds show', by `equal_time`; or why there is no verdict; 'reference': it
-            is the baseline itself.
+        word: 'better', 'worse' or 'no difference that the seeds show', by `equal_time`; or why there is no verdict. That of the
+            baseline itself is 'reference'.
     """
 
     arm: str
