@@ -246,13 +246,17 @@ def _warmup(baseline: TeleportTrainingArguments) -> Settings:
 
 
 def _random_move(training: TeleportTrainingArguments) -> Settings:
-    if training.teleport_method == "null_space":
-        return {"teleport_control": "random_move"}
-    if training.teleport_method == "basis" and training.teleport_basis != "random":
-        return {"teleport_basis": "random"}
-    return {}
+    if training.teleport_method == "basis":
+        return {} if training.teleport_basis == "random" else {"teleport_basis": "random"}
+    return {"teleport_control": "random_move"} if _has_controls(training) else {}
 
 
 def _matched_rate(training: TeleportTrainingArguments) -> Settings:
     # A change of basis leaves the norm of the gradient as it is.
-    return {} if "basis" in training.teleport_method else {"teleport_control": "matched_rate"}
+    return {"teleport_control": "matched_rate"} if _has_controls(training) else {}
+
+
+def _has_controls(training: TeleportTrainingArguments) -> bool:
+    """Whether `teleport_control` suits these settings, and is not what the arm itself is about."""
+    joint = training.teleport_method == "null_space" and training.teleport_scope == "joint"
+    return joint and not training.teleport_control

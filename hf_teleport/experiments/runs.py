@@ -6,6 +6,7 @@ the settings say so, its trained model in `model`.
 
 import json
 import shutil
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +122,12 @@ def make_trainer(run: Run, task: Task, data: Pipeline, measures: dict[str, Any])
     set_seed(run.seed)
     model = task.make_model(data)
     train = evenly(data.train, task.train_rows)
-    # The bar over the runs stands for theirs.
-    run.training.disable_tqdm = True
+    # The bar over the runs stands for theirs. A copy, for whoever runs more of the experiment wants to know what was given.
+    training = copy(run.training)
+    training.disable_tqdm = True
     trainer = TeleportTrainer(
         model,
-        run.training,
+        training,
         train_dataset=train,
         eval_dataset={"train": evenly(train, task.train_loss_rows), "test": evenly(data.test, task.test_rows)},
         data_collator=default_data_collator,
