@@ -83,6 +83,21 @@ def test_sizes_are_for_config_names_only(tmp_path):
         load_model(str(tmp_path), {"hidden_size": 3})
 
 
+def test_compare_says_what_it_does_and_what_is_wrong(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", "--help"])
+    assert ended.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for words in ("--clock cpu_seconds", "warmup, random_move, matched_rate", "at equal time and at equal samples"):
+        assert words in told
+    assert main(["compare", str(tmp_path / "none.yaml")]) == 2
+    assert "there is no file" in capsys.readouterr().err
+    file = tmp_path / "one_arm.yaml"
+    file.write_text("{dataset: mnist, model: mlp, arms: {null_space: {}}, learning_rates: [0.1], seeds: [0]}")
+    assert main(["compare", str(file)]) == 2
+    assert "allowed: one of them is 'baseline'" in capsys.readouterr().err
+
+
 def test_symmetries_of_a_config_name(capsys):
     sizes = ["hidden_size=32", "intermediate_size=40", "num_hidden_layers=1", "num_attention_heads=2", "vocab_size=50"]
     assert main(["inspect", "llama", "--set", *sizes, "--method", "basis"]) == 0

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -16,8 +19,9 @@ from hf_teleport.experiments.report import FIGURE, NUMBERS, RECORD, sentences
 from hf_teleport.experiments.runs import execute
 from hf_teleport.experiments.settings import plan, read
 from hf_teleport.experiments.task import Task
-from hf_teleport.experiments.verdict import BETTER, ONE_SEED
+from hf_teleport.experiments.verdict import BETTER, ONE_SEED, interval, verdict
 
+import ranks
 from tiny_runs import quick_collection  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,8 +100,8 @@ def test_controls_are_made_of_the_arms_that_they_suit(config):
     assert [controls[name].teleport_control for name in CONTROLS[1:]] == ["random_move", "matched_rate"]
     assert (controls["basis.random_move"].teleport_basis, controls["basis.random_move"].teleport_steps) == ("random", 3)
     # As they were, but for that.
-    assert controls["null_space.random_move"].teleport_epochs == "1"
-    assert controls["warmup"].teleport_epochs == "0"
+    assert controls["null_space.random_move"].teleport_epochs == 1
+    assert controls["warmup"].teleport_epochs == 0
 
 
 @pytest.mark.parametrize(
@@ -300,6 +304,23 @@ def test_the_bar_counts_the_runs_of_both_stages(config, mnist, capsys):
     assert f"{total}/{total}" in bars
 
 
+def in_processes(rank, size):
+    """What one of several processes finds."""
+    comparison = compare(protocol(read(os.environ["COMPARISON"], ["--per_device_train_batch_size", "8"])))
+    return comparison.best, [verdict.arm for verdict in comparison.verdicts], int(comparison.frame["samples"].max())
+
+
+@needs_data
+def test_processes_compare_together(config, mnist, tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPARISON", str(config(folder=str(mnist), learning_rates=[0.1, 0.3], seeds=[0], controls=["warmup"])))
+    first, second = ranks.run(in_processes, 2, tmp_path)
+    assert first == second
+    assert first[1][:3] == ["baseline", "null_space", "warmup"]
+    assert first[2] == 6 * 16 + 3 * 8
+    with pytest.raises(ValueError, match="processes = 1 is not allowed; allowed: 2"):
+        compare(planned(config(folder=str(mnist), learning_rates=[0.1, 0.3], seeds=[0]), "--per_device_train_batch_size", "8"))
+
+
 @needs_data
 def test_basis_arms_have_a_random_basis_for_control(tmp_path):
     """On the first sentences of Penn Treebank."""
@@ -320,11 +341,6 @@ def test_basis_arms_have_a_random_basis_for_control(tmp_path):
 
 
 def test_a_control_that_is_better_too_is_said(config):
-    from dataclasses import replace
-    from types import SimpleNamespace
-
-    from hf_teleport.experiments.verdict import interval, verdict
-
     rows = pd.DataFrame(
         {"arm": "baseline", "learning_rate": 0.1, "seed": 0, "step": [0, 1], "seconds": [0.0, 1.0], "samples": [0, 1]}
         | {"train_loss": [2.0, 1.0], "test_loss": [2.0, 1.0], "metric": [0.0, 1.0]}
@@ -333,9 +349,8 @@ def test_a_control_that_is_better_too_is_said(config):
     better = replace(base, word=BETTER, equal_time=interval([-1.0, -1.1]))
     arms = ["null_space", "null_space.random_move", "basis", "basis.random_move"]
     found = [base, *(replace(better, arm=arm, word=BETTER if "space" in arm else base.word) for arm in arms)]
-    comparison = SimpleNamespace(
-        verdicts=found, remarks=["about the grid"], protocol=SimpleNamespace(arms=arms[::2], clock="seconds")
-    )
+    made = SimpleNamespace(arms=arms[::2], clock="seconds")
+    comparison = SimpleNamespace(verdicts=found, remarks=["about the grid"], protocol=made)
     said = sentences(comparison)
     assert said[0] == (
         "null_space at 0.1: better. Training loss -1.05 ± 0.64 at equal seconds, 0 at equal samples. "

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForSequenceClassification
 
 from hf_teleport import TeleportTrainer, TeleportTrainingArguments
 from hf_teleport.cli import main
@@ -388,6 +390,187 @@ def test_a_missing_library_is_named_with_the_way_to_get_it(tmp_path, capsys, mon
         extras.require_extra("not_there")
 
 
+# --- models of Transformers, and saved ones -------------------------------------------------------------------------------
+
+NARROW = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+MODELS = {
+    "llama": {"dataset": "ptb", "sizes": NARROW, "length": 16},
+    "gpt2": {"dataset": "ptb", "sizes": {"n_embd": 16, "n_layer": 1, "n_head": 2}, "length": 16},
+    "bert": {"dataset": "sst2", "sizes": {**NARROW, "initializer_range": 0.1}, "length": 16},
+    "vit": {"dataset": "mnist", "sizes": {**NARROW, "patch_size": 14}},
+}
+SHORT = {
+    "train_rows": 24,
+    "test_rows": 8,
+    "train_loss_rows": 8,
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "optim": "adamw_torch",
+    "eval_steps": 2,
+    "learning_rates": [1e-3],
+    "teleport_warmup_steps": 1,
+    "teleport_num_batches": 1,
+    "teleport_batch_size": 2,
+    "arms": {"null_space": {}},
+}
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory):
+    """The first rows of each data set, by its name."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("ptb", "sst2", "mnist")}
+    for name, folder in folders.items():
+        for path in (SHARED / name).glob("*.parquet"):
+            pq.write_table(pq.read_table(path).slice(0, 60), folder / path.name)
+    return folders
+
+
+@pytest.fixture
+def short(config, heads):
+    """A function that writes the YAML file of two steps of a model on its data."""
+
+    def write(model, **settings):
+        own = MODELS[model]
+        return config(**{**SHORT, "model": model, **own, "folder": str(heads[own["dataset"]]), **settings})
+
+    return write
+
+
+def trained(file, *words):
+    """Run, and return the task with its one run."""
+    experiment, _ = run(file, *words)
+    (one,) = experiment.runs
+    return experiment.task, one
+
+
+@needs_data
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_transformers_train_and_teleport(short, name):
+    task, one = trained(short(name))
+    rows = history(one)
+    (event,) = [row for row in rows if "teleport/steps" in row]
+    assert event["teleport/loss_after"] == pytest.approx(event["teleport/loss_before"], rel=1e-3)
+    (test,) = [row for row in rows if "eval_test_loss" in row]
+    assert 0 < test["eval_test_loss"] < 20
+    assert ("eval_test_accuracy" in test) == (name in ("bert", "vit"))
+    model, data = task.make_model(task.data), task.data
+    assert (
+        type(model).__name__
+        == {
+            "llama": "LlamaForCausalLM",
+            "gpt2": "GPT2LMHeadModel",
+            "bert": "BertForSequenceClassification",
+            "vit": "ViTForImageClassification",
+        }[name]
+    )
+    config, tokens = model.config, data.tokenizer
+    if name == "vit":
+        assert (config.image_size, config.num_channels, config.num_labels, config.patch_size) == (28, 1, 10, 14)
+    else:
+        assert (config.vocab_size, config.max_position_embeddings) == (len(tokens), 16)
+        assert config.pad_token_id == tokens.pad_token_id
+    if name == "bert":
+        assert config.num_labels == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "message"),
+    [
+        (
+            "llama",
+            ["--sizes.hiden_size", "8"],
+            r"unknown key 'hiden_size' in .* 'llama'; the nearest is 'hidden_size'",
+        ),
+        ("gpt2", ["--sizes.n_emb", "8"], r"the nearest is 'n_embd'"),
+        ("bert", ["--sizes.hidden_size", "many"], r"sizes of 'bert': (?s:.)*'hidden_size' expected int"),
+        ("bert", ["--dataset", "ptb"], r"model = 'bert' classifies texts, but label_column = None"),
+        (
+            "llama",
+            ["--dataset", "sst2"],
+            r"'llama' reads running text, but label_column = 'label'; .* kind: text",
+        ),
+        ("vit", ["--dataset", "ptb"], r"takes data of kind 'image'"),
+        ("vit", ["--save_model", "maybe"], r"save_model = 'maybe' is not allowed; allowed: true or false"),
+    ],
+)
+def test_settings_that_do_not_suit_a_model(config, model, words, message):
+    with pytest.raises(ValueError, match=message):
+        plan(read(config(**{**SHORT, "model": model, **MODELS[model], "folder": None}), words))
+
+
+@needs_data
+def test_one_size_has_one_value_whatever_its_name(short):
+    """GPT-2's `n_positions` is `max_position_embeddings` elsewhere, which the data decide where the file does not."""
+    task = plan(read(short("gpt2"), ["--sizes.n_positions", "20"])).task
+    assert task.make_model(task.data).config.n_positions == 20
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["bert", "vit", "llama", "mlp"])
+def test_a_saved_model_is_gone_on_with(short, config, tmp_path, name):
+    file = config(**SHORT) if name == "mlp" else short(name)
+    _, first = trained(file, "--save_model", "true", "--output_dir", str(tmp_path / "pretraining"))
+    assert sorted(path.name for path in first.folder.iterdir()) == ["done", "history.json", "model", "settings.json"]
+    saved = first.folder / "model"
+    task, one = trained(file, "--pretrained", str(saved), "--output_dir", str(tmp_path / "tuning"))
+    assert not (one.folder / "model").exists()
+    kept = task.network.auto.from_pretrained(saved)
+    # The file names the saved model's sizes, and need not.
+    for sizes in (task.sizes, {}):
+        model = replace(task, sizes=sizes).make_model(task.data)
+        torch.testing.assert_close(model.state_dict(), kept.state_dict(), rtol=0, atol=0)
+    losses = [[row["loss"] for row in history(r) if "loss" in row] for r in (first, one)]
+    assert losses[0][0] != losses[1][0]
+    if name in ("bert", "llama"):
+        assert task.data.tokenizer.get_vocab() == plan(read(file)).task.data.tokenizer.get_vocab()
+
+
+@needs_data
+def test_another_number_of_classes_gets_a_new_head_and_the_tokenizer_stays(short, heads, tmp_path):
+    """Fine-tuned on text with other words and three classes."""
+    _, first = trained(short("bert"), "--save_model", "true", "--output_dir", str(tmp_path / "pretraining"))
+    saved, other = first.folder / "model", tmp_path / "other"
+    other.mkdir()
+    for part in ("train", "test"):
+        rows = [{"sentence": f"a {word} film", "label": i % 3} for i, word in enumerate(["good", "bad", "zzyzx"] * 8)]
+        pd.DataFrame(rows).to_parquet(other / f"{part}.parquet")
+    task, _ = trained(short("bert", folder=str(other), pretrained=str(saved)))
+    model, tokenizer = task.make_model(task.data), task.data.tokenizer
+    assert model.classifier.weight.shape[0] == 3
+    assert tokenizer.get_vocab() == plan(read(short("bert"))).task.data.tokenizer.get_vocab()
+    kept = AutoModelForSequenceClassification.from_pretrained(saved)
+    torch.testing.assert_close(model.bert.state_dict(), kept.bert.state_dict(), rtol=0, atol=0)
+
+
+@needs_data
+def test_saved_models_that_do_not_fit(short, config, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"pretrained = 'no/where' has no saved model: .* save_model: true"):
+        plan(read(short("bert"), ["--pretrained", "no/where"]))
+    _, first = trained(short("bert"), "--save_model", "true", "--output_dir", str(tmp_path / "pretraining"))
+    saved = first.folder / "model"
+
+    def model_of(*words):
+        task = plan(read(short("bert"), ["--pretrained", str(saved), *words])).task
+        return task.make_model(task.data)
+
+    with pytest.raises(ValueError, match=r"intermediate.dense.bias has the shape \[32\] by sizes = .* allowed: \[24\]"):
+        model_of("--sizes.intermediate_size", "32")
+    with pytest.raises(ValueError, match=r"max_position_embeddings = 20 of the data is not allowed; allowed: 16, that of"):
+        model_of("--length", "20")
+    with pytest.raises(ValueError, match=r"vocabulary_size = 50 is not allowed; allowed: none, for the tokenizer has its own"):
+        model_of("--vocabulary_size", "50")
+    with pytest.raises(ValueError, match=r"model = 'llama' is not allowed; allowed: a 'bert', which the saved model"):
+        plan(read(short("llama"), ["--pretrained", str(saved)]))
+    # Runs from weights of their own are others.
+    experiment = plan(read(short("bert")))
+    execute(experiment)
+    with pytest.raises(ValueError, match=r"pretrained = .* is not allowed; allowed: not given"):
+        execute(plan(read(short("bert"), ["--pretrained", str(saved)])))
+    (saved / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="has no tokenizer, without which its embeddings mean nothing"):
+        plan(read(short("bert"), ["--pretrained", str(saved)]))
+
+
 # --- what came of them ----------------------------------------------------------------------------------------------------
 
 
@@ -426,6 +609,8 @@ def test_numbers_by_hand(kept):
     assert (row["train_loss"], row["test_loss"], row["seconds"], row["cpu_seconds"], row["seeds"]) == (2.0, 3.0, 1.5, 1.0, 2)
     assert row["train_loss_sd"] == pytest.approx(2**0.5)
     assert (row["measure"], row["metric"]) == ("accuracy", (1 / 2 + 1 / 4) / 2)
+    # Trainer's batches of 8.
+    assert row["samples"] == 80
     # A run that diverged counts, and one that is not finished does not.
     assert np.isinf(table.loc[("baseline", 0.5, 10), "train_loss"])
     assert table.loc[("null_space", 0.5, 10), "seeds"] == 1
@@ -436,6 +621,26 @@ def test_numbers_by_hand(kept):
         "best learning rate": {"baseline": 0.1, "null_space": 0.5},
     }
     assert list(choices(frame, None)) == ["best learning rate"]
+
+
+def test_samples_of_teleports_are_counted(tmp_path):
+    """Two processes of 4 x 3 rows a step; events before the steps 0 and 10, the second with two methods."""
+    folder = keep(tmp_path, "null_space", 0.1, 0, [4.0, 2.0, 1.0])
+    settings = json.loads((folder / "settings.json").read_text())
+    settings |= {"processes": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "teleport_num_batches": 5}
+    rows = json.loads((folder / "history.json").read_text())
+    rows += [{"step": step, "teleport/steps": 1} for step in (0, 10, 10)]
+
+    def samples(**more):
+        (folder / "settings.json").write_text(json.dumps(settings | more))
+        (folder / "history.json").write_text(json.dumps(rows))
+        return list(evaluations(tmp_path)["samples"])
+
+    # An evaluation comes before the event of the same step.
+    assert samples(teleport_batch_size=7) == [0, 240 + 42, 480 + 84]
+    assert samples() == [0, 240 + 48, 480 + 96]
+    # There are no more rows than that to draw.
+    assert samples(teleport_batch_size=7, train_rows=30) == [0, 240 + 30, 480 + 60]
 
 
 def test_a_rate_that_was_only_looked_at_is_not_the_best(kept):

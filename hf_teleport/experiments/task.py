@@ -274,7 +274,7 @@ class Task:
         model, loaded = self.network.auto.from_pretrained(
             self.pretrained, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
         )
-        for name, saved, fresh in loaded["mismatched_keys"]:
+        for name, saved, fresh in sorted(loaded["mismatched_keys"]):
             if (saved[0], *fresh) != (before, config.num_labels, *saved[1:]):
                 raise ValueError(
                     f"{name} has the shape {list(fresh)} by sizes = {self.sizes}, which is not allowed; allowed: "
