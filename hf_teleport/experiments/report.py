@@ -72,7 +72,7 @@ def table(comparison: Comparison) -> Any:
     measure = " or ".join(frame["measure"].dropna().unique())
     shown = Table(
         title=f"{made.whole.output.name}: arms minus the baseline at its best learning rate, by {_CLOCK_NAMES[made.clock]}; "
-        f"mean ± 95 % interval over {len(made.seeds)} seed(s)",
+        f"mean ± 95 % interval over {len(made.seeds)} seeds",
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
     )
@@ -89,17 +89,19 @@ def table(comparison: Comparison) -> Any:
             *(
                 [""] * 5
                 if verdict.word == REFERENCE
-                else [_passing(verdict, "; never {} of {}"), *(_signed(difference) for difference in differences)]
+                else [_passing(verdict), *(_signed(difference) for difference in differences)]
             ),
             verdict.word.partition(" that ")[0],
         )
     return shown
 
 
-def _passing(verdict: Verdict, never: str) -> str:
+def _passing(verdict: Verdict) -> str:
     """When the baseline's final training loss is reached, in units of the baseline's own time."""
-    said = never.format(verdict.never, verdict.seeds) if verdict.never else ""
-    return said.lstrip(";, and") if verdict.never == verdict.seeds else f"x {verdict.time_to_loss}{said}"
+    never = f"never {verdict.never} of {verdict.seeds}"
+    if verdict.never == verdict.seeds:
+        return never
+    return f"x {verdict.time_to_loss}; {never}" if verdict.never else f"x {verdict.time_to_loss}"
 
 
 def _signed(difference: Interval) -> str:
@@ -124,8 +126,9 @@ def _sentence(verdict: Verdict, clock: str) -> str:
     said = f"{verdict.arm} at {verdict.learning_rate:g}: {verdict.word}"
     if verdict.diverged:
         return f"{said}; it diverged with {verdict.diverged} of {verdict.seeds} seeds."
-    reached = _passing(verdict, ", and never with {} of {} seeds")
+    reached = f"in {verdict.time_to_loss} times its own time" if verdict.never < verdict.seeds else "by no seed"
+    missed = f", and never with {verdict.never} of {verdict.seeds} seeds" if 0 < verdict.never < verdict.seeds else ""
     return (
         f"{said}. Training loss {_signed(verdict.equal_time)} at equal {_CLOCK_NAMES[clock]}, "
-        f"{_signed(verdict.equal_samples)} at equal samples. Baseline's final loss after its own time: {reached}."
+        f"{_signed(verdict.equal_samples)} at equal samples. The baseline's final loss is reached {reached}{missed}."
     )
