@@ -111,7 +111,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     comparison = compare(planned)
     if is_main:
         paths = write(comparison)
-        _console(170).print(table(comparison))
+        _console(180).print(table(comparison))
         print(*sentences(comparison), sep="\n")
         print(f"Written: {', '.join(map(str, paths))}")
 

@@ -340,7 +340,39 @@ def test_basis_arms_have_a_random_basis_for_control(tmp_path):
         assert (event["teleport/method"], event["teleport/rolled_back"]) == ("basis", False)
 
 
-def test_a_control_that_is_better_too_is_said(config):
+def judged(losses, base):
+    """The verdict on an arm by the final losses of its seeds and the baseline's, from 2.0 on, one second and sample a run."""
+    rows = [
+        {"arm": arm, "learning_rate": 0.1, "seed": seed, "step": at, "seconds": float(at), "samples": at, "train_loss": loss}
+        for arm, ends_ in (("arm", losses), ("baseline", base))
+        for seed, end in enumerate(ends_)
+        for at, loss in enumerate((2.0, end))
+    ]
+    frame = pd.DataFrame(rows).assign(test_loss=0.0, metric=0.0)
+    return verdict(frame, ("baseline", 0.1), ("arm", 0.1))
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (
+            judged([1.5, 1.6], [1.0, 1.0]),
+            "arm at 0.1: no difference that the seeds show. Training loss +0.55 ± 0.64 at equal seconds",
+        ),
+        (judged([1.5, 1.5], [1.0, 1.0]), "The baseline's final loss is reached by no seed."),
+        (judged([0.0, 1.5], [1.0, 1.0]), "is reached in 0.5 times its own time, and never with 1 of 2 seeds."),
+        (judged([1.0, 1.0], [2.0, 2.0]), "The baseline's final loss is reached at its start already."),
+        (judged([math.inf, 1.0], [1.0, 1.0]), "arm at 0.1: worse; it diverged with 1 of 2 seeds."),
+        (judged([1.0, 1.0], [math.inf, 1.0]), "arm at 0.1: no verdict: the baseline diverged with one of the seeds or more."),
+    ],
+)
+def test_sentences(found, said):
+    made = SimpleNamespace(arms=["baseline", "arm"], clock="seconds")
+    (sentence,) = sentences(SimpleNamespace(verdicts=[found], remarks=[], protocol=made))
+    assert said in sentence
+
+
+def test_a_control_that_is_better_too_is_said():
     rows = pd.DataFrame(
         {"arm": "baseline", "learning_rate": 0.1, "seed": 0, "step": [0, 1], "seconds": [0.0, 1.0], "samples": [0, 1]}
         | {"train_loss": [2.0, 1.0], "test_loss": [2.0, 1.0], "metric": [0.0, 1.0]}
@@ -357,7 +389,7 @@ def test_a_control_that_is_better_too_is_said(config):
         "The baseline's final loss is reached in 1 times its own time."
     )
     assert said[2:] == [
-        "null_space is better, but so is its control null_space.random_move: what they share is enough.",
+        "null_space is better, but so is its control null_space.random_move: the gain may not be the teleport's.",
         "about the grid",
     ]
 

@@ -2,4 +2,5 @@
 
 hf-teleport experiment configs/paper/cpu/mnist_sgd.yaml
 hf-teleport plot runs/cpu/mnist_sgd
+hf-teleport compare configs/compare/mnist_mlp_sgd.yaml
 """

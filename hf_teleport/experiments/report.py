@@ -10,7 +10,7 @@ from hf_teleport.experiments.compare import Comparison
 from hf_teleport.experiments.extras import require_extra
 from hf_teleport.experiments.plot import figure
 from hf_teleport.experiments.results import curves
-from hf_teleport.experiments.verdict import BETTER, REFERENCE, Interval, Verdict
+from hf_teleport.experiments.verdict import BETTER, NO_BASELINE, REFERENCE, Interval, Verdict
 
 NUMBERS, RECORD, FIGURE = "comparison.csv", "comparison.json", "comparison.png"
 
@@ -78,7 +78,7 @@ def table(comparison: Comparison) -> Any:
     )
     columns = ["arm", "rate", "final loss", "time", "time to its loss", "at equal time", "at equal samples"]
     for column in (*columns, "test loss", f"test {measure}", "verdict"):
-        shown.add_column(column)
+        shown.add_column(column, no_wrap=column in ("arm", "time to its loss"))
     for verdict in comparison.verdicts:
         differences = (verdict.equal_time, verdict.equal_samples, verdict.test_loss, verdict.metric)
         shown.add_row(
@@ -113,7 +113,7 @@ def sentences(comparison: Comparison) -> list[str]:
     """The verdicts in words, then what a control or the grid of learning rates puts in doubt."""
     own = {verdict.arm: verdict for verdict in comparison.verdicts if verdict.word == BETTER}
     doubts = [
-        f"{arm} is better, but so is its control {control}: what they share is enough."
+        f"{arm} is better, but so is its control {control}: the gain may not be the teleport's."
         for arm in comparison.protocol.arms
         for control in own
         if arm in own and (control == "warmup" or control.startswith(f"{arm}."))
@@ -126,7 +126,11 @@ def _sentence(verdict: Verdict, clock: str) -> str:
     said = f"{verdict.arm} at {verdict.learning_rate:g}: {verdict.word}"
     if verdict.diverged:
         return f"{said}; it diverged with {verdict.diverged} of {verdict.seeds} seeds."
+    if verdict.word == NO_BASELINE:
+        return f"{said} with one of the seeds or more."
     reached = f"in {verdict.time_to_loss} times its own time" if verdict.never < verdict.seeds else "by no seed"
+    if math.isnan(verdict.time_to_loss.mean) and verdict.never < verdict.seeds:
+        reached = "at its start already"
     missed = f", and never with {verdict.never} of {verdict.seeds} seeds" if 0 < verdict.never < verdict.seeds else ""
     return (
         f"{said}. Training loss {_signed(verdict.equal_time)} at equal {_CLOCK_NAMES[clock]}, "
