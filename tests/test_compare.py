@@ -357,7 +357,7 @@ def judged(losses, base):
     [
         (
             judged([1.5, 1.6], [1.0, 1.0]),
-            "arm at 0.1: no difference that the seeds show. Training loss +0.55 ± 0.64 at equal seconds",
+            "no difference that the seeds show. Training loss +0.55 ± 0.64 at equal seconds",
         ),
         (judged([1.5, 1.5], [1.0, 1.0]), "The baseline's final loss is reached by no seed."),
         (judged([0.0, 1.5], [1.0, 1.0]), "is reached in 0.5 times its own time, and never with 1 of 2 seeds."),
