@@ -81,7 +81,8 @@ class NullSpace(Method):
                 continue
             counted.add(read)
             groups, _, width = layer.matrix({p: p.detach() for p in layer.parameters}).shape
-            rows = repeats * sum(use.call.input.numel() for use in uses) // (groups * width)
+            # A width counts the bias, an input does not.
+            rows = max(1, repeats * sum(use.call.input.numel() for use in uses) // (groups * width))
             costs[layer] = groups * width * min(rows, width) ** 2
         if not costs:
             return 0.0
