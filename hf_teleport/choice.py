@@ -47,7 +47,9 @@ def choose(teleporter: Any, batch: Any, loss_fn: LossFn, basis_step: int = BASIS
             return basis, ""
         why = "the model has no features to turn"
     rehearsed = config.rehearsal_steps or _REHEARSED
-    return replace(config, method="null_space", objective="lookahead", rehearsal_steps=rehearsed), why
+    tau = None if config.scope == "joint" and config.step_size == "relative" else config.energy_threshold
+    chosen = replace(config, method="null_space", objective="lookahead", energy_threshold=tau, rehearsal_steps=rehearsed)
+    return chosen, why
 
 
 def afford(config: TeleportConfig, events: int, training_passes: float) -> TeleportConfig | None:

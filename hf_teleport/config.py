@@ -59,10 +59,11 @@ class TeleportConfig:
         "'relative': each step is `learning_rate` times the norm of the weights that move. "
         "'fixed': each step is `learning_rate` times the projected gradient, as in the paper.",
     )
-    energy_threshold: float = _setting(
+    energy_threshold: float | None = _setting(
         1.0,
         "Share tau in (0, 1] of a layer's input energy whose directions are kept untouched. "
-        "1: the exact null space, the loss on the teleport data does not change.",
+        "1: the exact null space, the loss on the teleport data does not change. None: the lowest of 0.99, 0.999, 0.9999 and 1 "
+        "at which a random move as long as a step changes the loss by no more than max_loss_change (scope 'joint').",
     )
     grad_norm_cap: float | None = _setting(
         None,
@@ -168,9 +169,9 @@ class TeleportConfig:
             self.every_steps = _integer("every_steps", self.every_steps)
         self.symmetries = _words("symmetries", self.symmetries)
         # YAML reads 1e-3 (no dot) as a string, so numbers are converted here.
-        for name in ("learning_rate", "energy_threshold", "min_misalignment", "radius"):
+        for name in ("learning_rate", "min_misalignment", "radius"):
             setattr(self, name, _number(name, getattr(self, name)))
-        for name in ("grad_norm_cap", "max_growth", "max_loss_change", "budget"):
+        for name in ("energy_threshold", "grad_norm_cap", "max_growth", "max_loss_change", "budget"):
             setattr(self, name, _limit(name, getattr(self, name)))
         for name in ("warmup_steps", "num_batches", "steps_per_batch", "rehearsal_steps", "seed"):
             setattr(self, name, _integer(name, getattr(self, name)))
@@ -178,7 +179,9 @@ class TeleportConfig:
             self.batch_size = _integer("batch_size", self.batch_size)
         for name in ("target_modules", "exclude_modules"):
             setattr(self, name, _modules(name, getattr(self, name)))
-        _require(0 < self.energy_threshold <= 1, "energy_threshold", self.energy_threshold, "0 < tau <= 1")
+        tau, joint = self.energy_threshold, self.scope == "joint" and self.step_size == "relative"
+        allowed = "0 < tau <= 1" + (", or None" if joint else " (None: with scope 'joint' and step_size 'relative')")
+        _require(joint if tau is None else 0 < tau <= 1, "energy_threshold", tau, allowed)
         for name in ("learning_rate", "radius"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         for name in ("warmup_steps", "rehearsal_steps"):

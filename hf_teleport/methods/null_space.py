@@ -4,21 +4,21 @@
 as it was, and so the inputs of every layer above: one projector serves all steps, and no layer depends on another's.
 """
 
-import copy
 import math
 import time
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from hf_teleport.ascent import LossFn, Point, evaluate, evaluate_again, norm
+from hf_teleport.ascent import LossFn, Point, evaluate, evaluate_again, loss_at, norm
 from hf_teleport.audit import TIED_VIEWS, UNUSED, audit, overlap
 from hf_teleport.config import TeleportConfig
 from hf_teleport.decomposition import null_spaces
 from hf_teleport.direction import ShiftLength, exact_direction, fast_direction
 from hf_teleport.distributed import ALONE, Ranks
+from hf_teleport.guard import Guard
+from hf_teleport.inputs import Inputs, random_move
 from hf_teleport.isolation import Snapshot
 from hf_teleport.layers import Layer
 from hf_teleport.methods.base import Method, Move
@@ -26,6 +26,9 @@ from hf_teleport.objectives import OBJECTIVES, Objective, Slope, Surroundings
 from hf_teleport.report import LayerReport
 from hf_teleport.subspace import Representation, Subspace
 from hf_teleport.trace import Region
+
+# Energy thresholds to try, from the one that leaves most room to the exact null space.
+_THRESHOLDS = [0.99, 0.999, 0.9999, 1.0]
 
 
 class NullSpace(Method):
@@ -35,7 +38,7 @@ class NullSpace(Method):
         super().__init__(model, loss_fn, config, optimizer, ranks)
         self.layers: list[Layer] = []
         self.subspaces: dict[Layer, Subspace] = {}
-        self._representations: dict[Layer, Representation] = {}
+        self._inputs = Inputs(ranks)
         self._batches: list[Any] = []
         # The line search: the objective before the last move, its slope after it if that was asked for, and how much shorter
         # than configured the next step is.
@@ -43,8 +46,7 @@ class NullSpace(Method):
         self._reached: Slope | None = None
         self._scale = 1.0
         self._shift = ShiftLength()
-        # In the exact null space of a batch its activations stay, and so does the graph of its forward.
-        self.trusting = config.hessian == "fast" and config.energy_threshold == 1
+        self.trusting = config.hessian == "fast" and config.energy_threshold in (1, None)
 
     @cached_property
     def _objective(self) -> Objective:
@@ -71,7 +73,8 @@ class NullSpace(Method):
         return 5
 
     def decomposition_seconds(self, point: Point) -> float:
-        joint = self.config.scope == "joint"
+        joint, tau = self.config.scope == "joint", self.config.energy_threshold
+        tries, tau = (len(_THRESHOLDS), _THRESHOLDS[0]) if tau is None else (1, tau)
         repeats = self.config.num_batches if joint else 1
         costs: dict[Layer, float] = {}
         counted = set()
@@ -91,9 +94,9 @@ class NullSpace(Method):
         representation = Representation()
         for _ in range(repeats):
             longest.represent(point.trace.uses[longest.weight][longest.region], representation)
-        null_spaces({longest: representation}, {longest: longest.weight.dtype}, self.config.energy_threshold, ALONE)
+        null_spaces({longest: representation}, {longest: longest.weight.dtype}, tau, ALONE)
         seconds = time.perf_counter() - start
-        events = 1 if joint else self.config.num_batches
+        events = tries if joint else self.config.num_batches
         return events * seconds * sum(costs.values()) / costs[longest] / self.ranks.size
 
     @property
@@ -118,7 +121,7 @@ class NullSpace(Method):
         for audited in self._everywhere(layers, reports):
             self._merge(*audited)
         if self.config.scope == "joint":
-            self.ranks.together(lambda: self._represent(point))
+            self.ranks.together(lambda: self._inputs.add(self.layers, point))
 
     def _everywhere(
         self, layers: list[Layer], reports: dict[nn.Parameter, LayerReport]
@@ -185,7 +188,7 @@ class NullSpace(Method):
         self._reached, self._scale = None, 1.0
         self.trusting = point.graph is not None
         if not joint:
-            self.ranks.together(lambda: self._represent(point))
+            self.ranks.together(lambda: self._inputs.add(self.layers, point))
             self._decompose()
         return point
 
@@ -264,36 +267,41 @@ class NullSpace(Method):
         Args:
             snapshot: of the weights before the event.
         """
-        generator = torch.Generator().manual_seed(self.config.seed)
         moved: dict[nn.Parameter, Tensor | None] = {**snapshot.moved()}
         lengths = {layer: norm([layer.matrix(moved)]) for layer in self._moving}
         snapshot.restore()
-        for layer, length in lengths.items():
-            noise = torch.randn(layer.matrix({p: p.detach() for p in layer.parameters}).shape, generator=generator)
-            move = self.subspaces[layer].project(noise.to(layer.weight))
-            if length:
-                layer.add_(move, length / norm([move]))
-
-    def _represent(self, point: Point) -> None:
-        """Add a batch's inputs. Layers that have read the same so far share a representation, until they part."""
-        before, shared = dict(self._representations), {}
-        for layer in self.layers:
-            uses = point.trace.uses.get(layer.weight, {}).get(layer.region, [])
-            if not uses:
-                continue
-            known = before.get(layer)
-            same = (id(known), layer.reads(uses))
-            if same not in shared:
-                shared[same] = Representation() if known is None else copy.copy(known)
-                layer.represent(uses, shared[same])
-            self._representations[layer] = shared[same]
+        for layer, move in random_move({layer: self.subspaces[layer] for layer in lengths}, self.config.seed).items():
+            if lengths[layer]:
+                layer.add_(move, lengths[layer] / norm([move]))
 
     def _decompose(self) -> None:
-        """Turn what was represented into null spaces, and note their dimensions in the reports."""
-        tau = self.config.energy_threshold
-        dtypes = {layer: layer.weight.dtype for layer in self.layers}
-        found = null_spaces(self._representations, dtypes, tau, self.ranks)
-        self.subspaces = {layer: subspace for layer, subspace in found.items() if subspace is not None}
+        """Turn the inputs into null spaces: at tau, or at the lowest threshold of some that keeps the loss."""
+        given = self.config.energy_threshold
+        thresholds = _THRESHOLDS if given is None else [given]
+        for tau in thresholds:
+            found = self._inputs.null_spaces(self.layers, tau)
+            self.subspaces = {layer: subspace for layer, subspace in found.items() if subspace is not None}
+            if tau == thresholds[-1] or self._keeps_loss():
+                break
+        self._inputs.forget()
+        # In the exact null space of a batch its activations stay, and so does the graph of its forward.
+        self.trusting = self.trusting and tau == 1
+        self._note(found, tau)
+
+    def _keeps_loss(self) -> bool:
+        """Whether a random move as long as a step changes the first batch's loss by no more than is allowed."""
+        loss = partial(loss_at, self.model, self.loss_fn, self._batches[0], seed=self.config.seed, ranks=self.ranks)
+        before, snapshot = loss(), self.step_snapshot()
+        moves = random_move({layer: self.subspaces[layer] for layer in self._moving}, self.config.seed)
+        length = norm(moves.values())
+        if length:
+            self._step(moves, self.config.learning_rate * self._unit(length))(1.0)
+        after = loss()
+        snapshot.restore()
+        return Guard(self.config).within(after, before)
+
+    def _note(self, found: dict[Layer, Subspace | None], tau: float) -> None:
+        """Note the dimensions of the null spaces in the reports."""
         for layer in self.layers:
             report = self.reports[layer.weight]
             report.null_dim, report.input_dim = 0, 0
@@ -305,7 +313,6 @@ class NullSpace(Method):
             report.null_dim = (report.null_dim or 0) + subspace.null_dim
             report.input_dim = (report.input_dim or 0) + subspace.dim
             report.reason = "" if report.null_dim else _spanned(subspace, tau)
-        self._representations = {}
 
 
 def _spanned(subspace: Subspace, tau: float) -> str:
