@@ -294,8 +294,8 @@ def trusting(rank, size):
         teleporter = Teleporter(model, TeleportConfig(max_growth=None, max_loss_change=limit, steps_per_batch=2))
         method = teleporter._method
 
-        def watched(loss, method=method, began=began):
-            made = method(loss)
+        def watched(loss, weights, method=method, began=began):
+            made = method(loss, weights)
             begin = made.begin
             made.begin = lambda batch, seed: (began.append(made.trusting), begin(batch, seed))[1]
             return made
