@@ -1,8 +1,10 @@
 """Why an event or a weight did not move, in words that say what to do."""
 
+from collections import Counter
+
 from torch import nn
 
-from hf_teleport.report import LayerReport
+from hf_teleport.report import LayerReport, TeleportReport, why_immovable
 
 NO_DIRECTION = "its direction is zero: no trainable weight lies below it, or no gradient reaches its output"
 
@@ -28,3 +30,14 @@ def explain(reports: dict[nn.Parameter, LayerReport], changed: set[nn.Parameter]
             report.reason = ""
         elif not report.reason:
             report.reason = NO_DIRECTION if steps else f"no step was kept ({reason})"
+
+
+def why_unmoved(report: TeleportReport) -> str:
+    """Why a whole event changed nothing."""
+    reason = report.stopped_because
+    if reason == "nothing_movable":
+        return why_immovable(report.layers)
+    spanned = Counter(layer.reason for layer in report.layers if layer.movable and layer.null_dim == 0)
+    if reason == "no_direction" and spanned:
+        return spanned.most_common(1)[0][0]
+    return NO_STEP.get(reason, reason)

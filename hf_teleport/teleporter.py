@@ -27,9 +27,9 @@ from hf_teleport.isolation import Snapshot, evaluation_mode, full_precision, pla
 from hf_teleport.measurement import Measurement, landing, measure
 from hf_teleport.methods import METHODS, Method, Move
 from hf_teleport.optimizer_state import forget
-from hf_teleport.reasons import NO_STEP, explain
+from hf_teleport.reasons import NO_STEP, explain, why_unmoved
 from hf_teleport.rehearsal import Rehearsal
-from hf_teleport.report import Check, TeleportReport, why_immovable
+from hf_teleport.report import Check, TeleportReport
 from hf_teleport.storage import WorkingWeights, is_low, working_weights
 
 logger = logging.getLogger(__name__)
@@ -100,8 +100,7 @@ class Teleporter:
             batches = list(batches)
         if not batches:
             raise ValueError("there are no teleport batches: pass at least one batch of data to teleport on.")
-        if self.config.method == "auto":
-            self.config, _ = choose(self, batches[0], loss_fn)
+        self._settle(batches[0], loss_fn)
         while True:
             report = self._unless_memory_runs_out(partial(self._event, batches, loss_fn, held_back, start))
             if report is not None:
@@ -121,6 +120,7 @@ class Teleporter:
         Raises:
             ValueError: as `teleport`; `Check.require_movable` raises if nothing may move.
         """
+        self._settle(batch, loss_fn)
         batches = [batch]
         while True:
             found = self._unless_memory_runs_out(partial(self._judge, batches[0], loss_fn))
@@ -129,6 +129,10 @@ class Teleporter:
             batches = halved(batches[:1]) or []
             if not batches:
                 return Check(math.nan, NO_STEP["out_of_memory"])
+
+    def _settle(self, batch: Any, loss_fn: LossFn) -> None:
+        if self.config.method == "auto":
+            self.config, _ = choose(self, batch, loss_fn)
 
     def _judge(self, batch: Any, loss_fn: LossFn) -> Check:
         with self._isolated(loss_fn) as (loss_fn, weights):
@@ -345,8 +349,5 @@ class Teleporter:
             symmetries=method.symmetries,
         )
         if not steps and reason != "aligned":
-            spanned = Counter(layer.reason for layer in report.layers if layer.movable and layer.null_dim == 0)
-            why = spanned.most_common(1)[0][0] if reason == "no_direction" and spanned else NO_STEP.get(reason, reason)
-            why = why_immovable(report.layers) if reason == "nothing_movable" else why
-            logger.warning("The teleport changed nothing: %s.", why)
+            logger.warning("The teleport changed nothing: %s.", why_unmoved(report))
         return report

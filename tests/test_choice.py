@@ -136,3 +136,12 @@ def test_a_basis_is_turned_early_in_a_short_epoch(tmp_path):
     trainer.train()
     assert [report.method for report in trainer.teleport_reports] == ["basis"]
     assert trainer._teleport_steps == {4: 0}
+
+
+def test_a_check_is_of_what_it_comes_to():
+    model, batch = build("llama")
+    for optimizer, method in ((None, "null_space"), (torch.optim.AdamW(model.parameters()), "basis")):
+        teleporter = Teleporter(model, TeleportConfig(method="auto"), optimizer=optimizer)
+        check = teleporter.check(batch, loss_fn)
+        assert teleporter.config.method == method
+        assert bool(check.symmetries) == (method == "basis")
