@@ -13,6 +13,23 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from hf_teleport.distributed import Ranks
+from hf_teleport.storage import WorkingWeights, working_weights
+
+
+@contextmanager
+def isolated(model: nn.Module, optimizer: Any, ranks: Ranks) -> Iterator[WorkingWeights]:
+    """Inside, nothing leaves a trace but moved weights. Yields the weights to work on."""
+    with ExitStack() as stack:
+
+        def enter() -> WorkingWeights:
+            weights = stack.enter_context(working_weights(model, optimizer))
+            for around in (preserved_rng(), evaluation_mode(model), full_precision(model), plain_execution()):
+                stack.enter_context(around)
+            return weights
+
+        yield ranks.together(enter)
+
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:

@@ -7,14 +7,13 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
 from accelerate.utils import convert_to_fp32, extract_model_from_parallel
 from accelerate.utils.memory import clear_device_cache
-from torch import Tensor, nn
+from torch import nn
 
 from hf_teleport.ascent import LossFn, Point, loss_at
 from hf_teleport.batches import halved
@@ -23,14 +22,14 @@ from hf_teleport.config import TeleportConfig
 from hf_teleport.cost import Cost
 from hf_teleport.distributed import Ranks, out_of_memory
 from hf_teleport.guard import Guard
-from hf_teleport.isolation import Snapshot, evaluation_mode, full_precision, plain_execution, preserved_rng
+from hf_teleport.isolation import Snapshot, isolated, preserved_rng
 from hf_teleport.measurement import Measurement, landing, measure
 from hf_teleport.methods import METHODS, Method, Move
 from hf_teleport.optimizer_state import forget
 from hf_teleport.reasons import NO_STEP, explain, why_unmoved
 from hf_teleport.rehearsal import Rehearsal
 from hf_teleport.report import Check, TeleportReport
-from hf_teleport.storage import WorkingWeights, is_low, working_weights
+from hf_teleport.storage import WorkingWeights, is_low
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +134,8 @@ class Teleporter:
             self.config, _ = choose(self, batch, loss_fn)
 
     def _judge(self, batch: Any, loss_fn: LossFn) -> Check:
-        with self._isolated(loss_fn) as (loss_fn, weights):
+        loss_fn = self._on_float32(loss_fn)
+        with isolated(self.model, self.optimizer, self._ranks) as weights:
             method = self._method(loss_fn, weights)
             point = method.evaluate(batch, self.config.seed)
             if not point.finite:
@@ -155,26 +155,15 @@ class Teleporter:
         clear_device_cache(garbage_collection=True)
         return None
 
-    @contextmanager
-    def _isolated(self, loss_fn: LossFn) -> Iterator[tuple[LossFn, WorkingWeights]]:
-        """Inside, nothing leaves a trace but moved weights. Yields the loss function to use there, and the weights."""
-        low = is_low(self.model)
-
-        def on_float32(model: nn.Module, batch: Any) -> Tensor:
-            return loss_fn(model, convert_to_fp32(batch) if low else batch)
-
-        with ExitStack() as stack:
-
-            def enter() -> WorkingWeights:
-                weights = stack.enter_context(working_weights(self.model, self.optimizer))
-                for around in (preserved_rng(), evaluation_mode(self.model), full_precision(self.model), plain_execution()):
-                    stack.enter_context(around)
-                return weights
-
-            yield on_float32, self._ranks.together(enter)
+    def _on_float32(self, loss_fn: LossFn) -> LossFn:
+        """The loss on float32 weights, if some are stored in less."""
+        if not is_low(self.model):
+            return loss_fn
+        return lambda model, batch: loss_fn(model, convert_to_fp32(batch))
 
     def _event(self, batches: list[Any], loss_fn: LossFn, held_back: Any, start: float) -> TeleportReport:
-        with self._isolated(loss_fn) as (loss_fn, weights):
+        loss_fn = self._on_float32(loss_fn)
+        with isolated(self.model, self.optimizer, self._ranks) as weights:
             method = self._method(loss_fn, weights)
             before = measure(method, batches, method.survey)
             if not before.finite:
