@@ -64,8 +64,12 @@ class NullSpace(Method):
     @staticmethod
     def passes(config: TeleportConfig) -> int:
         # Before, at the start and the end of a turn, and after; a step is a pass, and a forward at shifted weights.
-        each = 2 + OBJECTIVES[config.objective].passes
-        return config.num_batches * (4 + each * config.steps_per_batch)
+        objective = OBJECTIVES[config.objective]
+        turn, step = 4, 2 + objective.passes
+        if objective.searched:
+            # A step is tried twice, about, for it begins at twice the last length; the last one of a turn as often as it may be.
+            turn, step = turn + 5, step + 1
+        return config.num_batches * (turn + step * config.steps_per_batch)
 
     @staticmethod
     def copies(config: TeleportConfig) -> int:
