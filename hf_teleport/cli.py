@@ -15,6 +15,7 @@ from hf_teleport.config import SYMMETRIES, TeleportConfig
 from hf_teleport.inspection import THRESHOLDS, Inspection, inspect_model
 from hf_teleport.report import SymmetryReport
 from hf_teleport.synthetic import synthetic_batch, synthetic_loss
+from hf_teleport.tasks import TASKS, train
 from hf_teleport.teleporter import Teleporter
 
 
@@ -31,6 +32,24 @@ def main(argv: list[str] | None = None) -> int:
     look.add_argument("--method", choices=["null_space", "basis"], default="null_space", help="of teleportation")
     look.add_argument("--json", action="store_true", help="print JSON instead of a table")
     look.set_defaults(run=_inspect)
+    learn = commands.add_parser(
+        "train",
+        help="train a model with teleportation: the well-known Transformers examples",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Trains with the arguments of the Transformers examples and those of teleportation, evaluates, and saves.",
+        epilog="tasks:\n"
+        + "".join(f"  {name:22}{what}\n" for name, what in TASKS.items())
+        + "\nhf-teleport train TASK --help lists the task's arguments.\n"
+        "On several devices: accelerate launch -m hf_teleport.cli train TASK ...",
+    )
+    learn.add_argument("task", metavar="TASK", choices=list(TASKS), help="one of those below")
+    learn.add_argument(
+        "words",
+        nargs=argparse.REMAINDER,
+        metavar="[CONFIG.yaml] [--ARGUMENT VALUE ...]",
+        help="a YAML file of arguments, and arguments that win over the file's",
+    )
+    learn.set_defaults(run=lambda arguments: train(arguments.task, arguments.words))
     trial = commands.add_parser("experiment", help="train every arm of a YAML file at every learning rate with every seed")
     trial.add_argument("config", help="YAML file, for instance configs/paper/cpu/mnist_sgd.yaml")
     trial.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--KEY VALUE", help="settings that win over the file's")

@@ -1,0 +1,31 @@
+"""The well-known Transformers examples with teleportation, each a module with `main(argv)`.
+
+hf-teleport train clm configs/examples/ptb_clm.yaml --learning_rate 1e-3
+accelerate launch scripts/examples/run_clm.py configs/examples/ptb_clm.yaml
+"""
+
+from importlib import import_module
+from typing import Any
+
+TASKS = {
+    "clm": "causal language modelling: GPT-2, Llama, ...",
+    "mlm": "masked language modelling: BERT, RoBERTa, ...",
+    "glue": "text classification or regression: a GLUE task, or any texts with labels",
+    "seq2seq": "summarisation, translation, any text to text: T5, BART, ...",
+    "image_classification": "images with labels: ViT, ResNet, ...",
+    "audio_classification": "sounds with labels: Wav2Vec2, AST, ...",
+    "time_series": "forecasts of a table of numbers: PatchTST, PatchTSMixer",
+}
+
+
+def train(task: str, argv: list[str]) -> dict[str, float]:
+    """Run a task with the words of a command line; returns what was measured.
+
+    Raises:
+        ValueError: no such task, or an argument that is not allowed.
+        FileNotFoundError: a file that is not there.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task = {task!r} is not allowed; allowed: one of {list(TASKS)}.")
+    module: Any = import_module(f"{__name__}.{task}")
+    return module.main(argv)

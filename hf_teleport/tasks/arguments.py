@@ -1,0 +1,112 @@
+"""What the tasks are told: the argument names of the Transformers examples, from a YAML file and a command line."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from hf_teleport.experiments.keys import require_known
+from hf_teleport.experiments.settings import read
+
+
+@dataclass
+class ModelArguments:
+    """Which model."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Saved model to start from: a folder or a Hub id. Without it: random weights, by config_name."},
+    )
+    config_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "For random weights: a model type (bert, llama, vit, ...), or a folder or Hub id whose config to take.",
+            "aliases": ["--model_type"],
+        },
+    )
+    config_overrides: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Settings of the new config: 'hidden_size=64,num_hidden_layers=2'; in YAML also a mapping."},
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the Hub's model."})
+    ignore_mismatched_sizes: bool = field(
+        default=False,
+        metadata={"help": "Give a saved model new weights where its own have other sizes: another number of classes."},
+    )
+
+
+@dataclass
+class TextModelArguments(ModelArguments):
+    """Which model and which tokenizer."""
+
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the tokenizer. Default: that of model_name_or_path."}
+    )
+    train_tokenizer_vocab_size: int | None = field(
+        default=None,
+        metadata={"help": "Make a tokenizer of the training text's most frequent words between blanks, so many tokens in all."},
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which data."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, or a local folder with train and validation or test files, instead of train_file."},
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Which of the Hub id's data sets, if it has several."}
+    )
+    train_file: str | None = field(
+        default=None, metadata={"help": "File of training rows: .csv, .json, .jsonl, .parquet or .txt."}
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "File of the same kind to evaluate on. Default: part of the training rows."}
+    )
+    validation_split_percentage: int = field(
+        default=5, metadata={"help": "Share of the training rows that is set apart where there are none to evaluate on, in %%."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many rows only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows only."})
+
+
+@dataclass
+class FolderDataArguments(DataArguments):
+    """Which data; also folders whose subfolders are the classes."""
+
+    train_dir: str | None = field(
+        default=None, metadata={"help": "Folder with a subfolder of files for each class, instead of train_file."}
+    )
+    validation_dir: str | None = field(default=None, metadata={"help": "Such a folder to evaluate on."})
+
+
+def parse(task: str, kinds: Iterable[Any], argv: list[str], description: str | None = None) -> tuple[Any, ...]:
+    """An object of each dataclass in `kinds`, from the words of a command line.
+
+    If the first word is a YAML file, it sets any argument, and what stands after it wins. The file may inherit from others by
+    `base: other.yaml`; without an `output_dir` its run goes to runs/FOLDER/NAME.
+
+    Raises:
+        FileNotFoundError: there is no such YAML file.
+        ValueError: an unknown key in it, with the nearest one, or a value that is not allowed.
+        SystemExit: a word that is no argument, or --help.
+    """
+    kinds, words = list(kinds), list(argv)
+    parser = HfArgumentParser(
+        kinds,
+        prog=f"hf-teleport train {task}",
+        usage="%(prog)s [CONFIG.yaml] [--ARGUMENT VALUE ...]",
+        description=description,
+        epilog="A YAML file of the same names sets any of them, and what stands on the command line after it wins.",
+    )
+    if words and not words[0].startswith("-"):
+        file = words.pop(0)
+        settings = read(file)
+        known = [f.name for kind in kinds for f in fields(kind) if f.init]
+        for key in settings:
+            require_known(key, known, file)
+        parser.set_defaults(**settings)
+    return parser.parse_args_into_dataclasses(words, look_for_args_file=False)

@@ -1,0 +1,89 @@
+"""Image classification: a data set with images and labels, or folders of image files by class."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction, ViTImageProcessor, set_seed
+
+from hf_teleport import TeleportTrainer, TeleportTrainingArguments
+from hf_teleport.tasks.arguments import FolderDataArguments, ModelArguments, parse
+from hf_teleport.tasks.labels import Labels
+from hf_teleport.tasks.model import make_config, make_model
+from hf_teleport.tasks.run import run
+from hf_teleport.tasks.tables import load_tables, typed_column
+
+
+@dataclass
+class ImageArguments(FolderDataArguments):
+    """Columns of images and labels."""
+
+    image_column_name: str | None = field(default=None, metadata={"help": "Column of images. Default: the first of images."})
+    label_column_name: str | None = field(
+        default=None, metadata={"help": "Column of classes. Default: the first of the type ClassLabel, or 'label'."}
+    )
+    image_processor_name: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the image processor. Default: that of model_name_or_path."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "For random weights: resize to this height and width. Default: the config's own, or 224."}
+    )
+
+
+def image_processor(model_args: ModelArguments, data_args: ImageArguments, config: Any) -> Any:
+    """The saved one, or one that resizes to the config's size and scales pixels to between -1 and 1."""
+    name = data_args.image_processor_name or model_args.model_name_or_path
+    if name:
+        return AutoImageProcessor.from_pretrained(name, revision=model_args.model_revision)
+    size = data_args.image_size or getattr(config, "image_size", 224)
+    return ViTImageProcessor(size={"height": size, "width": size})
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of right classes."""
+    return {"accuracy": float(np.mean(np.argmax(prediction.predictions, axis=-1) == prediction.label_ids))}
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch: `pixel_values` (N, channels, height, width) and `labels` (N,)."""
+    return {
+        "pixel_values": torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows]),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+    }
+
+
+def main(argv: list[str]) -> dict[str, float]:
+    """Run the task with the words of a command line; returns what was measured."""
+    kinds = (ModelArguments, ImageArguments, TeleportTrainingArguments)
+    model_args, data_args, training_args = parse("image_classification", kinds, argv, __doc__)
+    set_seed(training_args.seed)
+    # Trainer knows the columns by what the model takes, and would drop the images before they are turned into pixels.
+    training_args.remove_unused_columns = False
+
+    with training_args.main_process_first(desc="data"):
+        tables = load_tables(data_args, training_args.seed)
+    image = typed_column(tables["train"], data_args.image_column_name, Image)
+    labels = Labels.of(tables["train"], data_args.label_column_name)
+    # A parquet file that `datasets` did not write has the encoded bytes without their type.
+    tables = tables.cast_column(image, Image()).select_columns([image, labels.column])
+    fresh = {"image_size": data_args.image_size} if data_args.image_size else {}
+    config = make_config(model_args, fresh, **labels.settings)
+    processor = image_processor(model_args, data_args, config)
+
+    def pixels(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        pictures = [picture.convert("RGB") for picture in rows[image]]
+        return {**processor(pictures, return_tensors="pt"), "labels": labels.numbers(rows[labels.column])}
+
+    tables.set_transform(pixels)
+    trainer = TeleportTrainer(
+        model=make_model(AutoModelForImageClassification, model_args, config),
+        args=training_args,
+        train_dataset=tables["train"],
+        eval_dataset=tables["validation"],
+        processing_class=processor,
+        data_collator=collate,
+        compute_metrics=accuracy,
+    )
+    return run(trainer, model_args, data_args)

@@ -1,0 +1,72 @@
+"""What a column of labels is: classes by their names, or numbers for a regression."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import ClassLabel
+
+from hf_teleport.data.rows import require_column
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes of a column.
+
+    Attributes:
+        column: its name.
+        names: of the classes, by their number; empty for a regression.
+        values: what stands in the column for each class, by its number.
+    """
+
+    column: str
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, rows: Any, column: str | None = None) -> "Labels":
+        """Those of a column; None: the first of the type `ClassLabel`, or the one named 'label'.
+
+        Raises:
+            ValueError: no such column, a single class, or labels below 0 (unlabelled test sets have -1).
+        """
+        if column is None:
+            typed = [name for name, kind in rows.features.items() if isinstance(kind, ClassLabel)]
+            column = typed[0] if typed else "label"
+        require_column(rows, column)
+        kind = rows.features[column]
+        if isinstance(kind, ClassLabel):
+            return cls(column, tuple(kind.names), tuple(range(len(kind.names))))
+        if "float" in str(getattr(kind, "dtype", "")):
+            return cls(column, (), ())
+        values = sorted(rows.unique(column))
+        if len(values) < 2:
+            raise ValueError(f"column {column!r} has the one label {values[0]!r}; allowed: two classes or more.")
+        if not isinstance(values[0], str):
+            if values[0] < 0:
+                raise ValueError(f"column {column!r} has labels such as {values[0]}; allowed: whole numbers from 0, or names.")
+            values = list(range(values[-1] + 1))
+        return cls(column, tuple(map(str, values)), tuple(values))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a configuration must know of them."""
+        if not self.names:
+            return {"num_labels": 1, "problem_type": "regression"}
+        numbered = dict(enumerate(self.names))
+        return {"id2label": numbered, "label2id": {name: number for number, name in numbered.items()}}
+
+    def numbers(self, labels: list[Any]) -> list[Any]:
+        """Labels as the numbers of their classes; those of a regression as they are.
+
+        Raises:
+            ValueError: a label that the training rows do not have.
+        """
+        if not self.names:
+            return labels
+        number = {value: i for i, value in enumerate(self.values)}
+        if unknown := [label for label in labels if label not in number]:
+            raise ValueError(
+                f"column {self.column!r} has the label {unknown[0]!r}; allowed: those of the training rows, {self.names[:20]}. "
+                "Where a test split is unlabelled, give a validation_file."
+            )
+        return [number[label] for label in labels]

@@ -1,0 +1,72 @@
+"""Train, evaluate, save and tell: what every task does once it has a trainer."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_teleport.tasks.arguments import ModelArguments
+
+
+def run(trainer: Any, model: ModelArguments, data: Any, *, perplexity: bool = False, **evaluation: Any) -> dict[str, float]:
+    """Train from the last checkpoint or the beginning, save, evaluate, write the metrics and the model card.
+
+    As in the Transformers examples, `train_results.json`, `eval_results.json` and `all_results.json` are written to `output_dir`
+    beside the model. With `do_eval` alone nothing is trained.
+
+    Args:
+        data: the task's arguments, with `dataset_name` and `dataset_config_name` for the model card.
+        perplexity: whether the loss is that of a token, in nats.
+        evaluation: further arguments of `trainer.evaluate`.
+
+    Returns:
+        The metrics of training and evaluation.
+
+    Raises:
+        FileNotFoundError: `resume_from_checkpoint` is no folder.
+    """
+    training = trainer.args
+    measured: dict[str, float] = {}
+    if training.do_train or not (training.do_eval and training.eval_strategy == "no"):
+        result = trainer.train(resume_from_checkpoint=checkpoint_of(training))
+        trainer.save_model()
+        trainer.save_state()
+        measured |= _written(trainer, "train", result.metrics | {"train_samples": len(trainer.train_dataset)})
+    scores = trainer.evaluate(**evaluation)
+    if perplexity:
+        scores["perplexity"] = math.exp(min(scores["eval_loss"], 700.0))  # beyond it is no float
+    measured |= _written(trainer, "eval", scores | {"eval_samples": len(trainer.eval_dataset)})
+    # Local folders are nothing that a card could link to.
+    base, source = (name if name and not Path(name).exists() else None for name in (model.model_name_or_path, data.dataset_name))
+    told = {"finetuned_from": base, "dataset_tags": source, "dataset_args": data.dataset_config_name}
+    trainer.push_to_hub(**told) if training.push_to_hub else trainer.create_model_card(**told)
+    return measured
+
+
+def checkpoint_of(training: Any) -> str | None:
+    """The checkpoint to go on from: the one asked for, else the last in `output_dir`; None: begin anew.
+
+    Raises:
+        FileNotFoundError: the one asked for is not there.
+    """
+    asked = training.resume_from_checkpoint
+    if str(asked).lower() == "false":
+        return None
+    if asked and str(asked).lower() != "true":
+        if not Path(asked).is_dir():
+            raise FileNotFoundError(
+                f"resume_from_checkpoint = {asked!r} is no folder; allowed: a checkpoint's folder, true (the last one in "
+                "output_dir, which is also taken if nothing is said), or false to begin anew."
+            )
+        return str(asked)
+    last = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+    if last and training.process_index == 0:
+        print(f"Going on from {last}. To begin anew: --resume_from_checkpoint false, or another --output_dir.")
+    return last
+
+
+def _written(trainer: Any, split: str, metrics: dict[str, float]) -> dict[str, float]:
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+    return metrics

@@ -1,0 +1,35 @@
+"""Texts as tokens: one after the other in blocks, or one a row."""
+
+from typing import Any
+
+from datasets import DatasetDict
+
+
+def blocks(tables: DatasetDict, tokenizer: Any, column: str, length: int, special: bool = False) -> DatasetDict:
+    """All texts one after the other, cut into blocks: `input_ids` (length,) a row. What does not fill the last block is left out.
+
+    Args:
+        special: with the tokenizer's own special tokens around each text, which `special_tokens_mask` (length,) marks; otherwise
+            an end mark stands after each text.
+
+    Raises:
+        ValueError: a split is shorter than one block.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def cut(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        if special:
+            columns = tokenizer(rows[column], return_special_tokens_mask=True, return_token_type_ids=False, verbose=False)
+            columns = {name: columns[name] for name in ("input_ids", "special_tokens_mask")}
+        else:
+            encoded = tokenizer(rows[column], add_special_tokens=False, verbose=False)["input_ids"]
+            columns = {"input_ids": [[*tokens, *end] for tokens in encoded]}
+        streams = {name: [token for tokens in column for token in tokens] for name, column in columns.items()}
+        whole = len(streams["input_ids"]) // length * length
+        return {name: [stream[i : i + length] for i in range(0, whole, length)] for name, stream in streams.items()}
+
+    cuts = tables.map(cut, batched=True, remove_columns=tables["train"].column_names, desc="Tokens in blocks")
+    for name, rows in cuts.items():
+        if not len(rows):
+            raise ValueError(f"the {name} rows have fewer than {length} tokens: give more rows, or smaller blocks.")
+    return cuts

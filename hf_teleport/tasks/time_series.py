@@ -1,0 +1,112 @@
+"""Forecasts of a table of numbers, a time step a row: Transformers' own models for series."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Subset
+from transformers import EvalPrediction, PatchTSMixerForPrediction, PatchTSTForPrediction, set_seed
+
+from hf_teleport import TeleportTrainer, TeleportTrainingArguments
+from hf_teleport.data import Source, load_series
+from hf_teleport.tasks.arguments import ModelArguments, parse
+from hf_teleport.tasks.model import make_config, make_model
+from hf_teleport.tasks.run import run
+from hf_teleport.tasks.tables import existing_path
+
+MODELS = {"patchtst": PatchTSTForPrediction, "patchtsmixer": PatchTSMixerForPrediction}
+
+
+@dataclass
+class SeriesArguments:
+    """The table, its columns, and the lengths of a window."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, or a local folder with one table, for train_file."})
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Which of the Hub id's data sets, if it has several."}
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "File of the whole table: .csv, .json or .parquet, rows in the order of time. The first 70 %% train, "
+            "the next 10 %% evaluate, the last 20 %% test."
+        },
+    )
+    target_columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns to forecast. Default: all that are numbers."}
+    )
+    context_length: int | None = field(default=None, metadata={"help": "Time steps that the model sees. Default: the config's."})
+    prediction_length: int | None = field(default=None, metadata={"help": "Time steps to forecast. Default: the config's."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many windows only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many windows only."})
+
+
+class Forecasts(Dataset):
+    """Windows by the names that the models have for them: `past_values` and `future_values`, both (time, channels)."""
+
+    def __init__(self, windows: Any):
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        window = self.windows[index]
+        return {"past_values": window["inputs"], "future_values": window["labels"]}
+
+
+def errors(prediction: EvalPrediction) -> dict[str, float]:
+    """Mean squared and mean absolute error, in deviations of the training part."""
+    differences = np.asarray(prediction.predictions) - np.asarray(prediction.label_ids)
+    return {"mse": float(np.square(differences).mean()), "mae": float(np.abs(differences).mean())}
+
+
+def main(argv: list[str]) -> dict[str, float]:
+    """Run the task with the words of a command line; returns what was measured.
+
+    Raises:
+        ValueError: no table, or a model that is not one of `MODELS`; and as `load_series`.
+    """
+    kinds = (ModelArguments, SeriesArguments, TeleportTrainingArguments)
+    model_args, data_args, training_args = parse("time_series", kinds, argv, __doc__)
+    set_seed(training_args.seed)
+    # Trainer takes for labels what is called so.
+    training_args.label_names = ["future_values"]
+
+    if not (data_args.dataset_name or data_args.train_file):
+        raise ValueError("there is no data to train on: give train_file = a .csv, .json or .parquet file, or dataset_name.")
+    source = data_args.dataset_name or existing_path("train_file", data_args.train_file)
+    lengths = {name: value for name in ("context_length", "prediction_length") if (value := getattr(data_args, name)) is not None}
+    config = make_config(model_args, lengths)
+    if config.model_type not in MODELS:
+        raise ValueError(f"config_name = {config.model_type!r} is not allowed; allowed: one of {list(MODELS)}.")
+    if wrong := {name: value for name, value in lengths.items() if getattr(config, name) != value}:
+        raise ValueError(f"{wrong} is not allowed: the model is made for { ({name: getattr(config, name) for name in wrong}) }.")
+    with training_args.main_process_first(desc="data"):
+        parts = load_series(
+            Source(source, config=data_args.dataset_config_name),
+            config.context_length,
+            config.prediction_length,
+            data_args.target_columns,
+        )
+    config.num_input_channels = parts[0].values.shape[1]
+    limits = (data_args.max_train_samples, data_args.max_eval_samples, data_args.max_eval_samples)
+    train, validation, test = (
+        Subset(Forecasts(windows), range(min(len(windows), limit or len(windows))))
+        for windows, limit in zip(parts, limits, strict=True)
+    )
+
+    trainer = TeleportTrainer(
+        model=make_model(MODELS[config.model_type], model_args, config),
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=validation,
+        compute_metrics=errors,
+        preprocess_logits_for_metrics=lambda logits, labels: logits[0] if isinstance(logits, tuple) else logits,
+    )
+    measured = run(trainer, model_args, data_args)
+    tested = trainer.evaluate(test, metric_key_prefix="test")
+    trainer.log_metrics("test", tested)
+    trainer.save_metrics("test", tested)
+    return measured | tested
