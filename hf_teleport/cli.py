@@ -18,20 +18,29 @@ from hf_teleport.synthetic import synthetic_batch, synthetic_loss
 from hf_teleport.tasks import TASKS, train
 from hf_teleport.teleporter import Teleporter
 
+_MODEL = "a Hub id, a local folder, or a config name (llama, bert, vit, ...) for random weights"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="hf-teleport", description="Teleportation for Transformers models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     look = commands.add_parser("inspect", help="what would move in a model, and what would not and why")
-    look.add_argument("model", help="a Hub id, a local folder, or a config name (llama, bert, vit, ...) for random weights")
-    look.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="sizes for a config name, e.g. hidden_size=64")
-    look.add_argument("--data", type=Path, help="parquet, JSON or CSV file of rows with the model's inputs; default: random ones")
-    look.add_argument("--batch_size", type=int, default=2, help="samples in the batch")
-    look.add_argument("--length", type=int, default=16, help="tokens in a random sequence")
+    look.add_argument("model", help=_MODEL)
+    _add_inputs(look)
     look.add_argument("--method", choices=["null_space", "basis"], default="null_space", help="of teleportation")
     look.add_argument("--json", action="store_true", help="print JSON instead of a table")
     look.set_defaults(run=_inspect)
+    doctor = commands.add_parser(
+        "doctor",
+        help="whether everything needed is here, and what a teleport would do to a model",
+        description="Looks at libraries, devices, distributed backends and the Hub. Exit code 0: all that is required is here, "
+        "in versions that are supported; 1: it is not.",
+    )
+    doctor.add_argument("--model", help=f"also what would move in it, and what method 'auto' comes to: {_MODEL}")
+    _add_inputs(doctor)
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    doctor.set_defaults(run=_doctor)
     learn = commands.add_parser(
         "train",
         help="train a model with teleportation: the well-known Transformers examples",
@@ -49,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="[CONFIG.yaml] [--ARGUMENT VALUE ...]",
         help="a YAML file of arguments, and arguments that win over the file's",
     )
-    learn.set_defaults(run=lambda arguments: train(arguments.task, arguments.words))
+    learn.set_defaults(run=_train)
     trial = commands.add_parser("experiment", help="train every arm of a YAML file at every learning rate with every seed")
     trial.add_argument("config", help="YAML file, for instance configs/paper/cpu/mnist_sgd.yaml")
     trial.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--KEY VALUE", help="settings that win over the file's")
@@ -70,17 +79,39 @@ def main(argv: list[str] | None = None) -> int:
     draw.set_defaults(run=_plot)
     arguments = parser.parse_args(argv)
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"hf-teleport: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("hf-teleport: interrupted; an experiment goes on when it is started again", file=sys.stderr)
         return 130
-    return 0
 
 
-def _inspect(arguments: argparse.Namespace) -> None:
+def _add_inputs(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="sizes for a config name, e.g. hidden_size=64")
+    command.add_argument(
+        "--data", type=Path, help="parquet, JSON or CSV file of rows with the model's inputs; default: random ones"
+    )
+    command.add_argument("--batch_size", type=int, default=2, help="samples in the batch")
+    command.add_argument("--length", type=int, default=16, help="tokens in a random sequence")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from hf_teleport.doctor import examine, foretell, healthy, sentences, to_dict
+
+    findings = examine()
+    prognosis = foretell(*_model_and_batch(arguments), synthetic_loss) if arguments.model else None
+    print(json.dumps(to_dict(findings, prognosis), indent=1) if arguments.json else "\n".join(sentences(findings, prognosis)))
+    return 0 if healthy(findings) else 1
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    train(arguments.task, arguments.words)
+
+
+def _model_and_batch(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that was named, and a batch that it takes."""
     model = load_model(arguments.model, dict(_setting(text) for text in arguments.set))
     if arguments.data:
         batch = _rows(arguments.data, arguments.batch_size)
@@ -93,6 +124,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"{type(model).__name__} cannot take these inputs ({', '.join(batch)}): {error}. Give rows that suit it with --data."
         ) from error
+    return model, batch
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    model, batch = _model_and_batch(arguments)
     if arguments.method == "basis":
         symmetries = (
             Teleporter(model, TeleportConfig(method="basis", symmetries=list(SYMMETRIES))).check(batch, synthetic_loss).symmetries
