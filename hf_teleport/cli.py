@@ -25,7 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="hf-teleport", description="Teleportation for Transformers models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    look = commands.add_parser("inspect", help="what would move in a model, and what would not and why")
+    look = commands.add_parser(
+        "inspect",
+        help="what would move in a model, and what would not and why",
+        description="Judges every weight of a model on one batch: its role, the dimension of the null space of its inputs, whether "
+        "it moves, and if not, why. With --method basis: its exact symmetries, and why one does not turn. Nothing is trained.",
+        epilog="For instance: hf-teleport inspect llama --set hidden_size=64 intermediate_size=128 num_hidden_layers=2",
+    )
     look.add_argument("model", help=_MODEL)
     _add_inputs(look)
     look.add_argument("--method", choices=["null_space", "basis"], default="null_space", help="of teleportation")
@@ -59,7 +65,12 @@ def main(argv: list[str] | None = None) -> int:
         help="a YAML file of arguments, and arguments that win over the file's",
     )
     learn.set_defaults(run=_train)
-    trial = commands.add_parser("experiment", help="train every arm of a YAML file at every learning rate with every seed")
+    trial = commands.add_parser(
+        "experiment",
+        help="train every arm of a YAML file at every learning rate with every seed",
+        description="Every arm sees the same data, and starts from the same weights. What is finished is not trained again.",
+        epilog="For instance: hf-teleport experiment configs/paper/cpu/mnist_sgd.yaml --seeds 0",
+    )
     trial.add_argument("config", help="YAML file, for instance configs/paper/cpu/mnist_sgd.yaml")
     trial.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--KEY VALUE", help="settings that win over the file's")
     trial.set_defaults(run=_experiment)
@@ -74,7 +85,11 @@ def main(argv: list[str] | None = None) -> int:
     contest.add_argument("config", help="YAML file, for instance configs/compare/mnist_mlp_sgd.yaml")
     contest.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--KEY VALUE", help="settings that win over the file's")
     contest.set_defaults(run=_compare)
-    draw = commands.add_parser("plot", help="picture, numbers and table of an experiment's training losses")
+    draw = commands.add_parser(
+        "plot",
+        help="picture, numbers and table of an experiment's training losses",
+        description="Draws the training losses of the runs that are finished, prints a table, and writes both to the folder.",
+    )
     draw.add_argument("output", type=Path, help="the experiment's output_dir")
     draw.set_defaults(run=_plot)
     arguments = parser.parse_args(argv)

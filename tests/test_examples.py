@@ -29,6 +29,8 @@ from hf_teleport.tasks.run import checkpoint_of
 from hf_teleport.tasks.seq2seq import Seq2SeqArguments, overlap
 from hf_teleport.tasks.sound import decode, resample
 
+from hub_double import running_hub
+
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 CONFIGS = ROOT / "configs" / "examples"
@@ -197,6 +199,24 @@ def test_with_accelerate_on_two_processes(tmp_path):
     assert getattr(transformers, auto).from_pretrained(tmp_path).num_parameters() > 0
 
 
+def test_a_run_is_pushed_with_its_card(tmp_path):
+    (tmp_path / "a.txt").write_text("some words of text\n" * 40)
+    settings = {"train_file": tmp_path / "a.txt", "train_tokenizer_vocab_size": 12, "block_size": 8, "config_name": "llama"}
+    settings |= {"config_overrides": SMALL_TEXT, "push_to_hub": "true", "hub_model_id": "somebody/example", "save_strategy": "no"}
+    with running_hub() as double:
+        done = subprocess.run(
+            [sys.executable, "scripts/examples/run_clm.py", *words(output_dir=tmp_path / "run", **settings)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **double.environment(tmp_path / "home")},
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = double.repos["somebody/example"].files
+    assert {"model.safetensors", "config.json", "tokenizer.json", "eval_results.json"} <= set(files)
+    assert "## Teleportation" in files["README.md"].decode()
+
+
 def tone(hertz, rate=16000, seconds=0.05, width=2, channels=1):
     """A WAV file of a tone."""
     wave_ = np.sin(2 * np.pi * hertz * np.arange(int(rate * seconds)) / rate)
@@ -305,6 +325,13 @@ def test_every_config_is_of_a_task(file, capsys):
                 *("--block_size", "64", "--train_file", "{tmp}/a.txt"),
             ],
             "fewer than 64 tokens",
+        ),
+        (
+            [
+                *("clm", "--train_tokenizer_vocab_size", "9", "--config_name", "gpt2", "--config_overrides", "n_positions=32"),
+                *("--block_size", "64", "--train_file", "{tmp}/a.txt"),
+            ],
+            "block_size = 64 is not allowed; allowed: 1 to 32",
         ),
         (["glue", "--task_name", "sst3"], "allowed: one of ['cola'"),
         (["glue", "--train_file", "{tmp}/a.txt"], "column 'label' is not in the data"),

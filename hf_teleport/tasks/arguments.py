@@ -14,6 +14,8 @@ from hf_teleport.experiments.settings import read
 class ModelArguments:
     """Which model."""
 
+    _argument_group_name = "model"  # where --help lists them
+
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Saved model to start from: a folder or a Hub id. Without it: random weights, by config_name."},
@@ -52,6 +54,8 @@ class TextModelArguments(ModelArguments):
 @dataclass
 class DataArguments:
     """Which data."""
+
+    _argument_group_name = "data"
 
     dataset_name: str | None = field(
         default=None,

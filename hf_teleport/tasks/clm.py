@@ -9,7 +9,7 @@ from hf_teleport.tasks.arguments import DataArguments, TextModelArguments, parse
 from hf_teleport.tasks.model import make_config, make_model, make_tokenizer, token_settings
 from hf_teleport.tasks.run import run
 from hf_teleport.tasks.tables import load_tables, text_column
-from hf_teleport.tasks.text import blocks
+from hf_teleport.tasks.text import blocks, row_length
 
 
 @dataclass
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> dict[str, float]:
         column = text_column(tables["train"], data_args.text_column_name)
         tokenizer = make_tokenizer(model_args, lambda: list(tables["train"][column]))
         config = make_config(model_args, token_settings(tokenizer))
-        length = data_args.block_size or min(1024, getattr(config, "max_position_embeddings", 1024), tokenizer.model_max_length)
+        length = row_length("block_size", data_args.block_size, 1024, config, tokenizer)
         tables = blocks(tables, tokenizer, column, length)
 
     trainer = TeleportTrainer(

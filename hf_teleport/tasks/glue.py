@@ -13,6 +13,7 @@ from hf_teleport.tasks.labels import Labels
 from hf_teleport.tasks.model import make_config, make_model, make_tokenizer, token_settings
 from hf_teleport.tasks.run import run
 from hf_teleport.tasks.tables import load_tables, text_column
+from hf_teleport.tasks.text import row_length
 
 GLUE = {
     "cola": ("sentence",),
@@ -40,7 +41,10 @@ class GlueArguments(DataArguments):
         default=None, metadata={"help": "One or two columns of text. Default: the task's, or the first of text."}
     )
     label_column_name: str = field(default="label", metadata={"help": "Column of classes, or of numbers for a regression."})
-    max_seq_length: int = field(default=128, metadata={"help": "Tokens in a row at most; what is longer is cut."})
+    max_seq_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens in a row at most; what is longer is cut. Default: 128, or fewer if the model takes fewer."},
+    )
 
     def __post_init__(self) -> None:
         if self.task_name is not None and self.task_name not in GLUE:
@@ -82,14 +86,15 @@ def main(argv: list[str]) -> dict[str, float]:
         tokenizer = make_tokenizer(
             model_args, lambda: [text for column in columns for text in tables["train"][column]], masked=True
         )
+        config = make_config(model_args, token_settings(tokenizer), **labels.settings)
+        length = row_length("max_seq_length", data_args.max_seq_length, 128, config, tokenizer)
 
         def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-            encoded = tokenizer(*(rows[column] for column in columns), truncation=True, max_length=data_args.max_seq_length)
+            encoded = tokenizer(*(rows[column] for column in columns), truncation=True, max_length=length)
             return {**encoded, "labels": labels.numbers(rows[data_args.label_column_name])}
 
         tables = tables.map(encode, batched=True, remove_columns=tables["train"].column_names, desc="Tokens")
 
-    config = make_config(model_args, token_settings(tokenizer), **labels.settings)
     trainer = TeleportTrainer(
         model=make_model(AutoModelForSequenceClassification, model_args, config, tokenizer),
         args=training_args,

@@ -5,6 +5,18 @@ from typing import Any
 from datasets import DatasetDict
 
 
+def row_length(name: str, asked: int | None, default: int, config: Any, tokenizer: Any) -> int:
+    """Tokens in a row: those asked for, else the default or as many as model and tokenizer take.
+
+    Raises:
+        ValueError: more than they take.
+    """
+    limit = min(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length, tokenizer.model_max_length)
+    if asked is not None and not 1 <= asked <= limit:
+        raise ValueError(f"{name} = {asked} is not allowed; allowed: 1 to {limit}, which model and tokenizer take.")
+    return asked or min(default, limit)
+
+
 def blocks(tables: DatasetDict, tokenizer: Any, column: str, length: int, special: bool = False) -> DatasetDict:
     """All texts one after the other, cut into blocks: `input_ids` (length,) a row. What does not fill the last block is left out.
 

@@ -22,6 +22,8 @@ MODELS = {"patchtst": PatchTSTForPrediction, "patchtsmixer": PatchTSMixerForPred
 class SeriesArguments:
     """The table, its columns, and the lengths of a window."""
 
+    _argument_group_name = "data"
+
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id, or a local folder with one table, for train_file."})
     dataset_config_name: str | None = field(
         default=None, metadata={"help": "Which of the Hub id's data sets, if it has several."}
