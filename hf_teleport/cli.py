@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     look = commands.add_parser(
         "inspect",
         help="what would move in a model, and what would not and why",
-        description="Judges every weight of a model on one batch: its role, the dimension of the null space of its inputs, whether "
+        description="Judges every weight of a model on one batch: its role, the dimension of its inputs' null space, whether "
         "it moves, and if not, why. With --method basis: its exact symmetries, and why one does not turn. Nothing is trained.",
         epilog="For instance: hf-teleport inspect llama --set hidden_size=64 intermediate_size=128 num_hidden_layers=2",
     )
