@@ -199,6 +199,18 @@ def test_with_accelerate_on_two_processes(tmp_path):
     assert getattr(transformers, auto).from_pretrained(tmp_path).num_parameters() > 0
 
 
+def test_a_regression_on_pairs_of_texts(tmp_path):
+    words_ = [f"w{i}" for i in range(12)]
+    pairs = {"first": [f"{a} {b}" for a in words_ for b in words_[:3]], "second": [f"{b} w1" for _ in words_ for b in words_[:3]]}
+    Dataset.from_dict({**pairs, "grade": list(np.linspace(0, 5, 36))}).to_json(tmp_path / "rows.jsonl")
+    settings = {"train_file": tmp_path / "rows.jsonl", "label_column_name": "grade", "train_tokenizer_vocab_size": 20}
+    argv = words(config_name="bert", config_overrides=SMALL_TEXT, output_dir=tmp_path / "run", **settings)
+    measured = train("glue", [*argv, "--text_column_names", "first", "second"])
+    check_run(tmp_path / "run")
+    assert measured["eval_mse"] == pytest.approx(measured["eval_loss"], rel=1e-4)
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "run").problem_type == "regression"
+
+
 def test_a_run_is_pushed_with_its_card(tmp_path):
     (tmp_path / "a.txt").write_text("some words of text\n" * 40)
     settings = {"train_file": tmp_path / "a.txt", "train_tokenizer_vocab_size": 12, "block_size": 8, "config_name": "llama"}
