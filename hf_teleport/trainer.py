@@ -244,8 +244,8 @@ class TeleportMixin(_Base):
     def _settle(self, batch: Any, steps_per_epoch: int, max_steps: int) -> None:
         """Decide for method 'auto' on settings and schedule, by what is the same in a run and in its resumption."""
         teleporter = self._teleporter(self.teleport_config)
-        # Early, but an epoch may be short.
-        chosen, why = choose(teleporter, batch, self._teleport_loss, min(BASIS_STEP, steps_per_epoch // 2))
+        # Early, but an epoch or the whole run may be short.
+        chosen, why = choose(teleporter, batch, self._teleport_loss, min(BASIS_STEP, steps_per_epoch // 2, max_steps // 2))
         steps = teleport_steps(chosen, steps_per_epoch, max_steps)
         affordable = afford(chosen, len(steps), self._passes(max_steps))
         self._settled = affordable or chosen

@@ -127,16 +127,16 @@ def test_with_a_budget_it_teleports_and_resumes_to_the_same(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
 
 
-def test_a_basis_is_turned_early_in_a_short_epoch(tmp_path):
+@pytest.mark.parametrize(("max_steps", "step"), [(-1, 4), (4, 2), (1, 0)])
+def test_a_basis_is_turned_early_in_a_short_run(tmp_path, max_steps, step):
     model, batch = build("gpt2")
     data = [{key: value[i % 3] for key, value in batch.items()} for i in range(32)]
-    arguments = TrainingArguments(
-        str(tmp_path), num_train_epochs=1, per_device_train_batch_size=4, report_to="none", disable_tqdm=True, use_cpu=True
-    )
+    settings = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True}
+    arguments = TrainingArguments(str(tmp_path), **settings, max_steps=max_steps, use_cpu=True)
     trainer = TeleportTrainer(model, arguments, train_dataset=data, teleport_config=TeleportConfig(method="auto"))
     trainer.train()
     assert [report.method for report in trainer.teleport_reports] == ["basis"]
-    assert trainer._teleport_steps == {4: 0}
+    assert trainer._teleport_steps == {step: 0}
 
 
 def test_a_check_is_of_what_it_comes_to():
