@@ -218,7 +218,7 @@ class TeleportMixin(_Base):
         if not self.state.global_step:  # a resumed run has begun, and its events would only warn
             for check in checks:
                 check.require_movable()
-        if self.teleport_config.blocking_gains == "hold":
+        if self._settings.blocking_gains == "hold":
             self._held = [parameter for check in checks for parameter in check.blocking]
         if not self.is_world_process_zero():
             return

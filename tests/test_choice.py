@@ -34,6 +34,7 @@ def test_a_transformer_with_adamw_gets_a_basis_after_its_first_steps(name):
     model, batch = build(name)
     config, why = chosen(model, batch, torch.optim.AdamW(model.parameters()))
     assert (config.method, config.warmup_steps, why) == ("basis", BASIS_STEP, "")
+    assert config.blocking_gains == "hold"
     config, _ = chosen(model, batch, torch.optim.AdamW(model.parameters()), warmup_steps=50)
     assert config.warmup_steps == 50
 
@@ -137,6 +138,8 @@ def test_a_basis_is_turned_early_in_a_short_run(tmp_path, max_steps, step):
     trainer.train()
     assert [report.method for report in trainer.teleport_reports] == ["basis"]
     assert trainer._teleport_steps == {step: 0}
+    # Its embeddings are tied: the gain that blocks the stream was held, so that the stream has turned.
+    assert "stream" in {symmetry.kind for symmetry in trainer.teleport_reports[0].symmetries if not symmetry.reason}
 
 
 def test_a_check_is_of_what_it_comes_to():
