@@ -35,7 +35,7 @@ def choose(teleporter: Any, batch: Any, loss_fn: LossFn, basis_step: int = BASIS
     config = teleporter.config
     if teleporter.optimizer is None:
         return replace(config, method="null_space"), "no optimizer is known"
-    # Tied embeddings stop the residual stream from turning unless the last norm's gain stays even until then, which costs nothing.
+    # Tied embeddings stop the residual stream from turning unless the last norm's gain stays even until then: it costs nothing.
     gains: Any = "hold" if config.blocking_gains == "leave" else config.blocking_gains
     warmup = max(config.warmup_steps, basis_step)
     basis = replace(config, method="basis", warmup_steps=warmup, blocking_gains=gains)

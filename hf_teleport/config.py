@@ -145,7 +145,8 @@ class TeleportConfig:
         "leave",
         "For method 'basis', what to do about a norm's gain that stops the residual stream from turning because it can't be "
         "folded (tied embeddings, post-norm), once training has made it uneven: 'leave' the stream (with method 'auto': hold); "
-        "'hold' such gains untrained until the first teleport; 'round' them to their mean at the teleport, a change of the loss, under `max_loss_change`.",
+        "'hold' such gains untrained until the first teleport; 'round' them to their mean at the teleport, a change of the loss, "
+        "under `max_loss_change`.",
     )
     min_misalignment: float = _setting(
         0.0,
