@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -434,6 +435,42 @@ def test_the_papers_experiments_side_by_side(tmp_path, capsys):
     run = pd.DataFrame({"step": [0, 1, 2], "cpu_seconds": [0.0, 10.0, 20.0], "train_loss": [4.0, 2.0, 3.0]})
     assert time_to(run, 3.0) == 5.0
     assert time_to(run, 1.0) == np.inf
+
+
+def test_comparisons_side_by_side(tmp_path):
+    from when_report import main
+
+    from hf_teleport.experiments.report import record
+    from hf_teleport.experiments.verdict import Interval, Verdict
+
+    def judged(arm, word, value, never=0):
+        intervals = [Interval(value, 0.1, 3)] * 7
+        return Verdict(arm, 0.1, 3, *intervals[:3], never, *intervals[3:], 0, word)
+
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    verdicts = [judged("baseline", "reference", 1.0), judged("auto", "no difference that the seeds show", 0.5, never=1)]
+    verdicts.append(judged("other", "worse", float("nan")))
+    made = SimpleNamespace(clock="seconds", rates=[0.1], seeds=[0, 1, 2], arms=["baseline", "auto", "other"])
+    found = SimpleNamespace(protocol=made, best={"baseline": 0.1}, remarks=[], verdicts=verdicts)
+    (folder / "comparison.json").write_text(json.dumps(record(found)))
+    (folder / "comparison.csv").write_text("arm,learning_rate\nbaseline,0.1\n")
+    text = main([str(folder), str(tmp_path / "none"), "--output", str(tmp_path / "all.csv")])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    assert rows[0] == ["mnist", "baseline", "0.1", "1.00 ± 0.10", "", "", "", "", ""]
+    assert rows[1] == [
+        "",
+        "auto",
+        "0.1",
+        *["0.50 ± 0.10"] * 2,
+        "0.50 ± 0.10; never 1 of 3",
+        *["0.50 ± 0.10"] * 2,
+        "no difference",
+    ]
+    assert rows[2][3:] == ["-", "-", "-", "-", "-", "worse"]
+    assert list(pd.read_csv(tmp_path / "all.csv")["task"]) == ["mnist"]
+    with pytest.raises(SystemExit, match="hf-teleport compare first"):
+        main([str(tmp_path)])
 
 
 @pytest.mark.skipif(not (ROOT.parent / "shared" / "data").exists(), reason="needs the data sets in ../shared/data")
