@@ -44,9 +44,7 @@ def lines(name: str, verdicts: list[dict[str, Any]]) -> list[list[str]]:
 
 def main(words: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "folders", nargs="+", type=Path, help="of `hf-teleport compare`; those without a report are left out"
-    )
+    parser.add_argument("folders", nargs="+", type=Path, help="of `hf-teleport compare`; those without a report are left out")
     parser.add_argument("--output", type=Path, help="CSV file to write")
     args = parser.parse_args(words)
     table, frames = [], []
