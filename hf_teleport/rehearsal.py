@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_teleport.ascent import norm
+from hf_teleport.distributed import ALONE, Ranks
 from hf_teleport.optimizer_state import unwrapped
 
 Tensors = list[Tensor | None]
@@ -29,6 +30,7 @@ class Rehearsal:
         origin: the parameter in the optimizer that a given one stands in for (`WorkingWeights.origin`).
         max_grad_norm: gradients are clipped to this norm before the step; None or 0: they are not.
         rates: for the i-th step from now the learning rate of each parameter group; default: those of now.
+        ranks: the processes that rehearse alike, and fail alike.
     """
 
     def __init__(
@@ -37,11 +39,13 @@ class Rehearsal:
         origin: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
         max_grad_norm: float | None = None,
         rates: Callable[[int], list[float]] | None = None,
+        ranks: Ranks = ALONE,
     ):
         self._optimizer = unwrapped(optimizer)
         self._origin = origin
         self._max_grad_norm = max_grad_norm
         self._rates = rates
+        self._ranks = ranks
         self._groups = {parameter: group for group in self._optimizer.param_groups for parameter in group["params"]}
 
     def step(self, parameters: Sequence[nn.Parameter], gradients: Tensors) -> Tensors:
@@ -118,7 +122,7 @@ class Rehearsal:
                     parameter.grad = None if gradient is None else gradient.detach() * factor
                 for group, rate in zip(trial.param_groups, self._rates(i) if self._rates else [], strict=False):
                     group["lr"] = rate
-                type(self._optimizer).step(trial)
+                self._ranks.together(lambda: type(self._optimizer).step(trial))
             yield
         finally:
             for parameter, data, gradient in kept:
@@ -130,13 +134,11 @@ class Rehearsal:
         limit = self._max_grad_norm
         return (min(1.0, limit / (length + _CLIP_EPS)) if limit else 1.0), length
 
-    @torch.no_grad()
     def _changes(self, parameters: Iterable[nn.Parameter], gradients: Tensors) -> Tensors:
-        return [
-            None if gradient is None else self._change(parameter, gradient)
-            for parameter, gradient in zip(parameters, gradients, strict=True)
-        ]
+        pairs = list(zip(parameters, gradients, strict=True))
+        return self._ranks.together(lambda: [None if g is None else self._change(parameter, g) for parameter, g in pairs])
 
+    @torch.no_grad()
     def _change(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
         """One parameter's step, on a copy of it: the memory of one parameter at a time."""
         group = self._groups.get(self._origin(parameter))

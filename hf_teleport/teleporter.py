@@ -245,7 +245,7 @@ class Teleporter:
     def _method(self, loss_fn: LossFn, weights: WorkingWeights) -> Method:
         method = METHODS[self.config.method](self.model, loss_fn, self.config, self.optimizer, self._ranks)
         if self.optimizer is not None:
-            method.rehearsal = Rehearsal(self.optimizer, weights.origin, self._max_grad_norm, self._rates)
+            method.rehearsal = Rehearsal(self.optimizer, weights.origin, self._max_grad_norm, self._rates, self._ranks)
         return method
 
     def _jump(self, method: Method) -> tuple[int, str]:
