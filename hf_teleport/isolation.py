@@ -1,6 +1,7 @@
 """Leave no trace: what a teleport may disturb is put back as it was."""
 
 import copy
+import math
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -186,6 +187,17 @@ class Snapshot:
         """How far each parameter is from its copy."""
         return {parameter: parameter.detach() - saved for parameter, saved in self._saved}
 
-    def changed(self) -> set[nn.Parameter]:
-        """The parameters that differ from their copy."""
-        return {parameter for parameter, saved in self._saved if not torch.equal(parameter, saved)}
+    def changed(self) -> dict[nn.Parameter, float | None]:
+        """The parameters W that differ from their copy W0, and by how much: ||W - W0|| / ||W0||, None if that is not finite.
+
+        One after the other, so that no second copy of all of them is held.
+        """
+        return {parameter: _distance(parameter, saved) for parameter, saved in self._saved if not torch.equal(parameter, saved)}
+
+
+@torch.no_grad()
+def _distance(parameter: Tensor, saved: Tensor) -> float | None:
+    length = float(torch.linalg.vector_norm(saved))
+    distance = float(torch.linalg.vector_norm(parameter - saved))
+    relative = distance / length if length else math.inf
+    return relative if math.isfinite(relative) else None

@@ -22,10 +22,14 @@ NO_STEP = {
 }
 
 
-def explain(reports: dict[nn.Parameter, LayerReport], changed: set[nn.Parameter], steps: int, reason: str) -> None:
-    """Note in each report whether its weight moved, and if not, why."""
+def explain(reports: dict[nn.Parameter, LayerReport], changed: dict[nn.Parameter, float | None], steps: int, reason: str) -> None:
+    """Note in each report whether its weight moved and how far, and if not, why.
+
+    Args:
+        changed: as `Snapshot.changed`; empty if nothing moved.
+    """
     for parameter, report in reports.items():
-        report.moved = parameter in changed
+        report.moved, report.moved_by = parameter in changed, changed.get(parameter, 0.0)
         if report.moved:
             report.reason = ""
         elif not report.reason:

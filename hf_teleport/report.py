@@ -20,6 +20,7 @@ class LayerReport:
         null_dim: dimension of the null space of its inputs (summed over groups), None if it was not determined.
         input_dim: dimension of its inputs, a bias counting one more (summed over groups), None likewise.
         moved: whether its weight is another one after the teleport.
+        moved_by: how far it moved, ||W' - W|| / ||W||; None where that is unknown: before an event, or of a weight that was zero.
         reason: why it did not move; empty if it did.
         movable: whether nothing but its inputs or the outcome of the event kept it from moving.
     """
@@ -32,6 +33,7 @@ class LayerReport:
     moved: bool = False
     reason: str = ""
     movable: bool = False
+    moved_by: float | None = None
 
 
 @dataclass

@@ -167,11 +167,11 @@ class Teleporter:
             method = self._method(loss_fn, weights)
             before = measure(method, batches, method.survey)
             if not before.finite:
-                explain(method.reports, set(), 0, "non_finite")
+                explain(method.reports, {}, 0, "non_finite")
                 return self._report(method, before, before, 0, "non_finite", start)
             method.fit()
             if not method.movable:
-                explain(method.reports, set(), 0, "nothing_movable")
+                explain(method.reports, {}, 0, "nothing_movable")
                 return self._report(method, before, before, 0, "nothing_movable", start)
             watched = self._held_back_loss(method, held_back)
             usual = landing(method, batches, held_back)
@@ -198,10 +198,10 @@ class Teleporter:
                 raise
             if objection:
                 snapshot.restore()
-                reason, steps, after, changed = objection, 0, before, set()
+                reason, steps, after, changed = objection, 0, before, {}
             elif rehearsed:
                 snapshot.restore()
-                reason, changed = "matched_rate", set()
+                reason, changed = "matched_rate", {}
             explain(method.reports, changed, steps, reason)
             return self._report(method, before, after, steps, reason, start, undone=bool(objection) or rehearsed)
 

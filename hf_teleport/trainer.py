@@ -28,6 +28,7 @@ from hf_teleport.config import TeleportConfig
 from hf_teleport.cost import LARGE_SHARE, Cost, event_passes, share_of_run
 from hf_teleport.distributed import check_strategy
 from hf_teleport.isolation import own_copy, preserved_rng
+from hf_teleport.journal import Journal, about
 from hf_teleport.optimizer_state import keeps_copies, unwrapped
 from hf_teleport.report import TeleportReport, share
 from hf_teleport.schedule import teleport_steps, upcoming_rates
@@ -67,6 +68,7 @@ class TeleportMixin(_Base):
         self._own_teleport_dataset = teleport_dataset
         self._settled: TeleportConfig | None = None
         self.teleport_reports: list[TeleportReport] = []
+        self._journal = Journal()
         self._teleport_steps: dict[int, int] = {}
         self._held: list[nn.Parameter] = []
         self._last_step_seen = -1
@@ -110,9 +112,13 @@ class TeleportMixin(_Base):
             batches, held_back = self._teleport_batches(self._settings.num_batches, event=step)
         for config in self._settings.each_method():
             with self._teleport_bar(step) as progress, preserved_rng():
-                report = self._teleporter(config, progress).teleport(batches, self._teleport_loss, held_back)
+                teleporter = self._teleporter(config, progress)
+                report = teleporter.teleport(batches, self._teleport_loss, held_back)
             self.teleport_reports.append(report)
             self._rate_factor = report.matched_rate
+            if self.is_world_process_zero():
+                run = about(teleporter.model, self.args, self.teleport_config, self._settled)
+                self._journal.add(self.args.output_dir, step, self.state.epoch, report, run)
             should_log = self.control.should_log
             self.log({f"teleport/{name}": value for name, value in report.metrics().items()})
             self.control.should_log = should_log  # which a log clears: this one is not the one that was asked for
@@ -195,6 +201,7 @@ class TeleportMixin(_Base):
         """
         _, steps_per_epoch, *_, max_steps = self.set_initial_training_values(self.args, train_dataloader)
         self._settled = None
+        self._journal.begin(self.args.output_dir, self.state.log_history)
         self._teleport_steps = teleport_steps(self.teleport_config, steps_per_epoch, max_steps)
         self._last_step_seen = -1
         self._held = []

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from hf_teleport import TeleportConfig, TeleportTrainer
+from hf_teleport.journal import JOURNAL
 
 
 class Patient(TrainerCallback):
@@ -137,7 +138,8 @@ def broken(folder, name, steps):
         error = "none"
     except Exception as raised:
         error = f"{type(raised).__name__}: {str(raised).splitlines()[0].replace(name, 'NAME').split(' (')[0]}"
-    return {"steps": run.state.global_step, "error": error, "files": sorted(p.name for p in Path(run.args.output_dir).iterdir())}
+    files = sorted(path.name for path in Path(run.args.output_dir).iterdir() if path.name != JOURNAL)
+    return {"steps": run.state.global_step, "error": error, "files": files}
 
 
 if __name__ == "__main__":

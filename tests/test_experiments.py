@@ -240,7 +240,8 @@ def test_methods_side_by_side(config):
         assert losses[name][3:] != losses["baseline"][3:]
     assert not any("teleport/steps" in row for row in logs["baseline"])
     for run_ in experiment.runs:
-        assert sorted(path.name for path in run_.folder.iterdir()) == ["done", "history.json", "settings.json"]
+        events = [] if run_.arm == "baseline" else ["teleports.json"]
+        assert sorted(path.name for path in run_.folder.iterdir()) == ["done", "history.json", "settings.json", *events]
         rows = json.loads((run_.folder / "history.json").read_text())
         assert [row["step"] for row in rows if "eval_test_loss" in row] == [3, 6]
         seconds = [row["seconds"] for row in rows]
@@ -510,7 +511,8 @@ def test_one_size_has_one_value_whatever_its_name(short):
 def test_a_saved_model_is_gone_on_with(short, config, tmp_path, name):
     file = config(**SHORT) if name == "mlp" else short(name)
     _, first = trained(file, "--save_model", "true", "--output_dir", str(tmp_path / "pretraining"))
-    assert sorted(path.name for path in first.folder.iterdir()) == ["done", "history.json", "model", "settings.json"]
+    files = ["done", "history.json", "model", "settings.json", "teleports.json"]
+    assert sorted(path.name for path in first.folder.iterdir()) == files
     saved = first.folder / "model"
     task, one = trained(file, "--pretrained", str(saved), "--output_dir", str(tmp_path / "tuning"))
     assert not (one.folder / "model").exists()

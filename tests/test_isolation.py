@@ -62,9 +62,9 @@ def test_snapshot():
     before = layer.weight.detach().clone()
     with torch.no_grad():
         layer.weight.add_(1e-7)
-    assert snapshot.changed() == {layer.weight}
+    assert snapshot.changed().keys() == {layer.weight}
     snapshot.restore()
-    assert snapshot.changed() == set()
+    assert snapshot.changed() == {}
     assert torch.equal(layer.weight, before)
 
 

@@ -11,10 +11,11 @@ def test_each_weight_moved_or_has_a_reason(steps):
     moved, still, known = (nn.Parameter(torch.zeros(2, 2)) for _ in range(3))
     reports = {p: LayerReport(name, "linear", [2, 2]) for p, name in ((moved, "a"), (still, "b"), (known, "c"))}
     reports[known].reason = "frozen"
-    explain(reports, {moved} if steps else set(), steps, "max_growth")
+    explain(reports, {moved: 0.5} if steps else {}, steps, "max_growth")
     assert reports[known].reason == "frozen"
     if steps:
-        assert (reports[moved].moved, reports[moved].reason) == (True, "")
+        assert (reports[moved].moved, reports[moved].moved_by, reports[moved].reason) == (True, 0.5, "")
+        assert (reports[still].moved, reports[still].moved_by) == (False, 0.0)
         assert reports[still].reason == NO_DIRECTION
     else:
         assert not any(report.moved for report in reports.values())

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from hf_teleport import TeleportMixin
+from hf_teleport.journal import JOURNAL
 
 from tiny_runs import Stream, Texts, arguments, assert_moved, flat, hub_texts, llama, pad, quick_collection, teleports  # noqa: F401
 
@@ -266,7 +267,7 @@ def run(case, folder, config=None, checkpoint=None):
         "tokens": trainer.state.num_input_tokens_seen,
         "flos": trainer.state.total_flos,
         "logged": [(entry["step"], entry.get("learning_rate"), sorted(entry)) for entry in logs],
-        "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*")),
+        "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != JOURNAL),
         "best": os.path.relpath(trainer.state.best_model_checkpoint or folder, folder),
         "trainable": trainer.get_num_trainable_parameters(),
         "rates": trainer.get_learning_rates(),
