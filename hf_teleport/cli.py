@@ -92,6 +92,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     draw.add_argument("output", type=Path, help="the experiment's output_dir")
     draw.set_defaults(run=_plot)
+    told = commands.add_parser(
+        "report",
+        help="one HTML file of a run, or of a comparison",
+        description="Writes what became of a TeleportTrainer's run (its teleports, layer by layer, with pictures), or of a "
+        "comparison (its verdicts), as one HTML file, which opens in any browser without a network.",
+        epilog="For instance: hf-teleport report runs/cnn",
+    )
+    told.add_argument("folder", type=Path, help="the output_dir of a run, or of hf-teleport compare")
+    told.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the folder")
+    told.set_defaults(run=_report)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments) or 0
@@ -205,6 +215,12 @@ def _plot(arguments: argparse.Namespace) -> None:
     table = plot(arguments.output)
     _console().print(table)
     print(f"Written: {arguments.output / FIGURE}, {arguments.output / NUMBERS}")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from hf_teleport.html import write
+
+    print(f"Written: {write(arguments.folder, arguments.output)}")
 
 
 def load_model(name: str, sizes: dict[str, Any] | None = None) -> nn.Module:

@@ -57,6 +57,17 @@ def record(comparison: Comparison) -> dict[str, Any]:
     }
 
 
+def verdicts(found: dict[str, Any]) -> list[Verdict]:
+    """Those of a `record`; a number that was not finite is NaN."""
+    return [Verdict(**{name: _interval(value) for name, value in row.items()}) for row in found["verdicts"]]
+
+
+def _interval(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return Interval(math.nan if value["mean"] is None else value["mean"], value["half"], value["seeds"])
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
@@ -76,24 +87,35 @@ def table(comparison: Comparison) -> Any:
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
     )
-    columns = ["arm", "rate", "final loss", "time", "time to its loss", "at equal time", "at equal samples"]
-    for column in (*columns, "test loss", f"test {measure}", "verdict"):
+    for column in columns(measure):
         shown.add_column(column, no_wrap=column in ("arm", "time to its loss"))
     for verdict in comparison.verdicts:
-        differences = (verdict.equal_time, verdict.equal_samples, verdict.test_loss, verdict.metric)
-        shown.add_row(
-            verdict.arm,
-            f"{verdict.learning_rate:g}",
-            str(verdict.train_loss),
-            f"x {verdict.time}",
-            *(
-                [""] * 5
-                if verdict.word == REFERENCE
-                else [_passing(verdict), *(_signed(difference) for difference in differences)]
-            ),
-            verdict.word.partition(" that ")[0],
-        )
+        shown.add_row(*cells(verdict))
     return shown
+
+
+def columns(measure: str = "metric") -> list[str]:
+    """The names of what `cells` tells.
+
+    Args:
+        measure: the name of that of the test set.
+    """
+    times = ["final loss", "time", "time to its loss", "at equal time", "at equal samples"]
+    return ["arm", "rate", *times, "test loss", f"test {measure}", "verdict"]
+
+
+def cells(verdict: Verdict) -> list[str]:
+    """A verdict as a row of a table; the differences from itself of the baseline are blank."""
+    differences = (verdict.equal_time, verdict.equal_samples, verdict.test_loss, verdict.metric)
+    compared = [_passing(verdict), *(_signed(difference) for difference in differences)]
+    return [
+        verdict.arm,
+        f"{verdict.learning_rate:g}",
+        str(verdict.train_loss),
+        f"x {verdict.time}",
+        *([""] * len(compared) if verdict.word == REFERENCE else compared),
+        verdict.word.partition(" that ")[0],
+    ]
 
 
 def _passing(verdict: Verdict) -> str:
