@@ -1,4 +1,4 @@
-"""Libraries that only the experiments need, imported when they are needed."""
+"""Libraries that only the experiments and the reports need, imported when they are needed."""
 
 from importlib import import_module
 from typing import Any
@@ -14,5 +14,5 @@ def require_extra(module: str) -> Any:
         return import_module(module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the experiments need {error.name}, which is not installed: pip install 'hf_teleport[experiments]'"
+            f"this needs {error.name}, which is not installed: pip install 'hf_teleport[experiments]'"
         ) from error
