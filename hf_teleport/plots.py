@@ -144,10 +144,12 @@ def _heat_map(events: list[Event], value: Callable[[dict[str, Any]], float | Non
     if not rows:
         return None
     numbers = numpy.array([[values.get(name, math.nan) for _, values in columns] for name in rows])
-    figure = _figure(6 + min(6, 0.4 * len(columns)), 1.4 + _ROW * min(len(rows), 2 * _NAMED_ROWS))
+    figure = _figure(6 + min(6, 0.4 * len(columns)), 1.8 + _ROW * min(len(rows), 2 * _NAMED_ROWS))
     axes = figure.subplots()
     image = axes.imshow(numbers, aspect="auto", interpolation="none", **scale)
-    figure.colorbar(image, ax=axes, label=label)
+    figure.colorbar(image, ax=axes)
+    # Beside the colours it would not fit where there are few layers.
+    axes.set_title(label, fontsize="medium")
     _name_rows(axes, rows)
     every = math.ceil(len(columns) / _NAMED_COLUMNS)
     names = [f"{event['step']}\n{event.get('method', '')}" for event, _ in columns]

@@ -113,6 +113,7 @@ def main(argv: list[str]) -> None:
         for name, value in scores.items():
             print(f"{name:30} {value:.4f}")
     trainer.save_model()
+    trainer.save_state()
 
 
 if __name__ == "__main__":

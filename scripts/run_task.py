@@ -87,6 +87,7 @@ def main(argv: list[str]) -> None:
             print(f"{name:30} {scores[name]:.4f}")
         print(f"{'cpu_seconds':30} {history.rows[-1]['cpu_seconds']:.1f}")
     trainer.save_model()
+    trainer.save_state()
 
 
 if __name__ == "__main__":

@@ -67,11 +67,11 @@ def test_scale_of_the_losses(losses, scale):
 
 
 def heat_map(figure):
-    axes, bar = drawn(figure)
+    axes, _ = drawn(figure)
     values = np.ma.filled(axes.get_images()[0].get_array().astype(float), math.nan)
     names = [label.get_text() for label in axes.get_yticklabels()]
     columns = [label.get_text() for label in axes.get_xticklabels()]
-    return values.tolist(), names, columns, bar.get_ylabel()
+    return values.tolist(), names, columns, axes.get_title()
 
 
 def test_shares_of_null_dimensions():
