@@ -387,7 +387,7 @@ def test_a_missing_library_is_named_with_the_way_to_get_it(tmp_path, capsys, mon
     monkeypatch.setitem(sys.modules, "pandas", None)
     assert main(["plot", str(tmp_path)]) == 2
     assert "pip install 'hf_teleport[experiments]'" in capsys.readouterr().err
-    with pytest.raises(ModuleNotFoundError, match="need not_there, which"):
+    with pytest.raises(ModuleNotFoundError, match="needs not_there, which"):
         extras.require_extra("not_there")
 
 

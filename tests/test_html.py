@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from hf_teleport import TeleportConfig
 from hf_teleport.cli import main
 from hf_teleport.experiments import extras
 from hf_teleport.experiments.plot import figure
+from hf_teleport.experiments.report import FIGURE, NUMBERS, RECORD
 from hf_teleport.experiments.verdict import REFERENCE, Interval, Verdict
 from hf_teleport.html import render
 from hf_teleport.journal import JOURNAL, read
@@ -184,6 +186,7 @@ def altered(run, tmp_path, change):
     return Page(render(tmp_path))
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")
 def test_no_name_breaks_the_page(run, tmp_path):
     folder = tmp_path / "a <b> & 'c'"
     folder.mkdir()
@@ -293,17 +296,13 @@ def verdicts():
 @pytest.fixture
 def comparison(tmp_path):
     """What `hf-teleport compare` leaves, of numbers of our own."""
-    from dataclasses import asdict
-
-    from hf_teleport.experiments.report import FIGURE, NUMBERS, RECORD, _plain
-
     record = {
         "clock": "cpu_seconds",
         "learning_rates": [0.1, 0.3],
         "seeds": [0, 1, 2],
         "best_learning_rates": {"baseline": 0.1, '<arm> & "co"': None},
         "remarks": [],
-        "verdicts": [_plain(asdict(verdict)) for verdict in verdicts()],
+        "verdicts": json.loads(json.dumps([asdict(v) for v in verdicts()]).replace("NaN", "null")),
         "sentences": ["<arm> is worse & slower."],
     }
     (tmp_path / RECORD).write_text(json.dumps(record))
