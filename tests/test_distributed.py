@@ -84,7 +84,7 @@ CASES = {
     "measure": (llama, torch.float64, {"method": "basis", "second_moment": "measure"}, 1e-12),
     "level_set": (llama, torch.float64, {"method": "level_set", "steps_per_batch": 3}, 1e-5),
     # The bend of the optimizer's step is a difference, which rounding enters into.
-    "lookahead": (llama, torch.float64, {"objective": "lookahead", "scope": "batch", "steps_per_batch": 3}, 1e-8),
+    "lookahead": (llama, torch.float64, {"objective": "lookahead", "scope": "batch", "learning_rate": 1e-3}, 1e-8),
 }
 SHARDED = ["fast", "exact", "gradient", "measure", "level_set", "lookahead"]
 
