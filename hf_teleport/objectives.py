@@ -81,15 +81,12 @@ class Objective(ABC):
                 f"objective {type(self).__name__} is about the optimizer's next step, and none was given; pass "
                 "Teleporter(..., optimizer=optimizer), or use objective='grad_norm'."
             )
+        # Any: it is there where it is needed.
+        self.rehearsal: Any = surroundings.rehearsal
 
     @abstractmethod
     def slope(self, point: Point) -> Slope:
         """Value and gradient where the weights are; `point` was made there."""
-
-    def _rehearsal(self) -> Rehearsal:
-        rehearsal = self.around.rehearsal
-        assert rehearsal is not None
-        return rehearsal
 
 
 class GradNorm(Objective):
@@ -112,7 +109,7 @@ class PredictedDecrease(Objective):
 
     def slope(self, point: Point) -> Slope:
         gradients = _detached(point.gradients)
-        step = self._rehearsal().step(self.around.parameters, gradients)
+        step = self.rehearsal.step(self.around.parameters, gradients)
         along: Gradients = [None if s is None else -s for s in step]
         return Slope(_inner(gradients, along), along)
 
@@ -127,7 +124,7 @@ class Lookahead(Objective):
     passes = 1
 
     def slope(self, point: Point) -> Slope:
-        parameters, rehearsal = self.around.parameters, self._rehearsal()
+        parameters, rehearsal = self.around.parameters, self.rehearsal
         gradients = _detached(point.gradients)
         step = rehearsal.step(parameters, gradients)
         with shifted(parameters, step, 1.0):

@@ -19,6 +19,7 @@ import pandas as pd
 from grid_report import interval, markdown
 
 from hf_teleport.experiments.results import best_rates, curves, evaluations, final, paper_rate
+from hf_teleport.experiments.verdict import passage
 
 HEADER = ["data, optimizer", "rate", "baseline", "null space", "difference", "test, difference", "CPU time", "to baseline's loss"]
 ARMS = ["baseline", "null_space"]
@@ -26,16 +27,7 @@ ARMS = ["baseline", "null_space"]
 
 def time_to(run: pd.DataFrame, loss: float) -> float:
     """CPU seconds until a run's training loss is down at a loss, interpolated between evaluations; infinite if it never is."""
-    run = run.sort_values("step")
-    times, losses = run["cpu_seconds"].to_numpy(), np.minimum.accumulate(run["train_loss"].to_numpy())
-    reached = np.flatnonzero(losses <= loss)
-    if not len(reached):
-        return float("inf")
-    at = reached[0]
-    if at == 0:
-        return float(times[0])
-    share = (losses[at - 1] - loss) / (losses[at - 1] - losses[at]) if np.isfinite(losses[at - 1]) else 1.0
-    return float(times[at - 1] + share * (times[at] - times[at - 1]))
+    return passage(run.sort_values("step"), loss, "cpu_seconds")
 
 
 def line(name: str, label: str, frame: pd.DataFrame, rate: float) -> list[str] | None:
