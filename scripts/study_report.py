@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 from grid_report import Runs, at_best, best_rate, interval, load, markdown, plot, rates_table
 
+from hf_teleport.experiments import verdict
+
 RUN = ["arm", "learning_rate", "seed"]
 
 
@@ -41,17 +43,8 @@ def read(files: list[Path], baseline: str) -> Runs:
 def passage(run: pd.DataFrame, target: float) -> tuple[float, float] | None:
     """Step and CPU seconds at which a run's training loss first is at the target or below; None: never."""
     run = run.sort_values("step")
-    losses = run["train_loss"].to_numpy()
-    clocks = run[["step", "cpu_seconds"]].to_numpy(dtype=float)
-    reached = np.flatnonzero(losses <= target)
-    if not len(reached):
-        return None
-    after = reached[0]
-    # Before the first evaluation nothing is known, and from an infinite loss there is no straight line.
-    if after == 0 or not np.isfinite(losses[after - 1]):
-        return tuple(clocks[after])
-    share = (losses[after - 1] - target) / (losses[after - 1] - losses[after])
-    return tuple(clocks[after - 1] + share * (clocks[after] - clocks[after - 1]))
+    clocks = verdict.passage(run, target, "step"), verdict.passage(run, target, "cpu_seconds")
+    return clocks if np.isfinite(clocks).all() else None
 
 
 def to_baseline(rows: pd.DataFrame, reference: pd.DataFrame) -> tuple[str, str]:
