@@ -11,6 +11,7 @@ from typing import Any
 from hf_teleport.ascent import LossFn
 from hf_teleport.config import TeleportConfig
 from hf_teleport.cost import event_passes
+from hf_teleport.optimizer_state import check_optimizer
 
 # The first gradients say little of the basis; after ten steps they say most of what they ever will.
 BASIS_STEP = 10
@@ -31,6 +32,9 @@ def choose(teleporter: Any, batch: Any, loss_fn: LossFn, basis_step: int = BASIS
 
     Returns:
         The settings, and why not 'basis'; empty: it is.
+
+    Raises:
+        ValueError: as `Teleporter.check`.
     """
     config = teleporter.config
     if teleporter.optimizer is None:
@@ -39,19 +43,23 @@ def choose(teleporter: Any, batch: Any, loss_fn: LossFn, basis_step: int = BASIS
     gains: Any = "hold" if config.blocking_gains == "leave" else config.blocking_gains
     warmup = max(config.warmup_steps, basis_step)
     basis = replace(config, method="basis", warmup_steps=warmup, blocking_gains=gains)
-    trial = copy.copy(teleporter)
-    trial.config = basis
     try:
-        found = trial.check(batch, loss_fn)
+        check_optimizer(teleporter.optimizer, reset=config.optimizer_state == "reset")
     except ValueError as error:
-        why = str(error)
+        why = str(error).rstrip(".")
     else:
+        trial = copy.copy(teleporter)
+        trial.config = basis
+        found = trial.check(batch, loss_fn)
         if any(not symmetry.reason for symmetry in found.symmetries):
             return basis, ""
-        why = "the model has no features to turn"
+        why = found.problem or "the model has no features to turn"
     rehearsed = config.rehearsal_steps or _REHEARSED
-    tau = None if config.scope == "joint" and config.step_size == "relative" else config.energy_threshold
-    chosen = replace(config, method="null_space", objective="lookahead", energy_threshold=tau, rehearsal_steps=rehearsed)
+    # What was set by hand stays.
+    unset = config.energy_threshold == 1 and config.scope == "joint" and config.step_size == "relative"
+    tau = None if unset else config.energy_threshold
+    objective: Any = "lookahead" if config.objective == "grad_norm" else config.objective
+    chosen = replace(config, method="null_space", objective=objective, energy_threshold=tau, rehearsal_steps=rehearsed)
     return chosen, why
 
 

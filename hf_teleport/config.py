@@ -112,11 +112,12 @@ class TeleportConfig:
         "the teleport's. 'matched_rate': the weights stay, and until the next epoch the learning rate is multiplied by what the "
         "teleport would have multiplied the gradient norm by.",
     )
-    method: Literal["null_space", "basis", "auto", "level_set", "symmetry", "null_space+basis"] = _setting(
-        "null_space",
+    method: Literal["auto", "null_space", "basis", "level_set", "symmetry", "null_space+basis"] = _setting(
+        "auto",
         "'null_space': climb inside the null space of every layer's inputs (the paper). 'basis': turn the model's exact "
         "symmetries to where Adam works best. 'auto': 'basis' where it suits model and optimizer; else 'null_space' with "
-        "objective 'lookahead', within `budget`, and kept only if a rehearsal of the next steps lands lower. 'level_set': climb "
+        "objective 'lookahead', within `budget`, and kept only if a rehearsal of the next steps lands lower (why: "
+        "docs/when.md); without an optimizer plain 'null_space'. 'level_set': climb "
         "in all weights along the level set of the losses, kept to first order and guarded by a line search (arXiv 2403.03362). "
         "'symmetry': climb over groups that act on adjacent layers of an MLP whose activation has an inverse (arXiv 2205.10637). "
         "'null_space+basis': one after the other.",

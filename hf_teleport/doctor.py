@@ -172,7 +172,7 @@ def foretell(model: nn.Module, batch: Any, loss_fn: LossFn) -> Prognosis:
     """
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     inspection = inspect_model(model, batch, loss_fn)
-    config, why = choose(Teleporter(model, TeleportConfig(method="auto"), optimizer=optimizer), batch, loss_fn)
+    config, why = choose(Teleporter(model, TeleportConfig(), optimizer=optimizer), batch, loss_fn)
     return Prognosis(_roles(inspection), config.method, why)
 
 

@@ -162,14 +162,19 @@ class Check:
     blocking: list[nn.Parameter] = field(default_factory=list)
     cost: Any = None  # a `Cost`; naming it here would be a circle of imports
 
+    @property
+    def immovable(self) -> str:
+        """The most frequent reasons why no weight may move; empty if one may, or if nothing could be judged."""
+        return why_immovable(self.layers) if self.layers and not any(layer.movable for layer in self.layers) else ""
+
     def require_movable(self) -> None:
         """Raise if the batch was judged, and no weight may move.
 
         Raises:
             ValueError: with the most frequent reasons.
         """
-        if self.layers and not any(layer.movable for layer in self.layers):
-            raise ValueError(f"{why_immovable(self.layers)}.")
+        if self.immovable:
+            raise ValueError(f"{self.immovable}.")
 
 
 def why_immovable(layers: Iterable[LayerReport]) -> str:

@@ -218,10 +218,15 @@ class TeleportMixin(_Base):
             if self.teleport_config.method == "auto":
                 self._settle(batches[0], steps_per_epoch, max_steps)
                 upcoming = [step for step in self._teleport_steps if step >= self.state.global_step]
-                if not upcoming:
-                    return
+            # Even if the run can't pay for a teleport: a wrong name or a loss that is none is said now, not in the next run.
             checks = [self._teleporter(config).check(batches[0], self._teleport_loss) for config in self._settings.each_method()]
             seconds = time.perf_counter() - start
+        if not upcoming:
+            return
+        if self.teleport_config.method == "auto" and checks[0].immovable:
+            self._teleport_steps = {}
+            logger.warning("Method 'auto': no teleports, for %s.", checks[0].immovable)
+            return
         if not self.state.global_step:  # a resumed run has begun, and its events would only warn
             for check in checks:
                 check.require_movable()
@@ -263,7 +268,7 @@ class TeleportMixin(_Base):
                 if affordable
                 else f"no teleports, for even one takes more than {chosen.budget:.0%} of so short a run (teleport_budget)."
             )
-            self._tell(f"Method 'auto': no change of basis ({why.rstrip('.')}); {outcome}")
+            self._tell(f"Method 'auto': no change of basis ({why}); {outcome}")
 
     def _passes(self, steps: int) -> float:
         """What so many training steps take, in passes over a teleport batch."""

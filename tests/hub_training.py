@@ -88,8 +88,9 @@ def trainer(folder, name, model, rows, steps=None, callbacks=(), **settings):
     if steps is None:
         made = Trainer(model, **common)
     else:
-        basis = {"method": "basis", "blocking_gains": "hold"} if isinstance(model, LlamaForCausalLM) else {}
-        config = TeleportConfig(steps=steps, num_batches=1, batch_size=2, **basis)
+        turned = {"method": "basis", "blocking_gains": "hold"}
+        method = turned if isinstance(model, LlamaForCausalLM) else {"method": "null_space"}
+        config = TeleportConfig(steps=steps, num_batches=1, batch_size=2, **method)
         made = TeleportTrainer(model, teleport_config=config, **common)
     patient.trainer = made
     return made

@@ -72,6 +72,7 @@ def arguments(folder, **settings):
 
 
 def trained(folder, model=None, rows=None, steps=(0,), **config):
+    config = {"method": "null_space", **config}
     settings = TeleportConfig(steps=list(steps), num_batches=1, batch_size=2, **config)
     trainer = TeleportTrainer(model or vit(), arguments(folder), train_dataset=rows or images(), teleport_config=settings)
     trainer.train()
@@ -212,7 +213,7 @@ def test_a_trainer_that_writes_no_card(tmp_path):
     class Mixed(TeleportMixin, Silent):
         pass
 
-    trainer = Mixed(vit(), arguments(tmp_path), train_dataset=images(), teleport_config=TeleportConfig(steps=[0]))
+    trainer = Mixed(vit(), arguments(tmp_path), train_dataset=images(), teleport_config=TeleportConfig(method="null_space", steps=[0]))
     trainer.train()
     trainer.create_model_card()
     assert not (tmp_path / "README.md").exists()

@@ -1,4 +1,4 @@
-"""Method 'auto': what it comes to, and what it leaves alone."""
+"""Method 'auto', the default: what it comes to, and what it leaves alone."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def rows(count=32):
 
 
 def chosen(model, batch, optimizer=None, **settings):
-    teleporter = Teleporter(model, TeleportConfig(method="auto", **settings), optimizer=optimizer)
+    teleporter = Teleporter(model, TeleportConfig(**settings), optimizer=optimizer)
     return choose(teleporter, batch, loss_fn)
 
 
@@ -54,10 +54,21 @@ def test_a_model_without_features_to_turn():
     assert "no features" in why
 
 
+def test_what_was_set_by_hand_stays():
+    model, batch = build("llama")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config, _ = chosen(model, batch, optimizer)
+    assert (config.objective, config.energy_threshold) == ("lookahead", None)
+    config, _ = chosen(model, batch, optimizer, objective="sharpness", energy_threshold=0.999)
+    assert (config.objective, config.energy_threshold) == ("sharpness", 0.999)
+    config, _ = chosen(model, batch, optimizer, scope="batch")
+    assert config.energy_threshold == 1
+
+
 def test_without_an_optimizer_it_is_the_papers_method():
     model, batch = build("llama")
-    assert chosen(model, batch)[0] == TeleportConfig()
-    report = Teleporter(model, TeleportConfig(method="auto")).teleport([batch], loss_fn)
+    assert chosen(model, batch)[0] == TeleportConfig(method="null_space")
+    report = Teleporter(model, TeleportConfig()).teleport([batch], loss_fn)
     assert report.method == "null_space"
     assert report.grad_norm_after > report.grad_norm_before
 
@@ -70,13 +81,11 @@ def test_without_an_optimizer_it_is_the_papers_method():
     rehearsal_steps=st.integers(0, 16),
 )
 def test_what_is_afforded_is_within_the_budget(batches, steps, events, passes, rehearsal_steps):
-    config = TeleportConfig(
-        num_batches=batches, steps_per_batch=steps, rehearsal_steps=rehearsal_steps, objective="lookahead", budget=0.05
-    )
+    common = {"method": "null_space", "objective": "lookahead", "rehearsal_steps": rehearsal_steps}
+    config = TeleportConfig(num_batches=batches, steps_per_batch=steps, budget=0.05, **common)
     cut = afford(config, events, passes)
     if cut is None:
-        least = {"num_batches": 1, "steps_per_batch": min(2, steps)}
-        smallest = TeleportConfig(**least, rehearsal_steps=rehearsal_steps, objective="lookahead")
+        smallest = TeleportConfig(num_batches=1, steps_per_batch=min(2, steps), **common)
         assert events * event_passes(smallest) > 0.05 * passes or steps == 1
     else:
         assert events * event_passes(cut) <= 0.05 * passes
@@ -101,7 +110,7 @@ def train(tmp_path, model, trainer_class=TeleportTrainer, resume=None, teleport_
 
 
 def test_a_run_too_short_for_it_is_plain_training(tmp_path, caplog):
-    config = TeleportConfig(method="auto")
+    config = TeleportConfig()
     with caplog.at_level("INFO"):
         trainer = train(tmp_path / "auto", mlp(), teleport_config=config, optim="sgd")
     assert not trainer.teleport_reports
@@ -111,8 +120,23 @@ def test_a_run_too_short_for_it_is_plain_training(tmp_path, caplog):
     assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), plain.model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
+def test_a_name_that_matches_nothing_is_said_even_if_no_teleport_can_be_paid_for(tmp_path, optim):
+    with pytest.raises(ValueError, match="'layers.9' matches no layer"):
+        train(tmp_path, mlp(), teleport_config=TeleportConfig(target_modules=["layers.9"]), optim=optim)
+
+
+def test_a_model_in_which_nothing_may_move_trains_on(tmp_path, caplog):
+    model = mlp()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.endswith("bias")
+    trainer = train(tmp_path, model, teleport_config=TeleportConfig(budget=None))
+    assert (trainer.state.global_step, trainer.teleport_reports) == (16, [])
+    assert "no teleports, for no weight of the model can be teleported" in caplog.text
+
+
 def test_with_a_budget_it_teleports_and_resumes_to_the_same(tmp_path):
-    config = TeleportConfig(method="auto", budget=None, epochs=2, num_batches=2, steps_per_batch=2)
+    config = TeleportConfig(budget=None, epochs=2, num_batches=2, steps_per_batch=2)
     whole = train(tmp_path / "whole", mlp(), teleport_config=config, learning_rate=0.1, optim="sgd")
     assert [report.method for report in whole.teleport_reports] == ["null_space", "null_space"]
     assert all(report.rolled_back == (report.stopped_because == "no_better") for report in whole.teleport_reports)
@@ -134,7 +158,7 @@ def test_a_basis_is_turned_early_in_a_short_run(tmp_path, max_steps, step):
     data = [{key: value[i % 3] for key, value in batch.items()} for i in range(32)]
     settings = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True}
     arguments = TrainingArguments(str(tmp_path), **settings, max_steps=max_steps, use_cpu=True)
-    trainer = TeleportTrainer(model, arguments, train_dataset=data, teleport_config=TeleportConfig(method="auto"))
+    trainer = TeleportTrainer(model, arguments, train_dataset=data, teleport_config=TeleportConfig())
     trainer.train()
     assert [report.method for report in trainer.teleport_reports] == ["basis"]
     assert trainer._teleport_steps == {step: 0}
@@ -145,7 +169,7 @@ def test_a_basis_is_turned_early_in_a_short_run(tmp_path, max_steps, step):
 def test_a_check_is_of_what_it_comes_to():
     model, batch = build("llama")
     for optimizer, method in ((None, "null_space"), (torch.optim.AdamW(model.parameters()), "basis")):
-        teleporter = Teleporter(model, TeleportConfig(method="auto"), optimizer=optimizer)
+        teleporter = Teleporter(model, TeleportConfig(), optimizer=optimizer)
         check = teleporter.check(batch, loss_fn)
         assert teleporter.config.method == method
         assert bool(check.symmetries) == (method == "basis")

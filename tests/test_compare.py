@@ -43,7 +43,7 @@ DEFAULTS = {
     "sizes": {"hidden_sizes": [24, 24]},
     "train_rows": 96,
     "test_rows": 40,
-    "arms": {"baseline": {"teleport_epochs": 0}, "null_space": {"teleport_epochs": 1}},
+    "arms": {"baseline": {"teleport_epochs": 0}, "null_space": {"teleport_method": "null_space", "teleport_epochs": 1}},
     "learning_rates": [0.1, 0.3, 0.5],
     "seeds": [0, 1],
     "num_train_epochs": 1,

@@ -24,7 +24,7 @@ def moves(**settings):
     """The report of an event, and how far each parameter moved."""
     model, batches = network()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    report = Teleporter(model, TeleportConfig(**settings)).teleport(batches, cross_entropy)
+    report = Teleporter(model, TeleportConfig(method="null_space", **settings)).teleport(batches, cross_entropy)
     return report, {name: p.detach() - before[name] for name, p in model.named_parameters()}
 
 
@@ -55,7 +55,7 @@ def test_a_matched_rate_moves_nothing_and_tells_the_growth():
     assert plain.matched_rate == 1
 
 
-@pytest.mark.parametrize("settings", [{"method": "basis"}, {"method": "level_set"}, {"scope": "batch"}])
+@pytest.mark.parametrize("settings", [{"method": "basis"}, {"method": "level_set"}, {"method": "null_space", "scope": "batch"}])
 def test_controls_are_of_one_null_space(settings):
     with pytest.raises(ValueError, match="control = 'random_move'"):
         TeleportConfig(control="random_move", **settings)
@@ -98,7 +98,7 @@ def rows():
 def test_the_rate_is_multiplied_until_the_next_epoch_also_after_a_resume(tmp_path):
     data = rows()
     _, plain = rates_of_a_run(tmp_path / "plain", data, Trainer)
-    config = TeleportConfig(epochs=1, num_batches=2, control="matched_rate")
+    config = TeleportConfig(method="null_space", epochs=1, num_batches=2, control="matched_rate")
     trainer, rates = rates_of_a_run(tmp_path / "whole", data, teleport_config=config)
     growth = trainer.teleport_reports[0].matched_rate
     assert growth > 1.05

@@ -58,7 +58,7 @@ def config(mnist, tmp_path):
             "train_rows": 96,
             "test_rows": 40,
             "output_dir": str(tmp_path / "out"),
-            "arms": {"baseline": {"teleport_epochs": 0}, "null_space": {}},
+            "arms": {"baseline": {"teleport_epochs": 0}, "null_space": {"teleport_method": "null_space"}},
             "learning_rates": [0.1],
             "seeds": [0],
             "num_train_epochs": 1,
@@ -412,7 +412,7 @@ SHORT = {
     "teleport_warmup_steps": 1,
     "teleport_num_batches": 1,
     "teleport_batch_size": 2,
-    "arms": {"null_space": {}},
+    "arms": {"null_space": {"teleport_method": "null_space"}},
 }
 
 

@@ -792,7 +792,7 @@ def trainer(folder, kind=TeleportTrainer, config=None, made=None, **settings):
     args = TeleportTrainingArguments(output_dir=str(folder), **{**defaults, **settings})
     others = {"train_dataset": images(), **(made or {})}
     if issubclass(kind, TeleportTrainer):
-        others["teleport_config"] = config or TeleportConfig(steps=[6], num_batches=2, batch_size=4, steps_per_batch=2)
+        others["teleport_config"] = config or TeleportConfig(method="null_space", steps=[6], num_batches=2, batch_size=4, steps_per_batch=2)
     return kind(mlp(), args, **others)
 
 
@@ -837,7 +837,7 @@ def test_without_memory_for_a_teleport_training_goes_on_with_its_own_batch_size(
 
 
 def test_too_little_memory_before_training_is_not_taken_for_bad_data(tmp_path, caplog):
-    trainer(tmp_path, NoMemory, TeleportConfig(num_batches=1), max_steps=1).train()
+    trainer(tmp_path, NoMemory, TeleportConfig(method="null_space", num_batches=1), max_steps=1).train()
     assert "memory" in caplog.text
     assert "Check the data" not in caplog.text
 
@@ -852,7 +852,7 @@ def test_without_a_decomposition_training_goes_on(tmp_path, monkeypatch):
 
 
 def test_an_event_undone_by_the_batch_held_back_costs_training_nothing(tmp_path):
-    config = TeleportConfig(steps=[6], num_batches=2, batch_size=4, steps_per_batch=2, max_loss_change=1e-6)
+    config = TeleportConfig(method="null_space", steps=[6], num_batches=2, batch_size=4, steps_per_batch=2, max_loss_change=1e-6)
     run = trainer(tmp_path, config=config)
     run.train()
     assert [report.stopped_because for report in run.teleport_reports] == ["held_back"]
@@ -1001,7 +1001,7 @@ def in_parallel(model, rows, size, **settings):
             ddp_find_unused_parameters=False,
             optim="sgd",
         )
-        run = TeleportTrainer(model, args, train_dataset=rows, teleport_config=TeleportConfig(num_batches=2, batch_size=3))
+        run = TeleportTrainer(model, args, train_dataset=rows, teleport_config=TeleportConfig(method="null_space", num_batches=2, batch_size=3))
         sizes = []
         real = run._teleport_loss
         run._teleport_loss = lambda model, batch: (sizes.append(len(batch["labels"])), real(model, batch))[1]

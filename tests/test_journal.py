@@ -176,7 +176,7 @@ def test_how_far_each_weight_moved_against_float64(tmp_path, method, dtype):
 def test_an_event_that_is_undone_moves_nothing():
     model = nn.Sequential(nn.Linear(48, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4))
     batch = torch.randn(16, 48), torch.randint(0, 4, (16,))
-    config = TeleportConfig(max_growth=None, control="matched_rate")
+    config = TeleportConfig(method="null_space", max_growth=None, control="matched_rate")
 
     def loss_fn(model, batch):
         return nn.functional.cross_entropy(model(batch[0]), batch[1])

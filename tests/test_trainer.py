@@ -64,7 +64,7 @@ def arguments(tmp_path, **settings):
 
 
 def teleport_trainer(tmp_path, data, model=None, config=None, callbacks=None, trainer_class=TeleportTrainer, **settings):
-    config = config or TeleportConfig(epochs=2, num_batches=2, batch_size=2)
+    config = config or TeleportConfig(method="null_space", epochs=2, num_batches=2, batch_size=2)
     return trainer_class(
         model or vit(),
         TrainingArguments(**arguments(tmp_path, **settings)),
@@ -147,7 +147,7 @@ def test_a_collator_with_a_generator_of_its_own_draws_the_same_for_training(tmp_
             return {"pixel_values": images + noise, "labels": torch.stack([row["labels"] for row in rows])}
 
     seen = []
-    for config in (TeleportConfig(epochs=0), TeleportConfig(epochs=2, num_batches=2, batch_size=2)):
+    for config in (TeleportConfig(epochs=0), TeleportConfig(method="null_space", epochs=2, num_batches=2, batch_size=2)):
         trainer = RecordingTeleportTrainer(
             vit(), TrainingArguments(**arguments(tmp_path)), train_dataset=digits, data_collator=Noisy(), teleport_config=config
         )
@@ -165,7 +165,7 @@ def test_a_loss_function_that_divides_by_the_number_of_items(tmp_path, digits):
         TrainingArguments(**arguments(tmp_path)),
         train_dataset=digits,
         compute_loss_func=loss,
-        teleport_config=TeleportConfig(epochs=1, num_batches=1, batch_size=2),
+        teleport_config=TeleportConfig(method="null_space", epochs=1, num_batches=1, batch_size=2),
     )
     trainer.train()
     assert trainer.teleport_reports[0].loss_before == pytest.approx(2.3, rel=0.3)
@@ -213,7 +213,7 @@ def test_gradients_accumulated_so_far_do_not_exist_at_a_teleport(tmp_path, digit
 
 
 def test_warmup_steps(tmp_path, digits):
-    config = TeleportConfig(epochs=2, num_batches=1, batch_size=2, warmup_steps=3)
+    config = TeleportConfig(method="null_space", epochs=2, num_batches=1, batch_size=2, warmup_steps=3)
     trainer = teleport_trainer(tmp_path, digits, config=config)
     trainer.train()
     assert [entry["step"] for entry in trainer.state.log_history if "teleport/steps" in entry] == [3, 8]
@@ -249,7 +249,7 @@ def test_language_model_with_datasets_and_unused_columns(tmp_path):
         {"input_ids": [(i + j) % 50 for j in range(8)], "labels": [(i + j) % 50 for j in range(8)], "note": "x"}
         for i in range(40)
     ]
-    config = TeleportConfig(epochs=1, num_batches=2, batch_size=2)
+    config = TeleportConfig(method="null_space", epochs=1, num_batches=2, batch_size=2)
     trainer = teleport_trainer(tmp_path, Dataset.from_list(rows), model=model, config=config)
     trainer.train()
     layers = {layer.name: layer for layer in trainer.teleport_reports[0].layers}
@@ -266,7 +266,7 @@ def test_batch_encodings_keep_their_labels(tmp_path, digits):
         TrainingArguments(**arguments(tmp_path, label_smoothing_factor=0.1)),
         train_dataset=digits,
         data_collator=collate,
-        teleport_config=TeleportConfig(epochs=1, num_batches=2, batch_size=2),
+        teleport_config=TeleportConfig(method="null_space", epochs=1, num_batches=2, batch_size=2),
     )
     trainer.train()
     assert trainer.teleport_reports[0].steps
@@ -317,7 +317,7 @@ def test_teleport_dataset_and_mixin(tmp_path, digits):
         TrainingArguments(**arguments(tmp_path)),
         train_dataset=digits,
         teleport_dataset=digits.first(3),
-        teleport_config=TeleportConfig(epochs=1, num_batches=5, batch_size=2),
+        teleport_config=TeleportConfig(method="null_space", epochs=1, num_batches=5, batch_size=2),
     )
     assert [len(batch["labels"]) for batch in trainer.get_teleport_dataloader(0)] == [2, 1]
     trainer.train()
@@ -350,7 +350,7 @@ def test_a_schedule_beyond_the_end(tmp_path, digits):
 
 
 def test_an_unknown_target_module(tmp_path, digits):
-    config = TeleportConfig(target_modules=["q_porj"])
+    config = TeleportConfig(method="null_space", target_modules=["q_porj"])
     assert_error_before_training(teleport_trainer(tmp_path, digits, config=config), "near names: q_proj")
 
 
@@ -423,7 +423,7 @@ def test_nan_in_one_teleport_row_costs_nothing(tmp_path, digits):
         TrainingArguments(**arguments(tmp_path)),
         train_dataset=digits,
         teleport_dataset=poisoned,
-        teleport_config=TeleportConfig(epochs=1),
+        teleport_config=TeleportConfig(method="null_space", epochs=1),
     )
     trainer.train()
     plain = Trainer(vit(), TrainingArguments(**arguments(tmp_path)), train_dataset=digits)
@@ -435,5 +435,5 @@ def test_nothing_to_move_is_said(tmp_path, digits, caplog):
     # More rows than dimensions, and no layer norm, whose output leaves one direction free at initialisation.
     model = MLPForImageClassification(MLPConfig(image_size=8, hidden_sizes=(8, 8), num_labels=10))
     with caplog.at_level(logging.WARNING, logger="hf_teleport"):
-        teleport_trainer(tmp_path, digits, model=model, config=TeleportConfig(num_batches=1, batch_size=60)).train()
+        teleport_trainer(tmp_path, digits, model=model, config=TeleportConfig(method="null_space", num_batches=1, batch_size=60)).train()
     assert any("changed nothing: no null space" in record.message for record in caplog.records)
