@@ -239,9 +239,15 @@ def load_model(name: str, sizes: dict[str, Any] | None = None) -> nn.Module:
             if type(config) in auto._model_mapping:
                 _check_memory(name, auto, config)
                 return auto.from_config(config)
-        raise ValueError(f"Transformers has a config {name!r} but no model for it that this knows how to build.")
+        raise ValueError(
+            f"Transformers has a config {name!r} but no model for it that this knows how to build; give the folder of a saved "
+            "one, as model.save_pretrained(folder) writes it."
+        )
     if sizes:
-        raise ValueError(f"--set gives the sizes of a config name, but {name!r} is none; known are llama, bert, vit, ...")
+        raise ValueError(
+            f"--set gives the sizes of a config name, but {name!r} is none; known are llama, bert, vit, ... For a saved model "
+            "leave --set out."
+        )
     config = AutoConfig.from_pretrained(name)
     heads = [getattr(transformers, head, None) for head in config.architectures or []]
     model_class = next((head for head in heads if head is not None), transformers.AutoModel)

@@ -144,5 +144,9 @@ def _found(representation: Representation, energy_threshold: float, dtype: torch
     try:
         return null_space(representation, energy_threshold, dtype)
     except torch.linalg.LinAlgError as error:
-        logger.warning("A layer is left out of this teleport, because its inputs could not be decomposed: %s", error)
+        logger.warning(
+            "A layer is left out of this teleport, because its inputs could not be decomposed (%s); the others move. If it is so "
+            "in every teleport, see whether its inputs are finite, or name it in exclude_modules.",
+            error,
+        )
         return None

@@ -65,7 +65,12 @@ class Journal:
         except FileNotFoundError:
             pass  # a run that is resumed in another folder
         except (OSError, ValueError) as error:
-            logger.warning("The teleports before this run was resumed are not kept in %s: %s", JOURNAL, error)
+            logger.warning(
+                "The teleports before this run was resumed are not kept in %s: %s. The run itself is not touched; to keep them, "
+                "mend the file and resume once more.",
+                JOURNAL,
+                error,
+            )
 
     def add(self, folder: str | Path, step: int, epoch: float | None, report: TeleportReport, about: dict[str, Any]) -> None:
         """Keep an event, and write all of them.
@@ -81,7 +86,13 @@ class Journal:
             new.write_text(json.dumps({**about, "events": self._events}, indent=1, default=str), encoding="utf-8")
             new.replace(path)
         except OSError as error:
-            logger.warning("The teleport before step %d is not in %s, for it cannot be written: %s", step, path, error)
+            logger.warning(
+                "The teleport before step %d is not in %s, for it cannot be written: %s. Training goes on; make room there, and "
+                "the next teleport writes this one too.",
+                step,
+                path,
+                error,
+            )
             with suppress(OSError):
                 new.unlink(missing_ok=True)
 

@@ -60,7 +60,7 @@ class Layer:
             ValueError: the use has no D.
         """
         if use.output_gradient is None:
-            raise ValueError(f"the backward pass has not come to this use of {self.name}.")
+            raise ValueError(f"the backward pass has not come to this use of {self.name}; take the gradients of the point first.")
         projector = use.call.projector
         if subspace is not None and projector.role != "conv":
             gradients = projector.output_rows(use.output_gradient)

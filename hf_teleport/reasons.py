@@ -15,8 +15,9 @@ NO_STEP = {
     "grad_norm_cap": "the gradient norm is above grad_norm_cap already; raise it to go further",
     "not_a_symmetry": "what was turned changes the model's gradients otherwise than a symmetry would; please report this model",
     "max_growth": "every step overshot max_growth; lower the teleport learning_rate",
-    "no_gain": "no step raised the objective: where the weights stand is as good as what was found beside it",
-    "no_better": "the optimizer's next steps would not have ended lower after it than without it, so it was undone",
+    "no_gain": "no step raised the objective, so there is nothing to do; a smaller learning_rate looks nearer by",
+    "no_better": "the optimizer's next steps would not have ended lower after it than without it, so it was undone, and there is "
+    "nothing to do; rehearsal_steps = 0 keeps such teleports too",
     "held_back": "it changed the loss on the batch held back by more than max_loss_change; take more teleport batches",
     "out_of_memory": "memory ran out, with smaller batches too; lower batch_size, or teleport fewer layers by target_modules",
 }

@@ -174,7 +174,10 @@ class Check:
             ValueError: with the most frequent reasons.
         """
         if self.immovable:
-            raise ValueError(f"{self.immovable}.")
+            raise ValueError(
+                f"{self.immovable}. See target_modules and exclude_modules if they select too little; `hf-teleport inspect` tells "
+                "more of a saved model; with teleport_epochs 0 training runs without teleports."
+            )
 
 
 def why_immovable(layers: Iterable[LayerReport]) -> str:

@@ -35,7 +35,7 @@ def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int)
         if scheduled > num_epochs:
             warnings.warn(
                 f"teleport epochs = {scheduled} asks for more first epochs than the run has; "
-                f"it has {num_epochs}, and each of them will begin with a teleport.",
+                f"it has {num_epochs}, and each of them will begin with a teleport. If that is not meant, lower it.",
                 stacklevel=2,
             )
         epochs = list(range(min(scheduled, num_epochs)))

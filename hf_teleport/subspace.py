@@ -137,7 +137,12 @@ def converging(decompose: Callable[[Tensor], Any], matrix: Tensor) -> tuple[Tens
         problem = "its result is not finite"
     except torch.linalg.LinAlgError as error:
         problem = str(error)
-    logger.warning("A decomposition failed on %s (%s); it is tried in float64 on the CPU.", matrix.device, problem)
+    logger.warning(
+        "A decomposition failed on %s (%s); it is tried in float64 on the CPU, which takes longer and gives the same. There is "
+        "nothing to do, unless the layer is left out then.",
+        matrix.device,
+        problem,
+    )
     parts = tuple(decompose(matrix.double().cpu()))
     if not all(part.isfinite().all() for part in parts):
         raise torch.linalg.LinAlgError(problem)

@@ -110,7 +110,10 @@ class Teleporter:
                 nan = math.nan
                 seconds = time.perf_counter() - start
                 return TeleportReport(self.config.method, nan, nan, nan, nan, 0, "out_of_memory", True, seconds)
-            logger.warning("Memory ran out in a teleport, which was undone; it is tried again with batches of half the size.")
+            logger.warning(
+                "Memory ran out in a teleport, which was undone; it is tried again with batches of half the size. A smaller "
+                "batch_size saves the first try."
+            )
             batches, held_back = smaller, None if held_back is None else (halved([held_back]) or [None])[0]
 
     def check(self, batch: Any, loss_fn: LossFn) -> Check:
@@ -337,6 +340,6 @@ class Teleporter:
             layers=list(method.reports.values()),
             symmetries=method.symmetries,
         )
-        if not steps and reason != "aligned":
+        if not steps and reason != "aligned" and self._ranks.rank == 0:
             logger.warning("The teleport changed nothing: %s.", why_unmoved(report))
         return report

@@ -1,3 +1,4 @@
+import logging
 import os
 
 # Set before transformers is imported: no test needs the network, and each process has one core's worth of work.
@@ -16,3 +17,16 @@ settings.load_profile("suite")
 def fixed_seed():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_deprecated_calls():
+    """Transformers logs most of its deprecations, where no filter of warnings would see them."""
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage()) if "deprecat" in record.getMessage().lower() else None
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    assert not told, told

@@ -83,7 +83,8 @@ def split_roles(source: str | Source, folder: str | Path | None = None) -> dict[
     held_out = [name for name in wanted if name in splits]
     if "train" not in splits or not held_out:
         raise ValueError(
-            f"{str(folder or entry.path)!r} has the splits {list(splits)}; 'train' and 'test' or 'validation' are needed."
+            f"{str(folder or entry.path)!r} has the splits {list(splits)}; 'train' and 'test' or 'validation' are needed: name "
+            "the files or folders in it so."
         )
     roles = {"train": splits["train"], "test": splits[held_out[0]]}
     others = [name for name in held_out if name.startswith("valid") and name != held_out[0]]

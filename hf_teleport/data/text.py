@@ -123,7 +123,9 @@ def saved_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"tokenizer = {str(source)!r} could not be read: {error}") from error
+        raise ValueError(
+            f"tokenizer = {str(source)!r} could not be read ({error}); allowed: a folder or a Hub id with a saved tokenizer."
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.eos_token_id is None:

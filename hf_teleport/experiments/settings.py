@@ -202,9 +202,9 @@ def _numbers(settings: Settings, key: str, kind: type) -> list[Any]:
 
 def _inherited(path: Path, heirs: tuple[Path, ...] = ()) -> Settings:
     if path.resolve() in heirs:
-        raise ValueError(f"{path} is its own base.")
+        raise ValueError(f"{path} is its own base: take it out of `base`, there or in a file that it inherits from.")
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(path)!r}.")
+        raise FileNotFoundError(f"there is no file {str(path)!r}: give a YAML file that is there, such as those in configs.")
     try:
         own = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:

@@ -119,7 +119,7 @@ class Method(ABC):
 
     def randomise(self, snapshot: Snapshot) -> None:
         """Put a random move of the same length in the place of the event's, as a control."""
-        raise NotImplementedError(f"{type(self).__name__} has no random move")
+        raise NotImplementedError(f"{type(self).__name__} has no random move; use control=None, or method='null_space'")
 
     def review(self, point: Point) -> None:  # noqa: B027  (a method need not)
         """See one teleport batch after the last move; called for each in turn."""

@@ -142,7 +142,13 @@ class BasisTurn(Method):
             if own:
                 return balance(symmetry) if symmetry.kind == "scaling" else self._basis.choose(symmetry)
         except torch.linalg.LinAlgError as error:
-            logger.warning("%s of %s stays as it is: %s", symmetry.kind, symmetry.name, error)
+            logger.warning(
+                "%s of %s stays as it is (%s); the others turn. If it is so in every teleport, see whether the gradients are "
+                "finite, or leave it out of symmetries.",
+                symmetry.kind,
+                symmetry.name,
+                error,
+            )
         size = 1 if symmetry.kind == "scaling" else symmetry.size
         return torch.full((symmetry.blocks, size, size), math.nan, dtype=torch.float64)
 

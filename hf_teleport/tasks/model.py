@@ -98,7 +98,10 @@ def make_tokenizer(arguments: TextModelArguments, texts: Callable[[], list[str]]
     tokenizer = AutoTokenizer.from_pretrained(name, revision=arguments.model_revision)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ValueError(f"the tokenizer {name!r} has no token for padding and none for the end of a text.")
+            raise ValueError(
+                f"the tokenizer {name!r} has no token for padding and none for the end of a text; give another tokenizer_name, "
+                "or train_tokenizer_vocab_size to make one of the training text."
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

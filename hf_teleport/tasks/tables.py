@@ -57,7 +57,7 @@ def text_column(rows: Any, name: str | None) -> str:
     if name is None:
         texts = [column for column, kind in rows.features.items() if isinstance(kind, Value) and "string" in kind.dtype]
         if not texts:
-            raise ValueError(f"the data has no column of text: its columns are {rows.column_names}.")
+            raise ValueError(f"the data has no column of text: its columns are {rows.column_names}. Or {_WAYS}.")
         return "text" if "text" in texts else texts[0]
     require_column(rows, name)
     return name

@@ -84,7 +84,10 @@ def main(argv: list[str]) -> dict[str, float]:
     if config.model_type not in MODELS:
         raise ValueError(f"config_name = {config.model_type!r} is not allowed; allowed: one of {list(MODELS)}.")
     if wrong := {name: value for name, value in lengths.items() if getattr(config, name) != value}:
-        raise ValueError(f"{wrong} is not allowed: the model is made for { ({name: getattr(config, name) for name in wrong}) }.")
+        raise ValueError(
+            f"{wrong} is not allowed; allowed: { ({name: getattr(config, name) for name in wrong}) }, which the model is made "
+            "for. Leave it out, or give a config_name, for a new model."
+        )
     with training_args.main_process_first(desc="data"):
         parts = load_series(
             Source(source, config=data_args.dataset_config_name),
