@@ -332,8 +332,8 @@ def test_a_norm_is_one_whatever_its_epsilon(epsilon):
     assert "stream" in {s.kind for s in report.symmetries if not s.reason}
 
 
-def test_under_gradient_checkpointing(tmp_path):
-    run = trainer(tmp_path, llama(), basis(steps=[2], num_batches=1), gradient_checkpointing=True)
+def test_under_activation_checkpointing(tmp_path):
+    run = trainer(tmp_path, llama(), basis(steps=[2], num_batches=1), activation_checkpointing=True)
     run.train()
     assert "stream" in {s.kind for s in run.teleport_reports[0].symmetries if not s.reason}
 

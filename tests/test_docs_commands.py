@@ -137,7 +137,10 @@ def check_ours(words):
             stop_after(patched, HfArgumentParser, "parse_args_into_dataclasses")
         for command in ("report", "plot"):
             patched.setattr(cli, f"_{command}", accepted)
-        if words[0] in ("inspect", "doctor"):
+        if "--help" in words:
+            with pytest.raises(SystemExit, match=r"^0$"):
+                cli.main(words)
+        elif words[0] in ("inspect", "doctor"):
             assert cli.main(words) == 0, words
         else:
             with pytest.raises(Accepted):
@@ -193,9 +196,10 @@ def test_commands_are_accepted(page, clone, monkeypatch):
 
 
 def inline(page):
-    """Commands with arguments within the text, but for those with a PLACEHOLDER."""
-    for code in re.findall(r"`((?:hf-teleport|python|accelerate|torchrun|scripts/\S+\.py) [^`\n]+)`", page.read_text()):
-        if len(code.split()) > 2 - code.startswith("scripts/") and not re.search(r"\b[A-Z]{4,}\b|\.\.\.|@|\bpytest\b", code):
+    """Commands with arguments within the text, but for those with a PLACEHOLDER or without the script that is launched."""
+    programs = r"hf-teleport \w+|python|(?:accelerate launch|torchrun)(?=.*(?:\.py| -m ))|scripts/\S+\.py"
+    for code in re.findall(rf"`((?:{programs}) [^`\n]+)`", page.read_text()):
+        if not re.search(r"\b[A-Z]{4,}\b|\.\.\.|@", code):
             yield f"python {code}" if code.startswith("scripts/") else code
 
 

@@ -117,8 +117,8 @@ def _channels(rows: Any, name: str, columns: list[str] | None) -> Tensor:
         raise ValueError(f"columns = {unknown} are not allowed; allowed: the numeric columns {numeric}.")
     if not numeric:
         raise ValueError(
-            f"{name!r} has no numeric column: its columns are {list(frame.columns)}. A column that has a whole series in "
-            "each row is read with `series_column`."
+            f"{name!r} has no numeric column: its columns are {list(frame.columns)}. Where a column has a whole series in "
+            "each row, name it as `series_column`."
         )
     return torch.tensor(frame[columns or numeric].to_numpy(dtype="float32"))
 

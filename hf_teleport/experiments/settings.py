@@ -208,7 +208,7 @@ def _inherited(path: Path, heirs: tuple[Path, ...] = ()) -> Settings:
     try:
         own = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        raise ValueError(f"{path} is not YAML, correct it where this says: {error}") from error
     if not isinstance(own, dict):
         raise ValueError(f"{path} is not allowed; allowed: a YAML file of keys and values.")
     bases = own.pop("base", [])

@@ -38,7 +38,9 @@ def make_config(arguments: ModelArguments, fresh: dict[str, Any] | None = None, 
         # Not `update_from_string` on a finished configuration: sizes that follow from others (Llama's head_dim) would be stale.
         return CONFIG_MAPPING[name](**{**(fresh or {}), **settings, **overrides})
     if overrides:
-        raise ValueError(f"config_overrides are for a new config_name such as bert or llama, but {name!r} is a saved one.")
+        raise ValueError(
+            f"config_overrides are for a new config_name such as bert or llama, but {name!r} is a saved one; leave them out."
+        )
     return AutoConfig.from_pretrained(name, revision=arguments.model_revision, **settings)
 
 

@@ -42,7 +42,9 @@ def sound_folders(folders: dict[str, str]) -> DatasetDict:
         for split, folder in folders.items()
     }
     if empty := [folders[split] for split, paths in found.items() if not paths]:
-        raise ValueError(f"{empty[0]!r} has no sounds ({', '.join(_SUFFIXES)}) in subfolders, which are the classes.")
+        raise ValueError(
+            f"{empty[0]!r} has no sounds ({', '.join(_SUFFIXES)}) in subfolders; give a folder that has one for each class."
+        )
     labels = {split: [path.relative_to(folders[split]).parts[0] for path in paths] for split, paths in found.items()}
     kind = ClassLabel(names=sorted({label for split in labels.values() for label in split}))
     features = Features({"audio": {"bytes": Value("binary"), "path": Value("string")}, "label": kind})
