@@ -62,6 +62,7 @@ class Point:
 
     @property
     def finite(self) -> bool:
+        """Whether loss and gradient are."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 

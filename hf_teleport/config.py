@@ -10,6 +10,7 @@ import operator
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
+from inspect import cleandoc
 from typing import Any, Literal, get_args, get_origin
 
 SYMMETRIES = ("stream", "value_output", "query_key", "chain", "scaling")
@@ -231,6 +232,12 @@ class TeleportConfig:
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain Python values."""
         return asdict(self)
+
+
+# For help() and the reference: every setting has its text in one place.
+TeleportConfig.__doc__ = f"{cleandoc(TeleportConfig.__doc__ or '')}\n\nAttributes:\n" + "\n".join(
+    f"    {setting.name}: {setting.metadata['help']}" for setting in fields(TeleportConfig)
+)
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:

@@ -39,8 +39,6 @@ class Inspection:
 
     Attributes:
         layers: one for each parameter; biases that move with their layer are part of it.
-        moved_share: elements that one step at tau = 1 moved, of those of all layers.
-        movable_share: elements that may move, given a null space and a direction.
         loss: on the batch.
         cost: what an event is likely to cost.
     """
@@ -51,10 +49,12 @@ class Inspection:
 
     @property
     def moved_share(self) -> float:
+        """Elements that one step at tau = 1 moved, of those of all layers."""
         return share(self.layers, lambda layer: layer.moved)
 
     @property
     def movable_share(self) -> float:
+        """Elements that may move, given a null space and a direction, of those of all layers."""
         return share(self.layers, lambda layer: layer.movable)
 
     def to_dict(self) -> dict[str, Any]:

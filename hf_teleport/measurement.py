@@ -22,10 +22,12 @@ class Measurement:
 
     @property
     def loss(self) -> float:
+        """The mean of all batches."""
         return sum(self.losses) / len(self.losses)
 
     @property
     def finite(self) -> bool:
+        """Whether loss and gradient are."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 

@@ -10,13 +10,16 @@ where `evaluate` would write it to a file that processes share. The package does
 from collections.abc import Callable
 from typing import Any
 
-import evaluate  # type: ignore[import-untyped]
 import numpy as np
 import torch
 from datasets import Features, Value
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import EvalPrediction
+
+from hf_teleport.experiments.extras import require_extra
+
+evaluate: Any = require_extra("evaluate")
 
 # Labels that are not counted, as everywhere in Transformers.
 _IGNORED = -100
@@ -31,7 +34,7 @@ class _InMemory(evaluate.Metric):
     def __init__(self, **settings: Any):
         super().__init__(**{"keep_in_memory": True, **settings})
 
-    def _info(self) -> evaluate.MetricInfo:
+    def _info(self) -> Any:
         features = Features({name: Value(dtype) for name, dtype in self.inputs.items()})
         return evaluate.MetricInfo(description=self.summary, citation="", inputs_description=self.summary, features=features)
 

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from hf_teleport.data.catalogue import Source, find
 from hf_teleport.data.rows import class_labels, require_column, split_roles
+from hf_teleport.experiments.extras import require_extra
 
 # Rows decoded at a time.
 _DECODED_AT_ONCE = 1000
@@ -58,6 +59,7 @@ def load_images(
 
     Raises:
         FileNotFoundError: the data are neither here nor within reach.
+        ModuleNotFoundError: the digits, and scikit-learn is not installed.
         ValueError: no train split, no test or validation split, no image or label column, labels that are no classes, or images
             of several sizes.
     """
@@ -77,9 +79,7 @@ def load_images(
 
 
 def _digits() -> list[ImageTensors]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
+    digits = require_extra("sklearn.datasets").load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     images = torch.tensor(digits.images[order], dtype=torch.float32).unsqueeze(1)
     data = ImageTensors(images, torch.tensor(digits.target[order]))

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_teleport.data.catalogue import Source
 from hf_teleport.data.rows import TensorRows, class_labels, column, split_roles
+from hf_teleport.experiments.extras import require_extra
 
 PAD, UNKNOWN, END, START, MASK = "<pad>", "<unk>", "<eos>", "<cls>", "<mask>"
 
@@ -72,10 +73,11 @@ def treebank_words(sentences: list[str]) -> list[str]:
 
     Penn Treebank's <unk> stays one word, where the tokenizer takes angle brackets for words. Its N, for a number, is left alone.
     As the tokenizer goes by single sentences, a full stop that ends one is a word of its own, in an abbreviation too.
-    """
-    from nltk.tokenize import TreebankWordTokenizer  # type: ignore[import-untyped]
 
-    tokenize = TreebankWordTokenizer().tokenize
+    Raises:
+        ModuleNotFoundError: NLTK is not installed.
+    """
+    tokenize = require_extra("nltk.tokenize").TreebankWordTokenizer().tokenize
     apart = " ".join(tokenize(UNKNOWN))
     return [" ".join(tokenize(sentence)).replace(apart, UNKNOWN) for sentence in sentences]
 

@@ -30,6 +30,7 @@ class Axis:
 
     @property
     def size(self) -> int:
+        """How many features there are."""
         return self.parameter.shape[self.dim]
 
     @property

@@ -44,6 +44,7 @@ class Call:
 
     @property
     def facts(self) -> Facts:
+        """What is known of all features so far."""
         return self.follow.facts
 
     def argument(self, position: int, *names: str, default: Any = None) -> Any:

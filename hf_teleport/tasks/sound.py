@@ -90,6 +90,6 @@ def resample(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
         from scipy.signal import resample_poly  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the sounds have {rate} Hz and the model takes {wanted} Hz; to convert them: pip install scipy."
+            f"the sounds have {rate} Hz and the model takes {wanted} Hz; to convert them: pip install 'hf_teleport[audio]'."
         ) from error
     return resample_poly(samples, wanted, rate).astype(np.float32)
