@@ -213,7 +213,9 @@ def test_a_trainer_that_writes_no_card(tmp_path):
     class Mixed(TeleportMixin, Silent):
         pass
 
-    trainer = Mixed(vit(), arguments(tmp_path), train_dataset=images(), teleport_config=TeleportConfig(method="null_space", steps=[0]))
+    trainer = Mixed(
+        vit(), arguments(tmp_path), train_dataset=images(), teleport_config=TeleportConfig(method="null_space", steps=[0])
+    )
     trainer.train()
     trainer.create_model_card()
     assert not (tmp_path / "README.md").exists()

@@ -28,7 +28,14 @@ def loss_fn(model, batch):
 
 def trainer(folder, **settings):
     arguments = TeleportTrainingArguments(
-        folder, teleport_method="null_space", per_device_train_batch_size=4, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True, **settings
+        folder,
+        teleport_method="null_space",
+        per_device_train_batch_size=4,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        **settings,
     )
     return TeleportTrainer(llama(), arguments, train_dataset=TensorRows(input_ids=ROWS, labels=ROWS))
 

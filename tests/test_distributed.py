@@ -101,7 +101,9 @@ def teleported(name, rank, size, sharded=False):
     # Experts that a process's tokens never reach get no gradient there: each process trains alike only without optimizer.
     # What is compared is the event: all come to it from the same weights.
     optimizer = None if make is mixtral else trained(model, 0, 1)
-    report = Teleporter(model, TeleportConfig(**{"method": "null_space", **settings}), optimizer=optimizer).teleport(tokens(rank, size), loss_fn)
+    report = Teleporter(model, TeleportConfig(**{"method": "null_space", **settings}), optimizer=optimizer).teleport(
+        tokens(rank, size), loss_fn
+    )
     assert report.steps > 0, name
     after = flat(model)
     if optimizer is not None:

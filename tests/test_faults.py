@@ -792,7 +792,9 @@ def trainer(folder, kind=TeleportTrainer, config=None, made=None, **settings):
     args = TeleportTrainingArguments(output_dir=str(folder), **{**defaults, **settings})
     others = {"train_dataset": images(), **(made or {})}
     if issubclass(kind, TeleportTrainer):
-        others["teleport_config"] = config or TeleportConfig(method="null_space", steps=[6], num_batches=2, batch_size=4, steps_per_batch=2)
+        others["teleport_config"] = config or TeleportConfig(
+            method="null_space", steps=[6], num_batches=2, batch_size=4, steps_per_batch=2
+        )
     return kind(mlp(), args, **others)
 
 
@@ -1001,7 +1003,9 @@ def in_parallel(model, rows, size, **settings):
             ddp_find_unused_parameters=False,
             optim="sgd",
         )
-        run = TeleportTrainer(model, args, train_dataset=rows, teleport_config=TeleportConfig(method="null_space", num_batches=2, batch_size=3))
+        run = TeleportTrainer(
+            model, args, train_dataset=rows, teleport_config=TeleportConfig(method="null_space", num_batches=2, batch_size=3)
+        )
         sizes = []
         real = run._teleport_loss
         run._teleport_loss = lambda model, batch: (sizes.append(len(batch["labels"])), real(model, batch))[1]

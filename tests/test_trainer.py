@@ -435,5 +435,7 @@ def test_nothing_to_move_is_said(tmp_path, digits, caplog):
     # More rows than dimensions, and no layer norm, whose output leaves one direction free at initialisation.
     model = MLPForImageClassification(MLPConfig(image_size=8, hidden_sizes=(8, 8), num_labels=10))
     with caplog.at_level(logging.WARNING, logger="hf_teleport"):
-        teleport_trainer(tmp_path, digits, model=model, config=TeleportConfig(method="null_space", num_batches=1, batch_size=60)).train()
+        teleport_trainer(
+            tmp_path, digits, model=model, config=TeleportConfig(method="null_space", num_batches=1, batch_size=60)
+        ).train()
     assert any("changed nothing: no null space" in record.message for record in caplog.records)
