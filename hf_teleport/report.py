@@ -175,8 +175,8 @@ class Check:
         """
         if self.immovable:
             raise ValueError(
-                f"{self.immovable}. See target_modules and exclude_modules if they select too little; `hf-teleport inspect` tells "
-                "more of a saved model; with teleport_epochs 0 training runs without teleports."
+                f"{self.immovable}. See target_modules and exclude_modules if they select too little; `hf-teleport inspect` "
+                "tells more of a saved model; with teleport_epochs 0 training runs without teleports."
             )
 
 

@@ -122,7 +122,7 @@ def test_a_run_too_short_for_it_is_plain_training(tmp_path, caplog):
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
 def test_a_name_that_matches_nothing_is_said_even_if_no_teleport_can_be_paid_for(tmp_path, optim):
-    with pytest.raises(ValueError, match="'layers.9' matches no layer"):
+    with pytest.raises(ValueError, match=r"'layers\.9' matches no layer"):
         train(tmp_path, mlp(), teleport_config=TeleportConfig(target_modules=["layers.9"]), optim=optim)
 
 
