@@ -50,6 +50,11 @@ _PICTURES: list[tuple[Draw, str, str]] = [
         "Heat map of layers by events: null dimensions as a share of input dimensions.",
     ),
     (
+        lambda run: plots.captured(run.events),
+        "Share of each layer's input energy that its null space leaves out; at an energy threshold below 1 the rest may change.",
+        "Heat map of layers by events: share of the input energy outside the null space.",
+    ),
+    (
         lambda run: plots.movement(run.events),
         "How far each weight moved, in its own length; blank: it stayed.",
         "Heat map of layers by events: relative movement of each weight.",

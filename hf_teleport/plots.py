@@ -1,7 +1,7 @@
 """Pictures of a run and its teleports, as matplotlib figures. Each function returns None where there is nothing to draw."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -26,6 +26,12 @@ def style(dark: bool) -> AbstractContextManager[Any]:
     """
     page = {"figure.facecolor": _DARK, "axes.facecolor": _DARK, "savefig.facecolor": _DARK}
     return require_extra("matplotlib.style").context(["dark_background", page] if dark else "default")
+
+
+def scale_of(values: Iterable[float]) -> str:
+    """'log' for numbers over more than a power of ten, else 'linear': its marks are easier to read within one."""
+    finite = [value for value in values if math.isfinite(value)]
+    return "log" if finite and max(finite) > 10 * min(finite) > 0 else "linear"
 
 
 def training(log_history: list[dict[str, Any]], events: list[Event]) -> Any:
@@ -53,10 +59,7 @@ def training(log_history: list[dict[str, Any]], events: list[Event]) -> Any:
     for axes, (title, series) in zip(figure.subplots(len(drawn), sharex=True, squeeze=False).flat, drawn.items(), strict=True):
         for label, points in series.items():
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 60 else None, linewidth=1.2, label=label)
-        values = [value for points in series.values() for _, value in points]
-        # Within one power of ten the marks of a logarithmic axis are hard to read.
-        if max(values) > 10 * min(values) > 0:
-            axes.set_yscale("log")
+        axes.set_yscale(scale_of(value for points in series.values() for _, value in points))
         _mark(axes, events)
         axes.set_ylabel(title)
         axes.grid(alpha=0.25)
@@ -72,6 +75,19 @@ def null_dimensions(events: list[Event]) -> Any:
         return layer["null_dim"] / layer["input_dim"] if layer.get("input_dim") else None
 
     return _heat_map(events, value, "null dimensions / input dimensions", {"vmin": 0, "vmax": 1})
+
+
+def captured(events: list[Event]) -> Any:
+    """Heat map, layers by events: the share of a layer's input energy that its null space leaves out.
+
+    At an energy threshold of 1 it is 1 everywhere, and nothing is drawn.
+    """
+    shares = [layer.get("captured") for event in events for layer in event.get("layers", [])]
+    least = min((share for share in shares if share is not None), default=1.0)
+    if least == 1:
+        return None
+    label = "input energy outside the null space (variance captured)"
+    return _heat_map(events, lambda layer: layer.get("captured"), label, {"vmin": least, "vmax": 1})
 
 
 def movement(events: list[Event]) -> Any:
@@ -123,7 +139,10 @@ def _mark(axes: Any, events: list[Event]) -> None:
         undone, method = bool(event.get("rolled_back")), event.get("method")
         label = f"teleport, {method}{', undone' if undone else ''}"
         # The first colours are those of the losses.
-        look = {"linestyle": ":" if undone else "--", "color": f"C{3 + methods.index(method)}", "linewidth": 1}
+        # Of several methods before the same step each has the gaps of another.
+        index = methods.index(method)
+        dashes = (4 * index, (4, 4 * max(1, len(methods) - 1)))
+        look = {"linestyle": ":" if undone else dashes, "color": f"C{3 + index}", "linewidth": 1.2}
         axes.axvline(event["step"], label="_" if label in named else label, **look)
         named.add(label)
 
@@ -162,4 +181,4 @@ def _name_rows(axes: Any, rows: list[str]) -> None:
     every = math.ceil(len(rows) / _NAMED_ROWS)
     # A dollar would begin a formula.
     names = [(name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}").replace("$", r"\$") for name in rows]
-    axes.set_yticks(range(0, len(rows), every), names[::every], fontsize=6)
+    axes.set_yticks(range(0, len(rows), every), names[::every], fontsize=7)

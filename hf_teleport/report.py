@@ -19,6 +19,8 @@ class LayerReport:
         shape: of the weight.
         null_dim: dimension of the null space of its inputs (summed over groups), None if it was not determined.
         input_dim: dimension of its inputs, a bias counting one more (summed over groups), None likewise.
+        captured: share of its inputs' energy that its null space leaves out, from the threshold to 1, None likewise; of several
+            inputs (experts) the least.
         moved: whether its weight is another one after the teleport.
         moved_by: how far it moved, ||W' - W|| / ||W||; None where that is unknown: before an event, or of a weight that was zero.
         reason: why it did not move; empty if it did.
@@ -34,6 +36,7 @@ class LayerReport:
     reason: str = ""
     movable: bool = False
     moved_by: float | None = None
+    captured: float | None = None
 
 
 @dataclass

@@ -159,6 +159,7 @@ class Subspace:
         null_dim: dimension of the null space, summed over groups.
         dim: d, summed over groups.
         num_rows: how many rows it was found from.
+        captured: share of the rows' energy (their squares) that is in the core: 1 at tau = 1, at least tau below.
     """
 
     basis: Tensor
@@ -166,6 +167,7 @@ class Subspace:
     null_dim: int
     dim: int
     num_rows: int
+    captured: float = 1.0
 
     def project(self, matrix: Tensor) -> Tensor:
         """`M P` for M (G, o, d): its part in the null space. If that is no more than rounding of M, zeros."""
@@ -220,7 +222,9 @@ def null_space(representation: Representation, energy_threshold: float, dtype: t
     columns = slice(smallest, None) if spans_null else slice(largest)
     basis = (vectors * kept[:, None, :])[..., columns]
     null_dim = groups * width - int(dims.sum())
-    return Subspace(basis.to(dtype).contiguous(), spans_null, null_dim, groups * width, representation.num_rows)
+    energy = values.square()
+    captured = float((energy * in_core).sum() / energy.sum()) if energy_threshold < 1 and energy.any() else 1.0
+    return Subspace(basis.to(dtype).contiguous(), spans_null, null_dim, groups * width, representation.num_rows, captured)
 
 
 def _of_full_rank(representation: Representation, dtype: torch.dtype) -> Subspace:

@@ -18,6 +18,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from hf_teleport.plots import scale_of
+
 Runs = dict[str, pd.DataFrame]
 
 
@@ -105,18 +107,26 @@ def best_table(runs: Runs) -> str:
 
 def plot(runs: Runs, file: Path) -> None:
     """Final loss against the learning rate, and loss against steps and against time at each arm's best rate."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    rates, losses = set(), []
     for name, rows in runs.items():
         by_rate = final(rows).groupby("learning_rate")["train_loss"]
+        rates |= set(by_rate.groups)
         axes[0].errorbar(by_rate.mean().index, by_rate.mean(), by_rate.std(), marker="o", capsize=3, label=name)
         best = rows[rows["learning_rate"] == best_rate(rows)].groupby("step").mean(numeric_only=True)
         axes[1].plot(best.index, best["train_loss"], marker="o", label=name)
         axes[2].plot(best["cpu_seconds"], best["train_loss"], marker="o", label=name)
-    axes[0].set(xscale="log", yscale="log", xlabel="learning rate", ylabel="final training loss")
-    axes[1].set(yscale="log", xlabel="step", title="each arm at its best learning rate")
-    axes[2].set(yscale="log", xlabel="CPU seconds, teleports included")
+        losses += [*by_rate.mean(), *best["train_loss"]]
+    axes[0].set(xscale="log", xlabel="learning rate", ylabel="training loss", title="final, ± standard deviation")
+    axes[0].set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)])
+    axes[0].minorticks_off()
+    axes[1].set(xlabel="step", ylabel="training loss", title="at each arm's best rate")
+    axes[2].set(xlabel="CPU seconds, teleports included", ylabel="training loss", title="the same, by time")
+    for panel in axes:
+        panel.set_yscale(scale_of(losses))
+        panel.grid(alpha=0.25)
     axes[0].legend(fontsize="small")
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=150)
 
 
 def main() -> None:

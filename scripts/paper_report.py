@@ -1,6 +1,7 @@
 """The paper's experiments side by side: one table, one CSV file and one figure from the folders that they left.
 
     python scripts/paper_report.py runs/cpu/*_sgd runs/cpu/*_adam --output docs/results/paper
+    python scripts/paper_report.py --output docs/results/paper      # the figure again, from the CSV file
 
 Each experiment is shown at the paper-like learning rate and at the baseline's best one, each arm with the same seeds. Time is CPU
 time of the process, teleports included: other work on the machine does not enter into it.
@@ -20,6 +21,7 @@ from grid_report import interval, markdown
 
 from hf_teleport.experiments.results import best_rates, curves, evaluations, final, paper_rate
 from hf_teleport.experiments.verdict import passage
+from hf_teleport.plots import scale_of
 
 HEADER = ["data, optimizer", "rate", "baseline", "null space", "difference", "test, difference", "CPU time", "to baseline's loss"]
 ARMS = ["baseline", "null_space"]
@@ -82,17 +84,32 @@ def draw(shown: dict[str, tuple[Any, dict[str, float]]], path: Path) -> None:
                 axes.set_axis_on()
                 axes.plot(along, run["train_loss"], marker=".", label=arm)
                 axes.fill_between(along, run["train_loss"] - spread, run["train_loss"] + spread, alpha=0.2)
-                axes.set(yscale="log", title=f"{name}, {rates['baseline']:g}" if axes is upper else "")
+                axes.set(title=f"{name}, {rates['baseline']:g}" if axes is upper else "")
                 axes.set_xlabel("step" if axes is upper else "CPU seconds, teleports included", fontsize="small")
+        for axes in (upper, lower):
+            axes.set_yscale(scale_of(value for drawn in upper.get_lines() for value in drawn.get_ydata()))
         upper.legend(fontsize="x-small")
     figure.savefig(path, dpi=80)
 
 
+def kept(path: Path) -> dict[str, tuple[Any, dict[str, float]]]:
+    """What `draw` takes, from a CSV file that this script wrote. As `best_rates`: of the rates that most seeds have run with."""
+    shown = {}
+    for name, lines in pd.read_csv(path).groupby("experiment", sort=False):
+        ends = lines[(lines["arm"] == "baseline") & (lines["step"] == lines["step"].max())]
+        whole = ends[ends["seeds"] == ends["seeds"].max()]
+        shown[name] = lines, {"baseline": float(whole.loc[whole["train_loss"].idxmin(), "learning_rate"])}
+    return shown
+
+
 def main(words: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--output", type=Path, required=True, help="path of the CSV file and the figure, without their endings")
     args = parser.parse_args(words)
+    if not args.folders:
+        draw(kept(args.output.with_suffix(".csv")), args.output.with_suffix(".png"))
+        return ""
     table, frames, shown = [], [], {}
     for folder in args.folders:
         frame = evaluations(folder)

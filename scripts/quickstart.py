@@ -56,7 +56,7 @@ def plot(axis: Any, title: str, trainers: dict[str, Any]) -> None:
         axis.plot(*zip(*points, strict=True), label=label, linewidth=1)
         for entry in trainer.state.log_history:
             if "teleport/steps" in entry:
-                axis.axvline(entry["step"], color="grey", linestyle=":", linewidth=1)
+                axis.axvline(entry["step"], color="grey", linestyle=":", linewidth=1.5, label="the teleport")
     axis.set(title=title, xlabel="step", ylabel="training loss", yscale="log")
     axis.legend()
 
@@ -72,14 +72,14 @@ def main() -> None:
     data = load_images("digits")
     header = ["run", "steps", "train loss", "test loss", "accuracy", "seconds", "of them teleporting"]
     rows = [header]
-    figure, axes = plt.subplots(1, len(MODELS), figsize=(4.5 * len(MODELS), 3.5), layout="constrained")
+    figure, axes = plt.subplots(1, len(MODELS), figsize=(3.7 * len(MODELS), 3.2), layout="constrained")
     for axis, model in zip(axes, MODELS, strict=True):
         trainers = {}
         for label, teleport in (("baseline", False), ("teleport", True)):
             trainers[label] = train(model, teleport, data)
             rows.append(row(f"{model}, {label}", trainers[label]))
         plot(axis, model, trainers)
-    figure.savefig(folder / "quickstart.png", dpi=120)
+    figure.savefig(folder / "quickstart.png", dpi=150)
 
     widths = [max(len(line[i]) for line in rows) for i in range(len(header))]
     print()

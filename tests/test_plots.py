@@ -66,6 +66,14 @@ def test_scale_of_the_losses(losses, scale):
     assert axes.get_yscale() == scale
 
 
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [((5.6, 6.8), "linear"), ((0.1, 2), "log"), ((0, 9), "linear"), ((math.inf, 1, math.nan), "linear"), ((), "linear")],
+)
+def test_scale_of_numbers(values, scale):
+    assert plots.scale_of(values) == scale
+
+
 def heat_map(figure):
     axes, _ = drawn(figure)
     values = np.ma.filled(axes.get_images()[0].get_array().astype(float), math.nan)
@@ -79,6 +87,14 @@ def test_shares_of_null_dimensions():
     assert (values, names) == ([[0.75, 0.25], [0.0, 0.5]], ["a", "b"])
     assert columns == ["0\nnull_space", "8\nnull_space"]
     assert label == "null dimensions / input dimensions"
+
+
+def test_captured_variance_below_a_threshold_of_one():
+    events = [event(0, {**layer("a"), "captured": 0.99}, {**layer("b"), "captured": 1.0}, layer("c"))]
+    values, names, _, label = heat_map(plots.captured(events))
+    assert (values, names) == ([[0.99], [1.0]], ["a", "b"])
+    assert "variance captured" in label
+    assert plots.captured([event(0, {**layer("a"), "captured": 1.0})]) is None
 
 
 def test_movement_leaves_out_what_never_moved_and_blanks_what_stayed():
@@ -108,6 +124,7 @@ def test_misalignment_of_each_symmetry():
 @pytest.mark.parametrize("events", [[], [event(0)], [event(0, layer("a", moved_by=None))], [{"step": 3, "seconds": 1.0}]])
 def test_nothing_to_draw(events):
     assert plots.training([{"step": 1, "train_runtime": 3.0}], events) is None
+    assert plots.captured(events) is None
     assert plots.null_dimensions(events) is plots.movement(events) is plots.misalignment(events) is None
 
 

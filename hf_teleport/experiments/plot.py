@@ -5,6 +5,7 @@ from typing import Any
 
 from hf_teleport.experiments.extras import require_extra
 from hf_teleport.experiments.results import choices, curves, evaluations, final, paper_rate
+from hf_teleport.plots import scale_of
 
 FIGURE, NUMBERS = "training_loss.png", "training_loss.csv"
 
@@ -55,8 +56,10 @@ def figure(lines: Any, chosen: Choices, along: dict[str, str] | None = None) -> 
                 mean, deviation = line["train_loss"], line["train_loss_sd"].fillna(0)
                 axes.plot(line[column], mean, marker=".", label=f"{arm}, {rate:g}")
                 axes.fill_between(line[column], mean - deviation, mean + deviation, alpha=0.2)
-            axes.set(xlabel=name, title=title, yscale="log")
-        row[0].set_ylabel("training loss")
+            axes.set(xlabel=name, title=title)
+            axes.grid(alpha=0.25)
+        shown = [lines[(lines["arm"] == arm) & (lines["learning_rate"] == rate)]["train_loss"] for arm, rate in rates.items()]
+        row[0].set(ylabel="training loss", yscale=scale_of(loss for losses in shown for loss in losses))
         row[0].legend(fontsize="small")
     return drawing
 

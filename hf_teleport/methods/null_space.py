@@ -308,7 +308,7 @@ class NullSpace(Method):
         """Note the dimensions of the null spaces in the reports."""
         for layer in self.layers:
             report = self.reports[layer.weight]
-            report.null_dim, report.input_dim = 0, 0
+            report.null_dim, report.input_dim, report.captured = 0, 0, None
         for layer, subspace in found.items():
             report = self.reports[layer.weight]
             if subspace is None:
@@ -316,6 +316,7 @@ class NullSpace(Method):
                 continue
             report.null_dim = (report.null_dim or 0) + subspace.null_dim
             report.input_dim = (report.input_dim or 0) + subspace.dim
+            report.captured = min(subspace.captured, 1.0 if report.captured is None else report.captured)
             report.reason = "" if report.null_dim else _spanned(subspace, tau)
 
 
