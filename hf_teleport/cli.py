@@ -3,6 +3,9 @@
 import argparse
 import json
 import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import torch
 from torch import nn
 
 from hf_teleport.config import SYMMETRIES, TeleportConfig
+from hf_teleport.experiments.keys import require_known
 from hf_teleport.inspection import THRESHOLDS, Inspection, inspect_model
 from hf_teleport.report import SymmetryReport
 from hf_teleport.synthetic import synthetic_batch, synthetic_loss
@@ -21,16 +25,42 @@ from hf_teleport.teleporter import Teleporter
 _MODEL = "a Hub id, a local folder, or a config name (llama, bert, vit, ...) for random weights"
 
 
+_CODES = (
+    "Exit codes: 0 done; 1 a run failed, with its traceback, or doctor misses what is required; 2 arguments, settings or files "
+    "that cannot be; 130 interrupted."
+)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Wraps each paragraph of a description or an epilog by itself; lines that begin with a blank stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = [line if line.startswith(" ") else textwrap.fill(line, width) for line in text.splitlines()]
+        return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="hf-teleport", description="Teleportation for Transformers models.")
+    """Run the command.
+
+    Returns:
+        The exit code: 0; 1, `doctor` misses what is required; 2, bad input; 130, interrupted. What else fails in a run is raised.
+    """
+    parser = argparse.ArgumentParser(
+        prog="hf-teleport",
+        formatter_class=_Help,
+        description="Teleportation for Transformers models.",
+        epilog=f"For instance:\n  hf-teleport doctor\n  hf-teleport train glue configs/examples/sst2_glue.yaml\n\n{_CODES}",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     look = commands.add_parser(
         "inspect",
         help="what would move in a model, and what would not and why",
         description="Judges every weight of a model on one batch: its role, the dimension of its inputs' null space, whether "
-        "it moves, and if not, why. With --method basis: its exact symmetries, and why one does not turn. Nothing is trained.",
-        epilog="For instance: hf-teleport inspect llama --set hidden_size=64 intermediate_size=128 num_hidden_layers=2",
+        "it moves, and if not, why. With --method basis: its exact symmetries, and why one does not turn. Nothing is trained. "
+        "Prints a table, and nothing is written.",
+        formatter_class=_Help,
+        epilog="For instance:\n  hf-teleport inspect llama --set hidden_size=64 num_hidden_layers=2\n"
+        "  hf-teleport inspect path/to/model --data rows.parquet --json",
     )
     look.add_argument("model", help=_MODEL)
     _add_inputs(look)
@@ -40,8 +70,10 @@ def main(argv: list[str] | None = None) -> int:
     doctor = commands.add_parser(
         "doctor",
         help="whether everything needed is here, and what a teleport would do to a model",
-        description="Looks at libraries, devices, distributed backends and the Hub. Exit code 0: all that is required is here, "
-        "in versions that are supported; 1: it is not.",
+        formatter_class=_Help,
+        description="Looks at libraries, devices, distributed backends and the Hub, and prints a line for each, with the way out "
+        "where it is not as it should be. Exit code 0: all that is required is here, in supported versions; 1: it is not.",
+        epilog="For instance:\n  hf-teleport doctor --model path/to/model",
     )
     doctor.add_argument("--model", help=f"also what would move in it, and what method 'auto' comes to: {_MODEL}")
     _add_inputs(doctor)
@@ -50,12 +82,14 @@ def main(argv: list[str] | None = None) -> int:
     learn = commands.add_parser(
         "train",
         help="train a model with teleportation: the well-known Transformers examples",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Trains with the arguments of the Transformers examples and those of teleportation, evaluates, and saves.",
+        formatter_class=_Help,
+        description="Trains with the arguments of the Transformers examples and those of teleportation, evaluates, and saves: in "
+        "output_dir are then the model, its card, the metrics as JSON, and teleports.json for hf-teleport report.",
         epilog="tasks:\n"
-        + "".join(f"  {name:22}{what}\n" for name, what in TASKS.items())
-        + "\nhf-teleport train TASK --help lists the task's arguments.\n"
-        "On several devices: accelerate launch -m hf_teleport.cli train TASK ...",
+        + "\n".join(textwrap.fill(f"  {name:22}{what}", 78, subsequent_indent=" " * 24) for name, what in TASKS.items())
+        + "\n\nFor instance:\n  hf-teleport train clm configs/examples/ptb_clm.yaml --learning_rate 1e-3\n\n"
+        "hf-teleport train TASK --help lists the task's arguments. On several devices:\n"
+        "  accelerate launch -m hf_teleport.cli train TASK ...",
     )
     learn.add_argument("task", metavar="TASK", choices=list(TASKS), help="one of those below")
     learn.add_argument(
@@ -68,8 +102,11 @@ def main(argv: list[str] | None = None) -> int:
     trial = commands.add_parser(
         "experiment",
         help="train every arm of a YAML file at every learning rate with every seed",
-        description="Every arm sees the same data, and starts from the same weights. What is finished is not trained again.",
-        epilog="For instance: hf-teleport experiment configs/paper/cpu/mnist_sgd.yaml --seeds 0",
+        formatter_class=_Help,
+        description="Every arm sees the same data, and starts from the same weights. What is finished is not trained again: "
+        "interrupted, it goes on when it is started again. Each run's history is kept in a folder of its own in output_dir; "
+        "hf-teleport plot shows them.",
+        epilog="For instance:\n  hf-teleport experiment configs/paper/cpu/mnist_sgd.yaml --seeds 0",
     )
     trial.add_argument("config", help="YAML file, for instance configs/paper/cpu/mnist_sgd.yaml")
     trial.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--KEY VALUE", help="settings that win over the file's")
@@ -78,8 +115,12 @@ def main(argv: list[str] | None = None) -> int:
         "compare",
         help="whether the teleports of a YAML file help against its baseline at its best learning rate",
         description="Searches the best learning rate of each arm with the first seed, trains what is to be compared, controls "
-        "included, with all seeds, and judges each at equal time and at equal samples. What is finished is not trained again.",
-        epilog="--clock cpu_seconds compares CPU time instead of time: on a machine that has other work to do, and only for one "
+        "included, with all seeds, and judges each at equal time and at equal samples. What is finished is not trained again: "
+        "interrupted, it goes on when it is started again. Prints a table and sentences, and writes comparison.csv, .json, .png "
+        "into output_dir; hf-teleport report makes one page of them.",
+        formatter_class=_Help,
+        epilog="For instance:\n  hf-teleport compare configs/compare/digits_mlp_sgd.yaml --seeds 0 1\n\n"
+        "--clock cpu_seconds compares CPU time instead of time: on a machine that has other work to do, and only for one "
         "process on a CPU. --controls some of warmup, random_move, matched_rate; '[]' for none.",
     )
     contest.add_argument("config", help="YAML file, for instance configs/compare/mnist_mlp_sgd.yaml")
@@ -88,7 +129,10 @@ def main(argv: list[str] | None = None) -> int:
     draw = commands.add_parser(
         "plot",
         help="picture, numbers and table of an experiment's training losses",
-        description="Draws the training losses of the runs that are finished, prints a table, and writes both to the folder.",
+        description="Draws the training losses of the runs that are finished, prints a table of the final values, and writes "
+        "training_loss.png and training_loss.csv into the folder.",
+        formatter_class=_Help,
+        epilog="For instance:\n  hf-teleport plot runs/cpu/mnist_sgd",
     )
     draw.add_argument("output", type=Path, help="the experiment's output_dir")
     draw.set_defaults(run=_plot)
@@ -97,7 +141,8 @@ def main(argv: list[str] | None = None) -> int:
         help="one HTML file of a run, or of a comparison",
         description="Writes what became of a TeleportTrainer's run (its teleports, layer by layer, with pictures), or of a "
         "comparison (its verdicts), as one HTML file, which opens in any browser without a network.",
-        epilog="For instance: hf-teleport report runs/cnn",
+        formatter_class=_Help,
+        epilog="For instance:\n  hf-teleport report runs/cnn --output cnn.html",
     )
     told.add_argument("folder", type=Path, help="the output_dir of a run, or of hf-teleport compare")
     told.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the folder")
@@ -118,8 +163,14 @@ def _add_inputs(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--data", type=Path, help="parquet, JSON or CSV file of rows with the model's inputs; default: random ones"
     )
-    command.add_argument("--batch_size", type=int, default=2, help="samples in the batch")
-    command.add_argument("--length", type=int, default=16, help="tokens in a random sequence")
+    command.add_argument("--batch_size", type=_positive, default=2, help="samples in the batch")
+    command.add_argument("--length", type=_positive, default=16, help="tokens in a random sequence")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number from 1")
+    return int(text)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -174,7 +225,8 @@ def _experiment(arguments: argparse.Namespace) -> None:
     from hf_teleport.experiments.runs import execute
     from hf_teleport.experiments.settings import plan, read
 
-    experiment = plan(read(arguments.config, arguments.overrides))
+    with _named(arguments.config):
+        experiment = plan(read(arguments.config, arguments.overrides))
     is_main = _quieten(experiment.runs[0].training)
     done = execute(experiment)
     if is_main:
@@ -186,7 +238,8 @@ def _compare(arguments: argparse.Namespace) -> None:
     from hf_teleport.experiments.report import sentences, table, write
     from hf_teleport.experiments.settings import read
 
-    planned = protocol(read(arguments.config, arguments.overrides))
+    with _named(arguments.config):
+        planned = protocol(read(arguments.config, arguments.overrides))
     is_main = _quieten(planned.whole.runs[0].training)
     comparison = compare(planned)
     if is_main:
@@ -194,6 +247,15 @@ def _compare(arguments: argparse.Namespace) -> None:
         _console(180).print(table(comparison))
         print(*sentences(comparison), sep="\n")
         print(f"Written: {', '.join(map(str, paths))}")
+
+
+@contextmanager
+def _named(file: str) -> Iterator[None]:
+    """What is wrong with settings is said with the file that they are of."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error) if file in str(error) else f"{file}: {error}") from error
 
 
 def _quieten(training: Any) -> bool:
@@ -234,7 +296,7 @@ def load_model(name: str, sizes: dict[str, Any] | None = None) -> nn.Module:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if name in CONFIG_MAPPING and not Path(name).exists():
-        config = CONFIG_MAPPING[name](**(sizes or {}))
+        config = _config(CONFIG_MAPPING[name], name, sizes or {})
         for auto in _heads():
             if type(config) in auto._model_mapping:
                 _check_memory(name, auto, config)
@@ -252,6 +314,18 @@ def load_model(name: str, sizes: dict[str, Any] | None = None) -> nn.Module:
     heads = [getattr(transformers, head, None) for head in config.architectures or []]
     model_class = next((head for head in heads if head is not None), transformers.AutoModel)
     return model_class.from_pretrained(name)
+
+
+def _config(kind: Any, name: str, sizes: dict[str, Any]) -> Any:
+    # A config takes any name, and a misspelt one would change nothing.
+    default = kind()
+    for key in sizes:
+        if not hasattr(default, key):
+            require_known(key, [*default.to_dict(), *kind.attribute_map], f"--set, for {name!r}")
+    try:
+        return kind(**sizes)
+    except Exception as error:  # of whatever kind a config raises
+        raise ValueError(f"--set {sizes} is not allowed for {name!r}: {error}") from error
 
 
 def _check_memory(name: str, auto: Any, config: Any) -> None:

@@ -70,12 +70,111 @@ def test_rows_that_do_not_suit_the_model_are_said(tmp_path, capsys):
         (["inspect", "no/such/place"], "hf-teleport:"),
         (["inspect", "bert", "--set", "hidden_size"], "write KEY=VALUE"),
         (["inspect", "bert", "--set", *SIZES, "--data", "nothing.parquet"], "existing"),
+        (["inspect", "bert", "--set", "hidden_sizes=32"], "the nearest is 'hidden_size'"),
+        (["inspect", "bert", "--set", "hidden_size=wide"], "is not allowed for 'bert'"),
         (["inspect", "llama", "--set", "num_hidden_layers=4000"], "too many for this machine's memory"),
     ],
 )
 def test_bad_input_is_said_with_exit_code_2(words, said, capsys):
     assert main(words) == 2
     assert said in capsys.readouterr().err
+
+
+EXPERIMENT = """
+dataset: digits
+kind: image
+model: mlp
+learning_rates: [0.1]
+seeds: [0]
+eval_strategy: epoch
+"""
+ARMS = "arms: {baseline: {teleport_epochs: 0}, teleport: {}}\n"
+
+
+@pytest.mark.parametrize("command", [["experiment"], ["compare"], ["train", "glue"]])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("num_train_epoch: 3", "unknown key 'num_train_epoch'"),
+        ("3: 4", "unknown key 3"),
+        ("learning_rates:\n\t- 1", "line 2, column 1"),
+        ("seeds:\n\t- 1", "YAML wants blanks instead of tabs"),
+        ("", "holds nothing, which is not allowed; allowed: a YAML file of keys and values"),
+        ("- a", "holds a list"),
+        ("base: 3", "base = [3]"),
+        ("base: nowhere.yaml", "there is no file"),
+        (b"\xff\xfe\x00", "is not YAML"),
+    ],
+)
+def test_a_file_that_cannot_be_is_named_before_any_work(command, text, said, tmp_path, capsys):
+    file = tmp_path / "wrong.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert main([*command, str(file)]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert str(tmp_path) in error
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("num_train_epochs: [1, 2]", "num_train_epochs = [1, 2] is not allowed; allowed: a number"),
+        ("per_device_train_batch_size: yes", "per_device_train_batch_size = True is not allowed; allowed: a whole number"),
+        ("max_steps: 2.5", "max_steps = 2.5 is not allowed; allowed: a whole number"),
+        ("optim: {a: 1}", "optim = {'a': 1} is not allowed; allowed: text"),
+        ("sizes: 3", "sizes = 3 is not allowed; allowed: a mapping"),
+        (
+            "arms: {baseline: {}, teleport: {teleport_epoch: 1}}",
+            "'teleport_epoch' in arm 'teleport'; the nearest is 'teleport_epochs'",
+        ),
+        ("arms: [a]", "allowed: a mapping from names"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_with_what_is_allowed(text, said, tmp_path, capsys):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(EXPERIMENT + ("" if text.startswith("arms") else ARMS) + text)
+    assert main(["experiment", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert str(file) in error
+
+
+def test_words_and_values_of_a_task_that_cannot_be(tmp_path, capsys):
+    file = tmp_path / "task.yaml"
+    file.write_text("config_name: bert\nlearning_rate: [1, 2]\n")
+    assert main(["train", "glue", str(file)]) == 2
+    assert f"{file}: learning_rate = [1, 2] is not allowed; allowed: a number." in capsys.readouterr().err
+    assert main(["train", "glue", "--trian_file", "x.csv"]) == 2
+    assert "unknown key 'trian_file' in the command line; the nearest is 'train_file'" in capsys.readouterr().err
+
+
+def test_exit_codes(monkeypatch, capsys):
+    def ends(error):
+        def look(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr("hf_teleport.html.write", look)
+        return main(["report", "x"])
+
+    assert ends(ValueError("wrong")) == 2
+    assert ends(KeyboardInterrupt()) == 130
+    with pytest.raises(RuntimeError, match="the run's own"):  # which Python makes a traceback and 1 of
+        ends(RuntimeError("the run's own"))
+    with pytest.raises(SystemExit) as ended:
+        main(["frobnicate"])
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["", "inspect", "doctor", "train", "experiment", "compare", "plot", "report"])
+def test_help_fits_a_terminal_and_has_an_example(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "--help"])
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= 80
+    assert f"For instance:\n  hf-teleport {command}" in told
+    assert bool(command) or "Exit codes: 0 done; 1 a run failed" in told
 
 
 def test_sizes_are_for_config_names_only(tmp_path):

@@ -1,7 +1,12 @@
-"""Names that a user writes: an unknown one is an error that knows the nearest."""
+"""Names and values that a user writes: of an unknown name the error knows the nearest, of a wrong kind of value the right one."""
 
 import difflib
 from collections.abc import Iterable
+from enum import Enum
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+_CALLED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
 
 
 def require_known(key: str, known: Iterable[str], where: str) -> None:
@@ -12,6 +17,43 @@ def require_known(key: str, known: Iterable[str], where: str) -> None:
     """
     names = list(known)
     if key not in names:
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0)
+        near = difflib.get_close_matches(str(key), names, n=1, cutoff=0)
         hint = f"; the nearest is {near[0]!r}" if near else ""
         raise ValueError(f"unknown key {key!r} in {where}{hint}.")
+
+
+def require_fit(key: str, value: Any, kind: type) -> None:
+    """Checks that a value read from YAML is of the kind that a dataclass wants. Texts are read later, as on a command line.
+
+    Args:
+        key: a field of the dataclass `kind`.
+
+    Raises:
+        ValueError: it is not; the message names the kinds that are allowed.
+    """
+    wanted = _kinds(get_type_hints(kind)[key])
+    if value is None or isinstance(value, str):
+        return
+    if isinstance(value, list | dict):
+        fits = type(value) in wanted
+    elif isinstance(value, bool):
+        fits = bool in wanted or str in wanted
+    else:
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        fits = float in wanted or str in wanted or (int in wanted and whole) or not wanted & {int, list, dict}
+    if not fits:
+        allowed = " or ".join(name for known, name in _CALLED.items() if known in wanted)
+        raise ValueError(f"{key} = {value!r} is not allowed; allowed: {allowed}.")
+
+
+def _kinds(hint: Any) -> set[type]:
+    """Of a type's alternatives those that YAML can tell apart; a choice among texts is a text."""
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return set().union(*(_kinds(part) for part in get_args(hint)))
+    if origin is Literal or (isinstance(hint, type) and issubclass(hint, Enum)):
+        return {str}
+    plain = origin or hint
+    if plain is NoneType or not isinstance(plain, type):
+        return set()
+    return {next((known for known in _CALLED if issubclass(plain, known)), str)}

@@ -27,7 +27,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_teleport.arguments import TeleportTrainingArguments
-from hf_teleport.experiments.keys import require_known
+from hf_teleport.experiments.keys import require_fit, require_known
 from hf_teleport.experiments.task import OPTIONS, Task
 
 Settings = dict[str, Any]
@@ -126,6 +126,7 @@ def plan(settings: Settings) -> Experiment:
         options={key: settings[key] for key in _DATA if key in settings},
         **{key: settings[key] for key in _TASK if key in settings},
     )
+    require_fit("output_dir", settings["output_dir"], TeleportTrainingArguments)
     output = Path(settings["output_dir"])
     common = {key: settings[key] for key in _TRAINING if key in settings}
     save_model = settings.get("save_model", False)
@@ -141,6 +142,11 @@ def plan(settings: Settings) -> Experiment:
 
 def _runs(arm: str, training: Settings, rates: list[float], seeds: list[int], task: Task, output: Path) -> list[Run]:
     parser = HfArgumentParser([TeleportTrainingArguments], exit_on_error=False)
+    for key, value in training.items():
+        try:
+            require_fit(key, value, TeleportTrainingArguments)
+        except ValueError as error:
+            raise ValueError(f"arm {arm!r}: {error}") from error
     # Texts are read as on a command line; what is no text is taken as it is.
     parser.set_defaults(**training)
     runs = []
@@ -206,14 +212,21 @@ def _inherited(path: Path, heirs: tuple[Path, ...] = ()) -> Settings:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}: give a YAML file that is there, such as those in configs.")
     try:
-        own = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML, correct it where this says: {error}") from error
+        own = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tab = "; YAML wants blanks instead of tabs" if "'\\t'" in str(error) else ""
+        raise ValueError(f"{path} is not YAML, correct it where this says: {error}{tab}") from error
     if not isinstance(own, dict):
-        raise ValueError(f"{path} is not allowed; allowed: a YAML file of keys and values.")
+        found = "nothing" if own is None else f"a {type(own).__name__}"
+        raise ValueError(f"{path} holds {found}, which is not allowed; allowed: a YAML file of keys and values (key: value).")
     bases = own.pop("base", [])
+    bases = bases if isinstance(bases, list) else [bases]
+    if not all(isinstance(base, str) for base in bases):
+        raise ValueError(
+            f"base = {bases!r} in {path} is not allowed; allowed: a YAML file's path from this one, or a list of them."
+        )
     settings: Settings = {}
-    for base in bases if isinstance(bases, list) else [bases]:
+    for base in bases:
         settings = _merged(settings, _inherited(path.parent / base, (*heirs, path.resolve())))
     return _merged(settings, own)
 

@@ -193,6 +193,8 @@ class Task:
             )
         for name in self.options:
             require_known(name, OPTIONS[kind], f"data of kind {kind!r}")
+        if not isinstance(self.sizes, dict):
+            raise ValueError(f"sizes = {self.sizes!r} is not allowed; allowed: a mapping from the network's settings to values.")
         for name in self.sizes:
             require_known(name, network.sizes(), f"sizes of model {self.model!r}")
         network.config(**self.sizes)

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from hf_teleport.experiments.keys import require_known
+from hf_teleport.experiments.keys import require_fit, require_known
 from hf_teleport.experiments.settings import read
 
 
@@ -95,10 +95,11 @@ def parse(task: str, kinds: Iterable[Any], argv: list[str], description: str | N
 
     Raises:
         FileNotFoundError: there is no such YAML file.
-        ValueError: an unknown key in it, with the nearest one, or a value that is not allowed.
-        SystemExit: a word that is no argument, or --help.
+        ValueError: an unknown key in it or argument, with the nearest one, or a value that is not allowed.
+        SystemExit: a value on the command line that cannot be read, or --help.
     """
     kinds, words = list(kinds), list(argv)
+    known = {f.name: kind for kind in kinds for f in fields(kind) if f.init}
     parser = HfArgumentParser(
         kinds,
         prog=f"hf-teleport train {task}",
@@ -109,8 +110,16 @@ def parse(task: str, kinds: Iterable[Any], argv: list[str], description: str | N
     if words and not words[0].startswith("-"):
         file = words.pop(0)
         settings = read(file)
-        known = [f.name for kind in kinds for f in fields(kind) if f.init]
-        for key in settings:
+        for key, value in settings.items():
             require_known(key, known, file)
+            try:
+                require_fit(key, value, known[key])
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from error
         parser.set_defaults(**settings)
-    return parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    *made, rest = parser.parse_args_into_dataclasses(words, look_for_args_file=False, return_remaining_strings=True)
+    for word in rest:
+        if not word.startswith("--"):
+            raise ValueError(f"{word!r} is not allowed there; allowed: --ARGUMENT VALUE, after the YAML file.")
+        require_known(word[2:].partition("=")[0].replace("-", "_"), known, "the command line")
+    return tuple(made)
