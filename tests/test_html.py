@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
 import xml.etree.ElementTree as ET
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -276,6 +277,30 @@ def test_of_very_many_events_the_layers_of_some_are_told(run, tmp_path):
     assert len(page.table("One row for each teleport")) == 1 + 30 + 4  # those of the log too
     assert sum(text.startswith("the teleport before") for text in page.words("summary")) < 21
     assert any("first and the last 10 events" in text for text in page.words("p"))
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+def test_a_browser_shows_it_and_asks_nobody(run, tmp_path):
+    (tmp_path / "report.html").write_text(render(run), encoding="utf-8")
+    words = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    words += " --disable-component-update --disable-sync --enable-logging=stderr --window-size=500,900 --dump-dom"
+    probe = tmp_path / "page.html"
+    # What a narrow screen makes of it, measured by the browser: a script of the test's, for the report has none.
+    measure = (
+        "d=document;d.title=[d.documentElement.scrollWidth<=innerWidth,[...d.images].every(i=>i.complete&&i.naturalWidth>300),"
+        "performance.getEntriesByType('resource').every(e=>e.name.startsWith('data:'))]"
+    )
+    probe.write_text(f"{(tmp_path / 'report.html').read_text(encoding='utf-8')}<script>onload=()=>{{{measure}}}</script>")
+    offline = ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run(
+        [CHROMIUM, *words.split(), *offline, probe.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "<title>true,true,true</title>" in done.stdout
+    assert done.stdout.count("<details") == Page(render(run)).text.count("<details")
+    assert "CONSOLE" not in done.stderr
 
 
 # --- a comparison ---------------------------------------------------------------------------------------------------------
