@@ -99,6 +99,60 @@ def test_handwritten_rms_norms_are_recognised(kind, dtype):
     assert not [reason for features, reason in facts.fixed if set(features.tolist()) & set(norm.inputs.tolist())]
 
 
+class Named(nn.Module):
+    """A norm, or something else with a gain, that is called with more than its input."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.norm = nn.Parameter(torch.rand(8) + 0.5), norm
+
+    def forward(self, x, *, scale):
+        return self.weight * x * scale / (rms(x) if self.norm else 1)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_module_that_takes_keywords_is_tried_with_them(norm):
+    class Calls(Chain):
+        def forward(self, x):
+            return self.down(self.middle(self.up(x), scale=torch.ones(())))
+
+    assert len(follow(Calls(Named(norm)), torch.randn(2, 4, 5)).norms) == norm
+
+
+def reasons_of(facts, features):
+    return {reason for fixed, reason in facts.fixed if set(fixed.flatten().tolist()) & set(features.flatten().tolist())}
+
+
+def test_a_product_that_is_written_into_a_part_of_a_buffer_reads_features_and_fixes_what_it_writes():
+    class Tiled(Chain):
+        """As TRL's fused head multiplies, a tile of the outputs at a time."""
+
+        def forward(self, x):
+            hidden = self.up(x).detach()
+            tiles = torch.empty(len(x), 2)
+            for start in range(0, 3, 2):
+                rows = self.down.weight[start : start + 2]
+                torch.mm(hidden, rows.detach().t(), out=tiles[:, : len(rows)])
+            return tiles
+
+    with torch.no_grad():
+        facts = follow(model := Tiled(nn.Identity()), torch.randn(4, 5))
+    written, read = (facts.axis(model.down.weight, dim).features for dim in (0, 1))
+    assert reasons_of(facts, written) == {"mm has written into a part of it"}
+    assert not reasons_of(facts, read) | reasons_of(facts, facts.axis(model.up.weight, 0).features)
+
+
+def test_what_is_written_into_zeros_by_name_is_zero_no_more():
+    class Shifted(Chain):
+        def forward(self, x):
+            shift = torch.zeros(8)
+            torch.add(torch.ones(8), torch.ones(8), out=shift)
+            return self.down(self.up(x) + shift)
+
+    facts = follow(model := Shifted(nn.Identity()), torch.randn(4, 5))
+    assert reasons_of(facts, facts.axis(model.up.weight, 0).features) == {"a constant is added"}
+
+
 OTHERS = {
     "layer scale": lambda: Scaled(lambda x, gain: gain * x),
     "batch norm": lambda: nn.Sequential(nn.Flatten(0, 1), nn.BatchNorm1d(8), nn.Unflatten(0, (2, 4))),

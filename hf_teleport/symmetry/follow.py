@@ -155,13 +155,16 @@ class Follow(TorchFunctionMode):
         self._distrust(operands)
         known = [t for t in operands if self.tag(t) is not None]
         outputs = list(tensors_in([output]))
-        if known and _writes_into(func, args, kwargs) and self._has_aliases(args[0]):
-            call.fix(*known, args[0], reason=f"{call.name} writes into a part of it")
-            self._forget_aliases(args[0], f"{call.name} has written into a part of it")
+        written = _written(func, args, kwargs)
+        into_part = bool(known) and any(self._has_aliases(t) for t in written)
+        if into_part and "out" not in kwargs:
+            call.fix(*known, *written, reason=f"{call.name} writes into a part of it")
         elif known:
             self._apply(call, known, outputs)
         else:
-            self._follow_constant(call, func, operands, outputs)
+            self._follow_constant(operands, outputs, written)
+        for tensor in written if into_part else []:
+            self._forget_aliases(tensor, f"{call.name} has written into a part of it")
         for tensor in outputs:
             self._seen[tensor] = True
             if call.name in _ZEROS:
@@ -194,14 +197,14 @@ class Follow(TorchFunctionMode):
                 call.fix(tensor, reason=f"goes into {call.name} beside what it works on")
         self._keep(call.output, tag)
 
-    def _follow_constant(self, call: Call, func: Any, operands: list[Tensor], outputs: list[Tensor]) -> None:
+    def _follow_constant(self, operands: list[Tensor], outputs: list[Tensor], written: list[Tensor]) -> None:
         """A call without features: its output has none, for the reason of its operands."""
         reason = next((self.reasons[t] for t in operands if t in self.reasons), None)
         for tensor in outputs if reason else []:
             self.reasons[tensor] = reason
-        if operands and _writes_into(func, call.args, call.kwargs):
-            for tensor in self._aliases(operands[0]):
-                self.zeros.pop(tensor, None)
+        for tensor in written:
+            for alias in self._aliases(tensor):
+                self.zeros.pop(alias, None)
 
     def _distrust(self, operands: list[Tensor]) -> None:
         """A tensor that has a history, but came from no call that was seen, may depend on anything."""
@@ -216,10 +219,10 @@ class Follow(TorchFunctionMode):
         candidates = [*self._tags, *self.zeros]
         return [t for t in candidates if t is base or t._base is base]
 
-    def _has_aliases(self, tensor: Any) -> bool:
-        return isinstance(tensor, Tensor) and (tensor._base is not None or any(t is not tensor for t in self._aliases(tensor)))
+    def _has_aliases(self, tensor: Tensor) -> bool:
+        return tensor._base is not None or any(t is not tensor for t in self._aliases(tensor))
 
-    def _forget_aliases(self, tensor: Any, reason: str) -> None:
+    def _forget_aliases(self, tensor: Tensor, reason: str) -> None:
         for alias in {
             id(t): t for t in (*self._aliases(tensor), tensor, *([] if tensor._base is None else [tensor._base]))
         }.values():
@@ -249,14 +252,14 @@ def operation_name(function: Callable[..., Any]) -> str:
     return plain
 
 
-def _writes_into(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call changes its first argument: `add_`, `__iadd__`, `__setitem__`."""
+def _written(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    """What a call writes into: `out`, or the first argument of `add_`, `__iadd__`, `__setitem__`. Most make something new."""
+    if "out" in kwargs:
+        return list(tensors_in([kwargs["out"]]))
     name = getattr(function, "__name__", "")
-    in_place = name.endswith("_") and not name.startswith("_")
+    in_place = name.endswith("_") and not name.startswith("_") and name not in ("requires_grad_", "detach_")
     operator = name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
-    return bool(args) and (
-        "out" in kwargs or name == "__setitem__" or operator or (in_place and name not in ("requires_grad_", "detach_"))
-    )
+    return list(tensors_in(args[:1])) if name == "__setitem__" or operator or in_place else []
 
 
 def _internal(name: str) -> bool:

@@ -22,19 +22,19 @@ def recognised_norms(model: nn.Module, follow: Follow) -> Iterator[None]:
     def before(module: nn.Module, inputs: Any) -> None:
         marks[module] = follow.facts.mark()
 
-    def after(module: nn.Module, inputs: Any, output: Any) -> None:
+    def after(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            _recognise(follow, module, inputs, output, marks.pop(module))
+            _recognise(follow, module, inputs, named, output, marks.pop(module))
 
     with ExitStack() as stack:
         for module in model.modules():
             if _may_be_norm(module):
                 stack.callback(module.register_forward_pre_hook(before).remove)
-                stack.callback(module.register_forward_hook(after).remove)
+                stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
         yield
 
 
-def _recognise(follow: Follow, module: nn.Module, inputs: Any, output: Any, mark: tuple[int, ...]) -> None:
+def _recognise(follow: Follow, module: nn.Module, inputs: Any, named: Any, output: Any, mark: tuple[int, ...]) -> None:
     x = inputs[0] if inputs else None
     tag = follow.tag(x)
     if tag is None or not isinstance(x, Tensor) or not isinstance(output, Tensor) or x.shape != output.shape:
@@ -43,7 +43,7 @@ def _recognise(follow: Follow, module: nn.Module, inputs: Any, output: Any, mark
     # With rows so long that no epsilon counts, and again with longer ones: a norm does not see a factor, while anything else that
     # scales would pass for a norm of rows that happen to have length one.
     long = x * (_LONG / x.square().mean(-1, keepdim=True).sqrt()).nan_to_num(0, 0, 0)
-    normed, again = (module.forward(scaled, *inputs[1:]) for scaled in (long, 16 * long))
+    normed, again = (module.forward(scaled, *inputs[1:], **named) for scaled in (long, 16 * long))
     offset = rms_offset(long, normed, gain)
     if offset is None or not torch.allclose(again, normed, rtol=1e-3, atol=1e-5):
         return
