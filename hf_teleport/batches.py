@@ -44,3 +44,17 @@ def halved(batches: list[Any]) -> list[Any] | None:
         return None
     cuts = [(batch, (count or 0) // 2) for batch, count in zip(batches, counts, strict=True)]
     return [slice_tensors(batch, part) for batch, cut in cuts for part in (slice(cut), slice(cut, None))]
+
+
+def check_given(trainer_class: Any) -> None:
+    """Make sure that a trainer's batches are data: GRPO and its like have the model generate them, at each look at the loss.
+
+    Raises:
+        ValueError: it is a trainer of TRL that makes its batches.
+    """
+    if trainer_class._prepare_inputs.__module__.startswith("trl."):
+        raise ValueError(
+            f"{trainer_class.__name__} generates its batches with the model that it trains, so there is no loss on a teleport "
+            "batch to keep. Teleport in supervised fine-tuning or preference training (SFTTrainer, DPOTrainer, RewardTrainer), "
+            "or never here: epochs=0."
+        )

@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -64,6 +65,21 @@ def own_copy(source: Any) -> Any:
         elif isinstance(value, (np.random.Generator, np.random.RandomState, random.Random)):
             setattr(own, name, copy.deepcopy(value))
     return own
+
+
+# Where TRL's trainers gather what `compute_loss` measures, by mode and name, until `log` averages and clears it.
+_NOTEBOOKS = ("_metrics", "_stored_metrics")
+
+
+@contextmanager
+def unnoted(trainer: Any) -> Iterator[None]:
+    """What a trainer's `compute_loss` and `log` note and clear is not that of training: they get empty notebooks meanwhile."""
+    kept = {name: value for name, value in vars(trainer).items() if name in _NOTEBOOKS}
+    vars(trainer).update({name: defaultdict(lambda: defaultdict(list)) for name in kept})
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)
 
 
 @contextmanager

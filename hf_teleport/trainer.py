@@ -20,14 +20,14 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from hf_teleport.arguments import TeleportArguments
-from hf_teleport.batches import share_of
+from hf_teleport.batches import check_given, share_of
 from hf_teleport.callback import TeleportCallback
 from hf_teleport.card import add_to_card, teleports
 from hf_teleport.choice import BASIS_STEP, afford, choose
 from hf_teleport.config import TeleportConfig
 from hf_teleport.cost import LARGE_SHARE, Cost, event_passes, share_of_run
 from hf_teleport.distributed import check_strategy
-from hf_teleport.isolation import own_copy, preserved_rng
+from hf_teleport.isolation import own_copy, preserved_rng, unnoted
 from hf_teleport.journal import Journal, about
 from hf_teleport.optimizer_state import keeps_copies, unwrapped
 from hf_teleport.report import TeleportReport, share
@@ -120,7 +120,8 @@ class TeleportMixin(_Base):
                 run = about(teleporter.model, self.args, self.teleport_config, self._settled)
                 self._journal.add(self.args.output_dir, step, self.state.epoch, report, run)
             should_log = self.control.should_log
-            self.log({f"teleport/{name}": value for name, value in report.metrics().items()})
+            with unnoted(self):
+                self.log({f"teleport/{name}": value for name, value in report.metrics().items()})
             self.control.should_log = should_log  # which a log clears: this one is not the one that was asked for
             if self.is_world_process_zero():
                 self._tell(f"Teleport before step {step}: {report.summary()}")
@@ -176,7 +177,8 @@ class TeleportMixin(_Base):
         batch = self._prepare_inputs(batch)  # here, so that one batch at a time is on the device
         # As in training: the loss is a mean over the batch's items, and compute_loss may take the labels out of the batch.
         _, count = self.get_batch_samples(iter([batch]), 1, self.args.device)
-        return self.compute_loss(model, dict(batch) if isinstance(batch, Mapping) else batch, num_items_in_batch=count)
+        with unnoted(self):
+            return self.compute_loss(model, dict(batch) if isinstance(batch, Mapping) else batch, num_items_in_batch=count)
 
     @contextmanager
     def _teleport_bar(self, at: int) -> Iterator[Any]:
@@ -196,8 +198,8 @@ class TeleportMixin(_Base):
         """Make the schedule, and find out before the first step whether its teleports can work.
 
         Raises:
-            ValueError: an impossible schedule, an empty data set, a loss that cannot be teleported, a target module that matches
-                nothing, no weight that may move, or an optimizer that a change of basis does not suit.
+            ValueError: an impossible schedule, an empty data set, batches that are generated, a loss that cannot be teleported, a
+                target module that matches nothing, no weight that may move, or an optimizer that a change of basis does not suit.
         """
         _, steps_per_epoch, *_, max_steps = self.set_initial_training_values(self.args, train_dataloader)
         self._settled = None
@@ -210,6 +212,7 @@ class TeleportMixin(_Base):
         if not upcoming:
             return
         check_strategy(self.accelerator)
+        check_given(type(self))
         with preserved_rng():
             batches, _ = self._teleport_batches(1, event=min(upcoming))
             if not batches:
