@@ -44,5 +44,6 @@ def why_unmoved(report: TeleportReport) -> str:
         return why_immovable(report.layers)
     spanned = Counter(layer.reason for layer in report.layers if layer.movable and layer.null_dim == 0)
     if reason == "no_direction" and spanned:
-        return spanned.most_common(1)[0][0]
+        free = any(layer.movable and layer.null_dim for layer in report.layers)
+        return spanned.most_common(1)[0][0] + (f"; and of the others {NO_STEP[reason]}" if free else "")
     return NO_STEP.get(reason, reason)
