@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint docs versions clean
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,5 +20,13 @@ test: lint
 lint: $(VENV)/installed
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
+# The reference, from the docstrings.
+docs: $(VENV)/installed
+	$(BIN)/python scripts/reference.py build/docs
+
+# The tests on the oldest and the newest versions of the libraries that are supported.
+versions: $(VENV)/installed
+	$(BIN)/nox
+
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) .nox runs build dist *.egg-info

@@ -29,9 +29,7 @@ def _prefixed(setting: Any) -> tuple[str, Any, Any]:
     return f"{PREFIX}{setting.name}", annotation, field(default=default, metadata=metadata)
 
 
-_SETTINGS = [_prefixed(setting) for setting in fields(TeleportConfig)]
-# Python 3.11 would say that it comes from the module `types`.
-_Settings = make_dataclass("_Settings", _SETTINGS, namespace={"__module__": __name__})
+_Settings = make_dataclass("_Settings", [_prefixed(setting) for setting in fields(TeleportConfig)])
 
 
 @dataclass
