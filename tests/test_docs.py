@@ -10,7 +10,6 @@ from pages import PAGES, ROOT, anchors, blocks, prose, shown
 from hf_teleport.experiments.compare import protocol
 from hf_teleport.projectors import base as registry
 
-
 # Pages about a library that is not in every environment: timm imports a torchvision, which must fit the torch beside it.
 NEEDS = {"peft.md": "peft", "trl.md": "trl", "timm.md": "timm"}
 
