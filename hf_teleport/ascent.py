@@ -6,9 +6,10 @@ Autograd hands these back where they are now, if it is told to keep them as they
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import Any
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_teleport.distributed import ALONE, Ranks
 from hf_teleport.isolation import forget_caches, seed_everything
+from hf_teleport.layers import bias_error, weight_error
 from hf_teleport.trace import Trace, norm_of
 
 # Norms between these need no float64.
 _SMALLEST_NORM, _LARGEST_NORM = 1e-14, 1e18
+
+_T = TypeVar("_T")
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 """`loss_fn(model, batch)`: the mean loss of the batch, a scalar."""
@@ -38,6 +42,8 @@ class Point:
         grad_norm: `||∇_W L||` over all trainable parameters.
         trace: the uses of the parameters, with D.
         graph: the loss with its graph, if that was kept for `evaluate_again`.
+        errors: where the weights stay sharded, in place of `own_gradients`: for each followed weight how far what the followed
+            uses make of its gradient is from that, and for biases likewise.
     """
 
     batch: Any
@@ -49,6 +55,7 @@ class Point:
     grad_norm: float
     trace: Trace
     graph: Tensor | None = None
+    errors: dict[nn.Parameter, float] = field(default_factory=dict)
 
     @property
     def by_parameter(self) -> dict[nn.Parameter, Tensor]:
@@ -56,9 +63,22 @@ class Point:
         pairs = zip(self.parameters, self.gradients, strict=True)
         return {parameter: gradient.detach() for parameter, gradient in pairs if gradient is not None}
 
+    def reaches(self, parameter: nn.Parameter) -> bool:
+        """Whether the loss on this process's share depends on a parameter."""
+        return parameter in self.errors or parameter in self._own
+
+    def error(self, parameter: nn.Parameter, judge: Callable[[Tensor], float]) -> float:
+        """What a judge of its own gradient says, or said when that was there."""
+        return self.errors[parameter] if parameter in self.errors else judge(self._own[parameter])
+
+    @cached_property
+    def _own(self) -> dict[nn.Parameter, Tensor]:
+        return {p: g.detach() for p, g in zip(self.parameters, self.own_gradients, strict=False) if g is not None}
+
     def release(self) -> None:
         """Let the gradients go: of the memory of a step, the largest part."""
         self.gradients, self.own_gradients = [], []
+        self.__dict__.pop("_own", None)
 
     @property
     def finite(self) -> bool:
@@ -66,9 +86,12 @@ class Point:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def norm(tensors: Iterable[Tensor | None]) -> float:
-    """Euclidean norm of all the numbers in a list of tensors."""
+def norm(tensors: Iterable[Tensor | None], ranks: Ranks = ALONE) -> float:
+    """Euclidean norm of all the numbers in a list of tensors; of weights that stay sharded, with those of other processes."""
     present = [t.detach() for t in tensors if t is not None]
+    if ranks.shards is not None:
+        wide = (t.to(torch.promote_types(t.dtype, torch.float64)) for t in present)
+        return ranks.shards.total([sum(float(norm_of(t).square()) for t in wide)])[0] ** 0.5
     if not present:
         return 0.0
     found = _joined([norm_of(t) for t in present])
@@ -116,10 +139,17 @@ def evaluate(
         if keep_graph:
             around.enter_context(saved)
 
-        def forward_and_backward() -> tuple[Tensor, list[Tensor | None]]:
+        def forward() -> Tensor:
             with torch.enable_grad(), trace:
                 loss = loss_fn(model, batch)
             _check_loss(loss)
+            return loss
+
+        if ranks.shards is not None:
+            return _evaluate_on_shards(Point(batch, seed, math.nan, parameters, [], [], math.nan, trace), forward, ranks)
+
+        def forward_and_backward() -> tuple[Tensor, list[Tensor | None]]:
+            loss = forward()
             found = torch.autograd.grad(
                 loss, parameters, allow_unused=True, create_graph=differentiable_gradients, retain_graph=keep_graph or None
             )
@@ -130,6 +160,28 @@ def evaluate(
     again = keep_graph and saved.covers(trace)
     loss, length, agreed = ranks.mean([float(own_loss.detach()), norm(gradients), float(again)])
     return Point(batch, seed, loss, parameters, gradients, own, length, trace, own_loss if agreed == 1 else None)
+
+
+def _evaluate_on_shards(point: Point, forward: Callable[[], Tensor], ranks: Ranks) -> Point:
+    """Fill in a point of weights that stay sharded: its gradients are this process's parts of the means."""
+    shards, trace = ranks.shards, point.trace
+    assert shards is not None
+
+    def see(parameter: nn.Parameter, gradient: Tensor) -> None:
+        if parameter in trace.uses:
+            point.errors[parameter] = weight_error(parameter, trace.uses[parameter], gradient)
+        else:
+            point.errors[parameter] = bias_error(trace.with_bias(parameter), gradient)
+
+    def forward_and_backward() -> float:
+        with shards.running():
+            loss = forward()
+            point.gradients = shards.gradients(loss, point.parameters, see)
+            return float(loss.detach())
+
+    own = ranks.together(forward_and_backward)
+    point.loss, point.grad_norm = ranks.mean([own])[0], norm(point.gradients, ranks)
+    return point
 
 
 class _Saved(torch.autograd.graph.saved_tensors_hooks):
@@ -180,7 +232,13 @@ def loss_at(model: nn.Module, loss_fn: LossFn, batch: Any, *, seed: int, ranks: 
     """The loss on a batch at the current weights, by one forward."""
     start_afresh(model, seed)
     with torch.no_grad():
-        return ranks.mean([ranks.together(lambda: float(loss_fn(model, batch)))])[0]
+        return ranks.mean([ranks.together(lambda: float(running(ranks, lambda: loss_fn(model, batch))))])[0]
+
+
+def running(ranks: Ranks, forward: Callable[[], _T]) -> _T:
+    """What a forward returns, which runs on weights that may stay sharded."""
+    with nullcontext() if ranks.shards is None else ranks.shards.running():
+        return forward()
 
 
 def start_afresh(model: nn.Module, seed: int) -> None:

@@ -10,13 +10,14 @@ import re
 from collections import Counter
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_teleport.ascent import Point
 from hf_teleport.config import TeleportConfig
-from hf_teleport.layers import Layer, laid_out_like
+from hf_teleport.layers import Layer, bias_error, laid_out_like, weight_error
 from hf_teleport.report import LayerReport
 from hf_teleport.roles import role_of
+from hf_teleport.shards import whole_of
 from hf_teleport.trace import Region, Use
 
 # Relative difference up to which two ways to compute one gradient in float32 agree.
@@ -44,20 +45,15 @@ def audit(model: nn.Module, point: Point, config: TeleportConfig) -> tuple[list[
     Raises:
         ValueError: `target_modules` or `exclude_modules` match nothing.
     """
-    gradients = dict(zip(point.parameters, point.own_gradients, strict=True))
     reports = describe(model, point, config)
     layers: list[Layer] = []
     for parameter, report in reports.items():
         parts = point.trace.uses.get(parameter, {})
-        report.reason = report.reason or _why_not(parameter, parts, point, gradients.get(parameter))
+        report.reason = report.reason or _why_not(parameter, parts, point)
         if report.reason:
             continue
         report.movable = True
-        bias = (
-            _movable_bias(parameter, [use for calls in parts.values() for use in calls], point, gradients)
-            if len(parts) == 1
-            else None
-        )
+        bias = _movable_bias([use for calls in parts.values() for use in calls], point) if len(parts) == 1 else None
         layers += [
             Layer(report.name, report.role, parameter, region, bias, calls[0].call.projector) for region, calls in parts.items()
         ]
@@ -87,7 +83,7 @@ def describe(model: nn.Module, point: Point, config: TeleportConfig) -> dict[nn.
             role = role_of(own, use.call.projector.role, is_head=module is head and is_weight)
         else:
             role = _role_of_other(module, name)
-        report = reports[parameter] = LayerReport(name, role, list(parameter.shape))
+        report = reports[parameter] = LayerReport(name, role, list(whole_of(parameter).shape))
         if not parameter.requires_grad:
             report.reason = "frozen: requires_grad is False"
         elif not selected(name, role, config):
@@ -128,7 +124,7 @@ def _role_of_other(module: nn.Module, name: str) -> str:
     return role_of(name, "other")
 
 
-def _why_not(parameter: nn.Parameter, parts: dict[Region, list[Use]], point: Point, gradient: Tensor | None) -> str:
+def _why_not(parameter: nn.Parameter, parts: dict[Region, list[Use]], point: Point) -> str:
     """Why a weight must not move by the null space of its inputs; empty if it may."""
     others = sorted(point.trace.other_uses.get(parameter, ()))
     if parameter.dim() < 2:
@@ -137,7 +133,7 @@ def _why_not(parameter: nn.Parameter, parts: dict[Region, list[Use]], point: Poi
         return "embedding: rows are looked up, not multiplied; a token that is absent has a free row with zero gradient"
     if others and parts:
         return f"tied: also used by {', '.join(others)}, which sees other inputs"
-    if gradient is None:
+    if not point.reaches(parameter):
         return UNUSED
     if others:
         return f"used by {', '.join(others)}, in a way that no registered projector covers"
@@ -147,7 +143,10 @@ def _why_not(parameter: nn.Parameter, parts: dict[Region, list[Use]], point: Poi
         return "used by operations with different options"
     if overlap(parameter, list(parts)):
         return TIED_VIEWS
-    return _disagreement(parameter, parts, gradient.detach())
+    error = point.error(parameter, lambda gradient: weight_error(parameter, parts, gradient))
+    if error <= _AGREEMENT:
+        return ""
+    return f"audit: the gradient of the followed uses differs from autograd's by {error:.1e}, so it has unseen uses"
 
 
 def overlap(parameter: nn.Parameter, regions: list[Region]) -> bool:
@@ -162,37 +161,14 @@ def overlap(parameter: nn.Parameter, regions: list[Region]) -> bool:
     return bool((count > 1).any())
 
 
-def _disagreement(parameter: nn.Parameter, parts: dict[Region, list[Use]], gradient: Tensor) -> str:
-    """The check itself: `Dᵀ X`, summed over the followed uses, against autograd's gradient."""
-    followed = laid_out_like(parameter, None)
-    for region, calls in parts.items():
-        for use in calls:
-            if use.output_gradient is not None:
-                projector = use.call.projector
-                product = projector.weight_gradient(use.call.input.detach(), use.output_gradient, region.shape)
-                region.view(followed).add_(projector.from_matrix(product, region.shape))
-    error = float((followed - gradient).norm() / gradient.norm().clamp_min(torch.finfo(gradient.dtype).tiny))
-    if error <= _AGREEMENT:
-        return ""
-    return f"audit: the gradient of the followed uses differs from autograd's by {error:.1e}, so it has unseen uses"
-
-
-def _movable_bias(
-    weight: nn.Parameter, uses: list[Use], point: Point, gradients: dict[nn.Parameter, Tensor | None]
-) -> nn.Parameter | None:
+def _movable_bias(uses: list[Use], point: Point) -> nn.Parameter | None:
     """The bias that every use of the weight adds, if it has no other use and its gradient proves it."""
     bias = uses[0].call.bias
     if not isinstance(bias, nn.Parameter) or any(use.call.bias is not bias for use in uses):
         return None
-    gradient = gradients.get(bias)
-    if gradient is None or point.trace.other_uses.get(bias) or point.trace.uses.get(bias):
+    if not point.reaches(bias) or point.trace.other_uses.get(bias) or point.trace.uses.get(bias):
         return None
-    projector = uses[0].call.projector
-    followed = sum(
-        projector.output_rows(use.output_gradient).sum(1).reshape(bias.shape) for use in uses if use.output_gradient is not None
-    )
-    difference = (gradient.detach() - followed).norm()
-    return bias if difference <= _AGREEMENT * gradient.norm() + 1e-30 else None
+    return bias if point.error(bias, lambda gradient: bias_error(uses, gradient)) <= _AGREEMENT else None
 
 
 def selected(name: str, role: str, config: TeleportConfig) -> bool:

@@ -18,10 +18,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from hf_teleport.ascent import LossFn, Point, norm, start_afresh
+from hf_teleport.ascent import LossFn, Point, norm, running, start_afresh
 from hf_teleport.distributed import ALONE, Ranks
 from hf_teleport.isolation import shifted
-from hf_teleport.layers import Layer
+from hf_teleport.layers import Layer, laid_out_like
 from hf_teleport.subspace import Subspace
 from hf_teleport.trace import KeepDouble, Region, ReplayTrace, TangentTrace, Trace, Use, Uses
 
@@ -50,7 +50,7 @@ def fast_direction(
     subspaces: dict[Layer, Subspace] | None = None,
     shift: ShiftLength | None = None,
     ranks: Ranks = ALONE,
-) -> dict[Layer, Tensor]:
+) -> dict[Layer, Tensor] | dict[nn.Parameter, Tensor]:
     """`Dᵀ Ẋ` along a direction u for each layer, by one forward without autograd at `W + εu`.
 
     Equal to `H u` up to a part in the span of the layer's inputs, so after a projection at tau = 1 to `(H u) P`. The shift is
@@ -66,9 +66,9 @@ def fast_direction(
 
     Returns:
         For each layer (G, o, d), with one more column for a bias: zeros, until a projection makes something of them, for a bias
-        comes after the input and cannot shift it.
+        comes after the input and cannot shift it. Of weights that stay sharded, for each parameter this process's part.
     """
-    length = norm(direction)
+    length = norm(direction, ranks)
     if length == 0 or not layers:
         return {}
     dtype = layers[0].weight.dtype
@@ -86,23 +86,29 @@ def fast_direction(
     small = 12 * eps ** (1 / 3) if central else 100 * eps**0.5
     shift = shift or ShiftLength()
     shift.share = shift.share or small
-    size = norm(point.parameters) / length
+    size = norm(point.parameters, ranks) / length
 
     def product(weight: nn.Parameter, region: Region, use: Use, shifted_by: Tensor) -> Tensor:
         layer = of_use[weight, region]
         return layer.tangent(use, shifted_by, None if subspaces is None else subspaces[layer])
 
-    def difference(epsilon: float) -> TangentTrace:
+    def difference(epsilon: float) -> tuple[TangentTrace, dict[nn.Parameter, Tensor]]:
         starts = uses
         if central:
+            behind = ReplayTrace(uses, point.trace.choices)
             with shifted(point.parameters, direction, -epsilon):
-                starts = _starting_at(uses, _forward(model, loss_fn, point, ReplayTrace(uses, point.trace.choices), dtype).uses)
+                running(ranks, lambda: _forward(model, loss_fn, point, behind, dtype))
+            starts = _starting_at(uses, behind.uses)
+        ahead = TangentTrace(starts, point.trace.choices, product)
         with shifted(point.parameters, direction, epsilon):
-            return _forward(model, loss_fn, point, TangentTrace(starts, point.trace.choices, product), dtype)
+            if ranks.shards is None:
+                return _forward(model, loss_fn, point, ahead, dtype), {}
+            with ranks.shards.running(), ranks.shards.averaging(partial(_arrived, ahead, layers, {})) as means:
+                return _forward(model, loss_fn, point, ahead, dtype), means
 
     for attempt in range(_SHIFTS):
         epsilon = shift.share * size
-        trace = ranks.together(partial(difference, epsilon))
+        trace, means = ranks.together(partial(difference, epsilon))
         relative_shift = _relative_shift(trace, layers, ranks)
         if relative_shift <= _LONG_SHIFT * small or attempt == _SHIFTS - 1:
             break
@@ -113,9 +119,31 @@ def fast_direction(
     found = {layer: trace.products[layer.weight].get(layer.region) for layer in layers}
     # Divided last: a projection tells by norms, and the squares of what the small gradients of a trained model leave underflow.
     width = 2 * epsilon if central else epsilon
+    if ranks.shards is not None:
+        return {parameter: mean.div_(width) for parameter, mean in means.items()}
     products = {layer: product.div_(width) for layer, product in found.items() if product is not None}
-    products |= {layer: torch.zeros_like(layer.matrix({p: p.detach() for p in layer.parameters})) for layer in unreached}
+    products |= {layer: layer.weight.new_zeros(layer.shape) for layer in unreached}
     return _mean(products, layers, ranks)
+
+
+def _arrived(
+    trace: TangentTrace, layers: list[Layer], room: dict[nn.Parameter, Tensor], parameter: nn.Parameter
+) -> Tensor | None:
+    """What a shifted forward has made so far of a weight or bias, laid out as that is, to be taken away.
+
+    Args:
+        room: for a bias whose weight comes first.
+    """
+
+    def of(part: nn.Parameter) -> Tensor:
+        if part not in room:
+            room[part] = laid_out_like(part, None)
+        return room[part]
+
+    for layer in layers:
+        if layer.weight is parameter and (product := trace.products[parameter].pop(layer.region, None)) is not None:
+            layer.add_(product, 1.0, of)
+    return room.pop(parameter, None)
 
 
 def _relative_shift(trace: TangentTrace, layers: list[Layer], ranks: Ranks) -> float:

@@ -5,13 +5,16 @@ number everywhere, so that no process takes another turn than the others. Where 
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from hf_teleport.shards import Shards
 
 _T = TypeVar("_T")
 
@@ -58,7 +61,10 @@ class Ranks:
     Attributes:
         size: how many there are.
         rank: the number of this one.
+        shards: the weights, where they are spread over the processes for an event; None: each has them whole.
     """
+
+    shards: "Shards | None" = None
 
     def __init__(self, device: torch.device | str = "cpu", several: bool = True):
         several = several and dist.is_available() and dist.is_initialized()
@@ -79,23 +85,35 @@ class Ranks:
         try:
             result = work()
         except Exception as own:
+            if getattr(own, "is_known", False):
+                raise
             error = own
-        worst = self.largest(0 if error is None else 1 if out_of_memory(error) else 2)
-        if error is not None:
-            raise error
-        if worst:
-            problem = "ran out of memory" if worst == 1 else "failed"
-            kind = torch.OutOfMemoryError if worst == 1 else RuntimeError
-            raise kind(f"another process {problem} in this teleport; its own message says where.")
+        self.agree(error=error)
         return result
 
-    def largest(self, value: float) -> float:
-        """The largest of all processes' values."""
-        if self.size == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return float(tensor)
+    def agree(self, on: int = 0, error: Exception | None = None) -> None:
+        """Go on only if all processes are here and none has failed: in what runs `together`, before they communicate.
+
+        Args:
+            on: what is to be done next, the same number everywhere; 0: the work is done.
+            error: what this process failed with.
+
+        Raises:
+            As `together`; and RuntimeError: the processes are about to do different things.
+        """
+        status = 0 if error is None else 1 if out_of_memory(error) else 2
+        said = torch.tensor([status, on, -on], dtype=torch.float64, device=self.device)
+        dist.all_reduce(said, dist.ReduceOp.MAX)
+        worst, last, first = said.tolist()
+        if error is None and worst:
+            problem = "ran out of memory" if worst == 1 else "failed"
+            kind = torch.OutOfMemoryError if worst == 1 else RuntimeError
+            error = kind(f"another process {problem} in this teleport; its own message says where.")
+        elif error is None and last != -first:
+            error = RuntimeError("the processes' forwards or backwards go through different sharded modules.")
+        if error is not None:
+            error.is_known = True  # type: ignore[attr-defined]  # nobody is told again
+            raise error
 
     def mean(self, values: list[float]) -> list[float]:
         """The mean over all processes of each value."""

@@ -52,6 +52,5 @@ def random_move(subspaces: dict[Layer, Subspace], seed: int) -> dict[Layer, Tens
     generator = torch.Generator().manual_seed(seed)
     moves = {}
     for layer, subspace in subspaces.items():
-        shape = layer.matrix({p: p.detach() for p in layer.parameters}).shape
-        moves[layer] = subspace.project(torch.randn(shape, generator=generator).to(layer.weight))
+        moves[layer] = subspace.project(torch.randn(layer.shape, generator=generator).to(layer.weight))
     return moves

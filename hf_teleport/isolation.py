@@ -15,17 +15,21 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from hf_teleport.distributed import Ranks
+from hf_teleport.distributed import ALONE, Ranks
 from hf_teleport.storage import WorkingWeights, working_weights
 
 
 @contextmanager
-def isolated(model: nn.Module, optimizer: Any, ranks: Ranks) -> Iterator[WorkingWeights]:
-    """Inside, nothing leaves a trace but moved weights. Yields the weights to work on."""
+def isolated(model: nn.Module, optimizer: Any, ranks: Ranks, on_shards: bool = False) -> Iterator[WorkingWeights]:
+    """Inside, nothing leaves a trace but moved weights. Yields the weights to work on.
+
+    Args:
+        on_shards: weights that FSDP2 shards stay so, if they can.
+    """
     with ExitStack() as stack:
 
         def enter() -> WorkingWeights:
-            weights = stack.enter_context(working_weights(model, optimizer))
+            weights = stack.enter_context(working_weights(model, optimizer, ranks, on_shards))
             for around in (preserved_rng(), evaluation_mode(model), full_precision(model), plain_execution()):
                 stack.enter_context(around)
             return weights
@@ -203,17 +207,33 @@ class Snapshot:
         """How far each parameter is from its copy."""
         return {parameter: parameter.detach() - saved for parameter, saved in self._saved}
 
-    def changed(self) -> dict[nn.Parameter, float | None]:
+    def changed(self, ranks: Ranks = ALONE) -> dict[nn.Parameter, float | None]:
         """The parameters W that differ from their copy W0, and by how much: ||W - W0|| / ||W0||, None if that is not finite.
 
         One after the other, so that no second copy of all of them is held.
+
+        Args:
+            ranks: the processes that hold these parameters, whole or in parts.
         """
-        return {parameter: _distance(parameter, saved) for parameter, saved in self._saved if not torch.equal(parameter, saved)}
+        found = ranks.together(lambda: [_difference(parameter, saved) for parameter, saved in self._saved])
+        if ranks.shards is not None:
+            squares = iter(ranks.shards.total([value * value for each in found for value in each]))
+            found = [(each, next(squares) ** 0.5, next(squares) ** 0.5) for each in squares]
+        return {
+            parameter: _share(distance, length)
+            for (parameter, _), (differs, distance, length) in zip(self._saved, found, strict=True)
+            if differs
+        }
 
 
 @torch.no_grad()
-def _distance(parameter: Tensor, saved: Tensor) -> float | None:
-    length = float(torch.linalg.vector_norm(saved))
-    distance = float(torch.linalg.vector_norm(parameter - saved))
+def _difference(parameter: Tensor, saved: Tensor) -> tuple[float, float, float]:
+    """Whether they differ, by how much, and the norm of the copy, which is also wanted if other parts of the weight differ."""
+    differs = not torch.equal(parameter, saved)
+    distance = float(torch.linalg.vector_norm(parameter - saved)) if differs else 0.0
+    return float(differs), distance, float(torch.linalg.vector_norm(saved))
+
+
+def _share(distance: float, length: float) -> float | None:
     relative = distance / length if length else math.inf
     return relative if math.isfinite(relative) else None

@@ -1,12 +1,14 @@
 """A layer that may move: a weight, its bias, and the matrix view that its projector gives of both."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from hf_teleport.projectors import Projector
+from hf_teleport.shards import whole_of
 from hf_teleport.subspace import Representation, Subspace
 from hf_teleport.trace import Region, Use
 
@@ -73,6 +75,11 @@ class Layer:
     def _with_zeros(self, matrix: Tensor) -> Tensor:
         return matrix if self.bias is None else torch.cat([matrix, matrix.new_zeros((*matrix.shape[:-1], 1))], dim=-1)
 
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """That of the matrix, (G, o, d or d + 1)."""
+        return tuple(self.matrix({p: laid_out_like(p, None, device="meta") for p in self.parameters}).shape)
+
     def matrix(self, tensors: dict[nn.Parameter, Tensor | None]) -> Tensor:
         """Values given for weight and bias (gradients, for instance) as one matrix (G, o, d or d + 1)."""
         weight = laid_out_like(self.weight, tensors[self.weight])
@@ -84,18 +91,47 @@ class Layer:
         return torch.cat([matrix, bias.reshape(*matrix.shape[:-1], 1)], dim=-1)
 
     @torch.no_grad()
-    def add_(self, move: Tensor, scale: float) -> None:
-        """Add `scale * move`, (G, o, d or d + 1), to weight and bias in place."""
+    def add_(self, move: Tensor, scale: float, to: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter) -> None:
+        """Add `scale * move`, (G, o, d or d + 1), to weight and bias in place, or to other tensors that stand for them."""
         if self.bias is not None:
-            self.bias.add_(move[..., -1].reshape(self.bias.shape), alpha=scale)
+            bias = to(self.bias)
+            bias.add_(move[..., -1].reshape(bias.shape), alpha=scale)
             move = move[..., :-1]
-        self.region.view(self.weight).add_(self.projector.from_matrix(move, self.region.shape), alpha=scale)
+        self.region.view(to(self.weight)).add_(self.projector.from_matrix(move, self.region.shape), alpha=scale)
 
 
-def laid_out_like(parameter: Tensor, values: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """The values, or zeros for None, with the parameter's strides, so that its regions are found in them."""
-    if values is not None and values.stride() == parameter.stride():
+def laid_out_like(
+    parameter: Tensor, values: Tensor | None, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """The values, or zeros for None, with the strides of the whole parameter, so that its regions are found in them."""
+    whole = whole_of(parameter)
+    if values is not None and values.stride() == whole.stride():
         return values
     dtype = dtype or (parameter.dtype if values is None else values.dtype)
-    laid_out = torch.empty_strided(parameter.shape, parameter.stride(), dtype=dtype, device=parameter.device)
+    laid_out = torch.empty_strided(whole.shape, whole.stride(), dtype=dtype, device=device or parameter.device)
     return laid_out.zero_() if values is None else laid_out.copy_(values)
+
+
+def weight_error(parameter: nn.Parameter, parts: dict[Region, list[Use]], gradient: Tensor) -> float:
+    """How far `Dᵀ X`, summed over the followed uses of a weight, is from its gradient, as a share of that."""
+    followed = laid_out_like(parameter, None)
+    for region, calls in parts.items():
+        for use in calls:
+            if use.output_gradient is not None:
+                projector = use.call.projector
+                product = projector.weight_gradient(use.call.input.detach(), use.output_gradient, region.shape)
+                region.view(followed).add_(projector.from_matrix(product, region.shape))
+    return _relative(followed - gradient, gradient)
+
+
+def bias_error(uses: list[Use], gradient: Tensor) -> float:
+    """Likewise for the bias that these uses of its weight add: `Dᵀ 1`."""
+    followed = torch.zeros_like(gradient)
+    for use in uses:
+        if use.output_gradient is not None:
+            followed += use.call.projector.output_rows(use.output_gradient).sum(1).reshape(gradient.shape)
+    return _relative(followed - gradient, gradient)
+
+
+def _relative(difference: Tensor, reference: Tensor) -> float:
+    return float(difference.norm() / reference.norm().clamp_min(torch.finfo(reference.dtype).tiny))

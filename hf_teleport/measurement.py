@@ -43,7 +43,7 @@ def measure(method: Method, batches: list[Any], see: Callable[[Point], None] = l
         if not point.finite:
             break
         see(point)
-    return Measurement(losses, grad_norms, norm(total) / len(losses))
+    return Measurement(losses, grad_norms, norm(total, method.ranks) / len(losses))
 
 
 def landing(method: Method, batches: list[Any], held_back: Any, forgotten: Collection[nn.Parameter] = ()) -> float | None:

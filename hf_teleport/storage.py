@@ -1,5 +1,6 @@
-"""The weights as a teleport works on them: whole where FSDP2 shards them, in float32 where they are stored in less."""
+"""The weights as a teleport works on them: in float32 where they are stored in less; those of FSDP2 as shards, or gathered."""
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
+from hf_teleport.distributed import ALONE, Ranks
 from hf_teleport.optimizer_state import unwrapped
+from hf_teleport.shards import Shard, Shards, can_stay_sharded
 
 _LOW = (torch.bfloat16, torch.float16)
 
@@ -25,10 +28,12 @@ class WorkingWeights:
 
     Attributes:
         stored: for each of them the parameter that it stands in for.
+        ranks: the processes that work on them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self.stored: dict[nn.Parameter, Any] = {}
+        self.ranks = ranks
 
     def origin(self, parameter: nn.Parameter) -> nn.Parameter:
         """The stored parameter of a working one; a parameter that needs no stand-in is its own."""
@@ -44,17 +49,25 @@ class WorkingWeights:
 
 
 @contextmanager
-def working_weights(model: nn.Module, optimizer: Any = None) -> Iterator[WorkingWeights]:
-    """Inside, weights that FSDP2 shards are whole in every process, and weights and buffers in bf16 or fp16 are float32.
+def working_weights(
+    model: nn.Module, optimizer: Any = None, ranks: Ranks = ALONE, on_shards: bool = False
+) -> Iterator[WorkingWeights]:
+    """Inside, weights that FSDP2 shards can be worked on, and weights and buffers in bf16 or fp16 are float32.
 
     The model's modules hold stand-ins meanwhile, and the optimizer's state has them as keys; the stored parameters themselves,
     which DDP has hooks on, are not touched but for their values, which are written back at the end: each process its shards,
     rounded. Values that did not change are bit for bit what they were. FSDP2's own hooks, which would gather and shard the
     weights again at every layer and in the precision of training, are off. The stand-ins cost memory: 4 bytes for each weight in
-    half precision, and the whole of what is sharded, with the optimizer's state for it.
+    half precision, and where weights are gathered, the whole of them with the optimizer's state.
+
+    Args:
+        ranks: the processes that work on the weights.
+        on_shards: a sharded weight's stand-in is this process's part of it, and is whole only while its module runs, if the
+            weights' layout allows that (`can_stay_sharded`). Otherwise it is the whole weight, in every process.
     """
+    on_shards = on_shards and can_stay_sharded(model, ranks.size)
     state = {} if optimizer is None else unwrapped(optimizer).state
-    working = WorkingWeights()
+    working = WorkingWeights(ranks)
     made: dict[Any, nn.Parameter] = {}
     copies: dict[Any, Tensor] = {}
     with ExitStack() as stack:
@@ -68,7 +81,9 @@ def working_weights(model: nn.Module, optimizer: Any = None) -> Iterator[Working
                 # Subclasses of Parameter (quantized weights) know how to compute with what they store.
                 if isinstance(stored, DTensor) or (type(stored) is nn.Parameter and stored.dtype in _LOW):
                     if stored not in made:
-                        made[stored] = nn.Parameter(_copy(stored, copies), stored.requires_grad)
+                        made[stored] = (
+                            Shard.of(stored) if on_shards else nn.Parameter(_copy(stored, copies), stored.requires_grad)
+                        )
                         working.stored[made[stored]] = stored
                     # As an attribute, for modules that look at it (nn.LSTM keeps a list of its weights).
                     setattr(module, name, made[stored])
@@ -79,8 +94,12 @@ def working_weights(model: nn.Module, optimizer: Any = None) -> Iterator[Working
                     stack.callback(module._buffers.__setitem__, name, buffer)
         for stand_in, stored in working.stored.items():
             if stored in state:
-                state[stand_in] = {name: _whole(value) for name, value in state[stored].items()}
+                state[stand_in] = {name: _own(value) if on_shards else _whole(value) for name, value in state[stored].items()}
                 stack.callback(state.pop, stand_in, None)
+        if on_shards:
+            working.ranks = copy.copy(ranks)
+            working.ranks.shards = Shards(ranks, model, next(iter(working.stored.values())).device_mesh)
+            stack.callback(working.ranks.shards.release)
         try:
             yield working
         finally:
@@ -100,6 +119,10 @@ def _copy(stored: Any, copies: dict[Any, Tensor]) -> Any:
     return copies[storage.data_ptr()].as_strided(stored.shape, stored.stride(), stored.storage_offset())
 
 
+def _own(value: Any) -> Any:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def _whole(value: Any) -> Any:
     return value.full_tensor().clone() if isinstance(value, DTensor) else value
 
@@ -109,7 +132,8 @@ def _write_back(stand_in: nn.Parameter, stored: Any, state: dict[Any, Any]) -> N
     """Give a stored parameter, and the optimizer's state for it, the values of its stand-in."""
     if not stored.requires_grad:
         return
-    _put(stored, stand_in)
+    put = _put_own if isinstance(stand_in, Shard) else _put
+    put(stored, stand_in)
     if stored not in state:
         return
     if stand_in not in state:
@@ -117,9 +141,14 @@ def _write_back(stand_in: nn.Parameter, stored: Any, state: dict[Any, Any]) -> N
         return
     for name, value in state[stand_in].items():
         if isinstance(state[stored][name], DTensor):
-            _put(state[stored][name], value)
+            put(state[stored][name], value)
         else:
             state[stored][name] = value
+
+
+def _put_own(stored: Any, part: Tensor) -> None:
+    """Copy this process's part into a sharded tensor."""
+    stored.to_local().copy_(part)
 
 
 def _put(stored: Tensor, values: Tensor) -> None:

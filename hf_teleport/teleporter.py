@@ -138,7 +138,7 @@ class Teleporter:
 
     def _judge(self, batch: Any, loss_fn: LossFn) -> Check:
         loss_fn = self._on_float32(loss_fn)
-        with isolated(self.model, self.optimizer, self._ranks) as weights:
+        with isolated(self.model, self.optimizer, self._ranks, self._kind.on_shards(self.config)) as weights:
             method = self._method(loss_fn, weights)
             point = method.evaluate(batch, self.config.seed)
             if not point.finite:
@@ -166,7 +166,7 @@ class Teleporter:
 
     def _event(self, batches: list[Any], loss_fn: LossFn, held_back: Any, start: float) -> TeleportReport:
         loss_fn = self._on_float32(loss_fn)
-        with isolated(self.model, self.optimizer, self._ranks) as weights:
+        with isolated(self.model, self.optimizer, self._ranks, self._kind.on_shards(self.config)) as weights:
             method = self._method(loss_fn, weights)
             before = measure(method, batches, method.survey)
             if not before.finite:
@@ -192,7 +192,7 @@ class Teleporter:
                     forgotten = method.movable if self.config.optimizer_state == "reset" else []
                     landed = landing(method, batches, held_back, forgotten)
                     objection = "" if landed is not None and landed < usual else "no_better"
-                changed = self._ranks.together(snapshot.changed)
+                changed = snapshot.changed(method.ranks)
                 rehearsed = bool(steps) and self.config.control == "matched_rate"
                 if not objection and not rehearsed:
                     self._keep(method)
@@ -212,7 +212,7 @@ class Teleporter:
         """NaN if there is no such batch."""
         if held_back is None:
             return math.nan
-        return loss_at(self.model, method.loss_fn, held_back, seed=self.config.seed, ranks=self._ranks)
+        return loss_at(self.model, method.loss_fn, held_back, seed=self.config.seed, ranks=method.ranks)
 
     def _shorten(self, method: Method, snapshot: Snapshot, watched: float, held_back: Any) -> str:
         """Halve the whole move until the loss on the batch held back is near what it was. Returns the objection if no half is."""
@@ -245,8 +245,12 @@ class Teleporter:
         if self.optimizer is not None and self.config.optimizer_state == "reset":
             forget(self.optimizer, method.movable)
 
+    @property
+    def _kind(self) -> type[Method]:
+        return METHODS[self.config.method]
+
     def _method(self, loss_fn: LossFn, weights: WorkingWeights) -> Method:
-        method = METHODS[self.config.method](self.model, loss_fn, self.config, self.optimizer, self._ranks)
+        method = self._kind(self.model, loss_fn, self.config, self.optimizer, weights.ranks)
         if self.optimizer is not None:
             method.rehearsal = Rehearsal(self.optimizer, weights.origin, self._max_grad_norm, self._rates, self._ranks)
         return method
@@ -292,7 +296,7 @@ class Teleporter:
                 self._progress(steps + taken, total)
             steps += taken
             if taken and method.trusting and self.config.max_loss_change is not None:
-                seen = loss_at(self.model, method.loss_fn, batch, seed=point.seed, ranks=self._ranks)
+                seen = loss_at(self.model, method.loss_fn, batch, seed=point.seed, ranks=method.ranks)
                 if not self._guard.within(seen, loss):
                     return steps, "max_loss_change"
             endings[ending or "steps_done"] += 1

@@ -8,7 +8,7 @@ of a tied weight. Nothing is wrapped, patched or hooked on the model.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -118,10 +118,20 @@ class Trace(TorchFunctionMode):
                 self.other_uses[parameter].add(getattr(func, "__name__", str(func)))
 
     def _see(self, weight: nn.Parameter, region: Region, call: Call, output: Tensor) -> None:
+        if hasattr(weight, "whole"):
+            # A view would keep the whole values, which a sharded weight has only while its module runs.
+            call = replace(call, weight=weight)
         use = Use(call, reached=call.input.requires_grad)
         self.uses[weight][region].append(use)
         if output.requires_grad:
             output.register_hook(use.keep)
+
+    def with_bias(self, bias: nn.Parameter) -> list[Use]:
+        """The uses of the first weight to whose product a bias is added."""
+        for parts in self.uses.values():
+            if found := [use for calls in parts.values() for use in calls if use.call.bias is bias]:
+                return found
+        return []
 
     def forget_gradients(self) -> None:
         """Make room for the output gradients of another backward."""

@@ -1,4 +1,4 @@
-"""Run functions in several gloo processes on this machine, and collect what each returns."""
+"""Run functions in several gloo processes on this machine, and collect what each returns; models and data for them."""
 
 import os
 import socket
@@ -7,6 +7,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from tiny_models import VOCAB
 
 # A process that waits for one that died gives up after this long.
 TIME_LIMIT = timedelta(seconds=20)
@@ -48,3 +54,38 @@ def run(function, size, folder, *, joined=True):
     """
     mp.start_processes(_worker, args=(function, size, free_port(), folder, joined), nprocs=size, start_method="spawn")
     return [torch.load(folder / f"{function.__name__}-{rank}-of-{size}.pt") for rank in range(size)]
+
+
+_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": VOCAB}
+
+
+def llama(dtype):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**_SIZES, use_cache=False)).to(dtype)
+
+
+def mixtral(dtype):
+    torch.manual_seed(0)
+    config = MixtralConfig(**_SIZES, num_local_experts=8, num_experts_per_tok=1, num_key_value_heads=1, use_cache=False)
+    config._experts_implementation = "eager"  # the grouped kernel has no float64
+    return MixtralForCausalLM(config).to(dtype)
+
+
+def sharded(model, layers=None):
+    """A model sharded by FSDP2 over all processes, layer by layer."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers if layers is None else layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def tokens(rank, size, samples=4):
+    """This process's share of three batches."""
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randint(0, VOCAB, (samples, 6), generator=generator) for _ in range(3)]
+    return [{"input_ids": ids, "labels": ids} for ids in (batch.chunk(size)[rank] for batch in batches)]
+
+
+def flat(model):
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return torch.cat([p.detach().flatten() for p in whole]).clone()

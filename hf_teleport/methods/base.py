@@ -54,6 +54,11 @@ class Method(ABC):
         """Forward and backward passes over a batch in one event, at most: what it costs but for decompositions."""
 
     @staticmethod
+    def on_shards(config: TeleportConfig) -> bool:
+        """Whether an event can leave FSDP2's weights sharded, and needs them whole only while their modules run."""
+        return False
+
+    @staticmethod
     def copies(config: TeleportConfig) -> int:
         """How many times the size of the trained weights an event holds at once, gradients and copies to return to included."""
         return 4
@@ -86,8 +91,8 @@ class Method(ABC):
 
     @property
     def written(self) -> list[Tensor]:
-        """All that an event may have changed, in the same order in all processes."""
-        return [parameter.data for parameter in self.in_order()]
+        """All that an event may have changed and every process has a copy of, in the same order in all processes."""
+        return [] if self.ranks.shards is not None else [parameter.data for parameter in self.in_order()]
 
     @property
     def blocking(self) -> list[nn.Parameter]:

@@ -31,6 +31,10 @@ from hf_teleport.trace import Region
 _THRESHOLDS = [0.99, 0.999, 0.9999, 1.0]
 
 
+Moves = dict[Any, Tensor]
+"""A direction for each layer, as its matrix; of weights that stay sharded for each parameter, this process's part."""
+
+
 class NullSpace(Method):
     """Ascent of the objective inside the null space of every layer's inputs."""
 
@@ -46,7 +50,8 @@ class NullSpace(Method):
         self._reached: Slope | None = None
         self._scale = 1.0
         self._shift = ShiftLength()
-        self.trusting = config.hessian == "fast" and config.energy_threshold in (1, None)
+        # Sharded weights are not at hand for a backward alone.
+        self.trusting = config.hessian == "fast" and config.energy_threshold in (1, None) and ranks.shards is None
 
     @cached_property
     def _objective(self) -> Objective:
@@ -72,6 +77,11 @@ class NullSpace(Method):
         return config.num_batches * (turn + step * config.steps_per_batch)
 
     @staticmethod
+    def on_shards(config: TeleportConfig) -> bool:
+        usual = config.hessian == "fast" and config.objective == "grad_norm" and config.energy_threshold is not None
+        return usual and config.control != "random_move" and not config.rehearsal_steps
+
+    @staticmethod
     def copies(config: TeleportConfig) -> int:
         # To undo the event, to undo a step, the move, the gradient, the shifted weights.
         return 5
@@ -87,7 +97,7 @@ class NullSpace(Method):
             if (read := layer.reads(uses)) in counted:
                 continue
             counted.add(read)
-            groups, _, width = layer.matrix({p: p.detach() for p in layer.parameters}).shape
+            groups, _, width = layer.shape
             # A width counts the bias, an input does not.
             rows = max(1, repeats * sum(use.call.input.numel() for use in uses) // (groups * width))
             costs[layer] = groups * width * min(rows, width) ** 2
@@ -219,14 +229,14 @@ class NullSpace(Method):
         slope = self._reached or self._objective.slope(point)
         self._value, self._reached = slope.value, None
         moves = self._projected(point, slope)
-        length = norm(moves.values())
+        length = norm(moves.values(), self.ranks)
         if length == 0 or not math.isfinite(length):
             return None
         return self._step(moves, self._scale * self.config.learning_rate * self._unit(length))
 
-    def _projected(self, point: Point, slope: Slope) -> dict[Layer, Tensor]:
+    def _projected(self, point: Point, slope: Slope) -> Moves:
         """The objective's gradient `H v + p` in the null space of each layer."""
-        moves: dict[Layer, Tensor] = {}
+        moves: Moves = {}
         layers = self._moving
         if slope.along is not None and self.config.hessian == "exact":
             products = exact_direction(point, slope.along, layers, self.ranks)
@@ -255,13 +265,16 @@ class NullSpace(Method):
         """What the learning rate multiplies: 1, or the factor that makes a move as long as the weights it moves."""
         if self.config.step_size == "fixed":
             return 1.0
-        return norm(self.movable) / length
+        return norm(self.movable, self.ranks) / length
 
     @staticmethod
-    def _step(moves: dict[Layer, Tensor], rate: float) -> Move:
+    def _step(moves: Moves, rate: float) -> Move:
         def move(fraction: float) -> None:
-            for layer, direction in moves.items():
-                layer.add_(direction, rate * fraction)
+            for place, direction in moves.items():
+                if isinstance(place, Layer):
+                    place.add_(direction, rate * fraction)
+                else:
+                    place.data.add_(direction, alpha=rate * fraction)
 
         return move
 
