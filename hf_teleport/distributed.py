@@ -85,35 +85,48 @@ class Ranks:
         try:
             result = work()
         except Exception as own:
-            if getattr(own, "is_known", False):
-                raise
+            if own.__dict__.pop("is_known", False):
+                raise  # by `agree`, so in all processes
             error = own
-        self.agree(error=error)
+        problem = self._problem(error=error)
+        if error or problem:
+            raise error or problem  # type: ignore[misc]
         return result
 
-    def agree(self, on: int = 0, error: Exception | None = None) -> None:
-        """Go on only if all processes are here and none has failed: in what runs `together`, before they communicate.
+    def agree(self, on: int) -> None:
+        """In the midst of what runs `together`, before all communicate: go on only if all are here and none has failed.
 
         Args:
-            on: what is to be done next, the same number everywhere; 0: the work is done.
-            error: what this process failed with.
+            on: what is to be done next: a number above 0, the same everywhere.
 
         Raises:
             As `together`; and RuntimeError: the processes are about to do different things.
         """
+        if problem := self._problem(on):
+            problem.is_known = True  # type: ignore[attr-defined]
+            raise problem
+
+    def _problem(self, on: int = 0, error: Exception | None = None) -> Exception | None:
+        """What keeps the processes from going on, or from being done with their work (0), besides this one's own error."""
         status = 0 if error is None else 1 if out_of_memory(error) else 2
         said = torch.tensor([status, on, -on], dtype=torch.float64, device=self.device)
         dist.all_reduce(said, dist.ReduceOp.MAX)
         worst, last, first = said.tolist()
-        if error is None and worst:
+        if worst:
             problem = "ran out of memory" if worst == 1 else "failed"
             kind = torch.OutOfMemoryError if worst == 1 else RuntimeError
-            error = kind(f"another process {problem} in this teleport; its own message says where.")
-        elif error is None and last != -first:
-            error = RuntimeError("the processes' forwards or backwards go through different sharded modules.")
-        if error is not None:
-            error.is_known = True  # type: ignore[attr-defined]  # nobody is told again
-            raise error
+            return kind(f"another process {problem} in this teleport; its own message says where.")
+        if last != -first:
+            return RuntimeError("the processes' forwards or backwards go through different sharded modules.")
+        return None
+
+    def largest(self, value: float) -> float:
+        """The largest of all processes' values."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return float(tensor)
 
     def mean(self, values: list[float]) -> list[float]:
         """The mean over all processes of each value."""
