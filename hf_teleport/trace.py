@@ -232,6 +232,7 @@ def norm_of(tensor: Tensor) -> Tensor:
 
 _ALIASES = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 _CHOICES = {torch.topk, torch.Tensor.topk, torch.argmax, torch.Tensor.argmax}
+_PRODUCTS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm}
 
 
 class KeepDouble(TorchFunctionMode):
@@ -248,6 +249,8 @@ class KeepDouble(TorchFunctionMode):
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is torch.Tensor.float:
                 return args[0]
+            if func in _PRODUCTS and args[1].dtype == torch.float32:  # whole numbers, cast to meet what was not cast
+                return func(args[0], args[1].double())
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
             kwargs = {key: torch.float64 if a is torch.float32 else a for key, a in kwargs.items()}
         return func(*args, **kwargs)

@@ -311,6 +311,8 @@ def test_backward_alone_equals_evaluate_on_transformers_models(name):
 
 @pytest.mark.parametrize("kernel", ["eager", "grouped_mm"])
 def test_backward_alone_equals_evaluate_on_experts(kernel):
+    if kernel == "grouped_mm" and not hasattr(F, "grouped_mm"):
+        pytest.skip("torch 2.9 and newer have the kernel")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": VOCAB}
     config = MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2, num_key_value_heads=1, use_cache=False)
     config._experts_implementation = kernel

@@ -173,3 +173,5 @@ def test_keep_double_leaves_out_casts_of_float64_only():
         assert wide.softmax(-1, dtype=torch.float32).dtype == torch.float64
         assert narrow.float().dtype == torch.float32
         assert wide.to(torch.int64).dtype == torch.int64
+        whole = torch.arange(3)[:, None]
+        assert (torch.randn(2, 3).double().float() @ whole.float()).dtype == torch.float64
