@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import (
     AutoModelForImageClassification,
     EvalPrediction,
@@ -26,6 +25,7 @@ from transformers import (
 from hf_teleport import TeleportTrainer, TeleportTrainingArguments
 from hf_teleport.data import ImageTensors, load_images
 from hf_teleport.experiments.history import History
+from hf_teleport.experiments.keys import from_yaml
 from hf_teleport.models import CNNConfig, CNNForImageClassification, MLPConfig, MLPForImageClassification
 
 
@@ -92,7 +92,8 @@ def parse(argv: list[str], kind: type = ImageArguments) -> tuple[Any, TeleportTr
     parser = HfArgumentParser([kind, TeleportTrainingArguments])
     from_file: dict[str, Any] = {}
     if argv and not argv[0].startswith("-"):
-        from_file = yaml.safe_load(Path(argv.pop(0)).read_text())
+        file = argv.pop(0)
+        from_file = from_yaml(Path(file).read_text(encoding="utf-8"), file)
         known = {action.dest for action in parser._actions}
         if unknown := sorted(set(from_file) - known):
             raise ValueError(f"unknown settings in the YAML file: {unknown}. See --help for those there are.")

@@ -1,4 +1,4 @@
-"""Names and values that a user writes: of an unknown name the error knows the nearest, of a wrong kind of value the right one."""
+"""Names and values that a user writes: where one stands twice, the nearest name there is, the right kind of value."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,7 +6,46 @@ from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
+
 _CALLED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML wants the keys of a mapping to be unique; the library would take the last of several without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                continue
+            line = key.start_mark.line + 1
+            if (key.tag, key.value) in first:
+                raise ValueError(
+                    f"{self.name}, line {line}: key {key.value!r} is given twice in one mapping, first in line "
+                    f"{first[key.tag, key.value]}; keep one of the two."
+                )
+            first[key.tag, key.value] = line
+        return node
+
+
+def from_yaml(text: str, source: str) -> Any:
+    """What a YAML text holds.
+
+    Args:
+        source: what it is called in errors: a file's path, or the name of an argument.
+
+    Raises:
+        ValueError: it is not YAML, or has a key twice in one mapping; the message names the source and the line.
+    """
+    try:
+        loader = _Loader(text)
+        loader.name = source
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        tab = "; YAML wants blanks instead of tabs" if "'\\t'" in str(error) else ""
+        raise ValueError(f"{source} is not YAML, correct it where this says: {error}{tab}") from error
 
 
 def require_known(key: str, known: Iterable[str], where: str) -> None:

@@ -6,10 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hf_teleport.arguments import TeleportTrainingArguments
 from hf_teleport.experiments.extras import require_extra
+from hf_teleport.experiments.keys import from_yaml
 from hf_teleport.experiments.runs import ALL_SETTINGS, DONE, HISTORY, SETTINGS
 
 # Of settings that a file does not name.
@@ -129,5 +128,7 @@ def choices(frame: Any, paper_learning_rate: float | None) -> dict[str, dict[str
 def paper_rate(output: str | Path) -> float | None:
     """The experiment's `paper_learning_rate`, if it has one."""
     settings = Path(output, ALL_SETTINGS)
-    rate = yaml.safe_load(settings.read_text()).get("paper_learning_rate") if settings.exists() else None
+    if not settings.exists():
+        return None
+    rate = from_yaml(settings.read_text(encoding="utf-8"), str(settings)).get("paper_learning_rate")
     return None if rate is None else float(rate)

@@ -23,11 +23,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import HfArgumentParser
 
 from hf_teleport.arguments import TeleportTrainingArguments
-from hf_teleport.experiments.keys import require_fit, require_known
+from hf_teleport.experiments.keys import from_yaml, require_fit, require_known
 from hf_teleport.experiments.task import OPTIONS, Task
 
 Settings = dict[str, Any]
@@ -94,7 +93,8 @@ def read(file: str | Path, words: Iterable[str] = ()) -> Settings:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a file that is no mapping or that inherits itself, or words that are no keys and values.
+        ValueError: a file that is no mapping, that has a key twice in one or that inherits itself, or words that are no keys and
+            values.
     """
     path = Path(file)
     settings = {"output_dir": str(Path("runs", path.resolve().parent.name, path.stem)), **_inherited(path)}
@@ -212,10 +212,9 @@ def _inherited(path: Path, heirs: tuple[Path, ...] = ()) -> Settings:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}: give a YAML file that is there, such as those in configs.")
     try:
-        own = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        tab = "; YAML wants blanks instead of tabs" if "'\\t'" in str(error) else ""
-        raise ValueError(f"{path} is not YAML, correct it where this says: {error}{tab}") from error
+        own = from_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not YAML, which is text in UTF-8; save it as such: {error}") from error
     if not isinstance(own, dict):
         found = "nothing" if own is None else f"a {type(own).__name__}"
         raise ValueError(f"{path} holds {found}, which is not allowed; allowed: a YAML file of keys and values (key: value).")
@@ -251,6 +250,6 @@ def _assignments(words: list[str]) -> list[tuple[str, Any]]:
         if not values:
             raise ValueError(f"{key} has no value; write {key} VALUE.")
         name = key[2:]
-        read = values if name.rpartition(".")[2] in _TRAINING else [yaml.safe_load(text) for text in values]
+        read = values if name.rpartition(".")[2] in _TRAINING else [from_yaml(text, f"the value of {key}") for text in values]
         found.append((name, read[0] if len(read) == 1 else read))
     return found

@@ -5,11 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
 from hf_teleport.data import word_tokenizer
-from hf_teleport.experiments.keys import require_known
+from hf_teleport.experiments.keys import from_yaml, require_known
 from hf_teleport.tasks.arguments import ModelArguments, TextModelArguments
 
 
@@ -48,7 +47,7 @@ def parse_overrides(text: dict[str, Any] | str | None) -> dict[str, Any]:
     """'hidden_size=64,depths=[1,2]' as a mapping; values are read as YAML.
 
     Raises:
-        ValueError: a part that is no KEY=VALUE.
+        ValueError: a part that is no KEY=VALUE, or a value that is not YAML.
     """
     if not text or isinstance(text, dict):
         return dict(text or {})
@@ -56,7 +55,7 @@ def parse_overrides(text: dict[str, Any] | str | None) -> dict[str, Any]:
     parts = [part.partition("=") for part in re.split(r",(?![^\[\]]*\])", text)]
     if wrong := [key for key, equals, _ in parts if not equals]:
         raise ValueError(f"config_overrides has {wrong[0]!r}; allowed: KEY=VALUE,KEY=VALUE, for instance hidden_size=64.")
-    return {key.strip(): yaml.safe_load(value) for key, _, value in parts}
+    return {key.strip(): from_yaml(value, f"the value of {key.strip()} in config_overrides") for key, _, value in parts}
 
 
 def make_model(auto: Any, arguments: ModelArguments, config: Any, tokenizer: Any = None) -> Any:
