@@ -11,6 +11,9 @@ from hf_teleport.journal import Event
 # Of a heat map: inches for a row, and how many rows and columns can have a name each.
 _ROW, _NAMED_ROWS, _NAMED_COLUMNS = 0.17, 200, 24
 
+# The inches that one sees at once.
+_SCREEN = 7.0
+
 # The colour of a dark page.
 _DARK = "#0d1117"
 
@@ -163,10 +166,13 @@ def _heat_map(events: list[Event], value: Callable[[dict[str, Any]], float | Non
     if not rows:
         return None
     numbers = numpy.array([[values.get(name, math.nan) for _, values in columns] for name in rows])
-    figure = _figure(6 + min(6, 0.4 * len(columns)), 1.8 + _ROW * min(len(rows), 2 * _NAMED_ROWS))
+    height = 1.8 + _ROW * min(len(rows), 2 * _NAMED_ROWS)
+    figure = _figure(6 + min(6, 0.4 * len(columns)), height)
     axes = figure.subplots()
     image = axes.imshow(numbers, aspect="auto", interpolation="none", **scale)
-    figure.colorbar(image, ax=axes)
+    # Of a picture that is taller than a screen one sees the top first: there the scale and the events are told too.
+    figure.colorbar(image, ax=axes, shrink=min(1.0, _SCREEN / height), anchor=(0.0, 1.0))
+    axes.tick_params(labeltop=height > _SCREEN)
     # Beside the colours it would not fit where there are few layers.
     axes.set_title(label, fontsize="medium")
     _name_rows(axes, rows)

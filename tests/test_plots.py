@@ -78,7 +78,7 @@ def heat_map(figure):
     axes, _ = drawn(figure)
     values = np.ma.filled(axes.get_images()[0].get_array().astype(float), math.nan)
     names = [label.get_text() for label in axes.get_yticklabels()]
-    columns = [label.get_text() for label in axes.get_xticklabels()]
+    columns = [tick.label1.get_text() for tick in axes.xaxis.get_major_ticks()]
     return values.tolist(), names, columns, axes.get_title()
 
 
@@ -136,6 +136,15 @@ def test_many_layers_and_events_have_room_and_some_names():
     assert len(names) <= 200
     assert len(columns) <= 24
     assert all(name.startswith("…") and len(name) <= 49 for name in names)
+
+
+def test_the_top_of_a_tall_picture_has_scale_and_steps():
+    for count, tall in ((10, False), (200, True)):
+        figure = plots.movement([event(0, *(layer(f"{i}", 1, 2, 0.1 + i) for i in range(count)))])
+        axes, bar = drawn(figure)
+        assert all(tick.label2.get_visible() == tall for tick in axes.xaxis.get_major_ticks())
+        assert bar.get_position().y1 == pytest.approx(axes.get_position().y1)
+        assert bar.get_position().height * figure.get_figheight() < 7.1
 
 
 def test_dark_and_light():
