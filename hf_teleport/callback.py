@@ -1,4 +1,4 @@
-"""What a teleporting trainer does between steps: its plan, weights held still until the first event, and matched rates."""
+"""What a teleporting trainer does between steps: plan, weights held until the first event, matched rates, summary."""
 
 from typing import Any
 
@@ -25,6 +25,9 @@ class TeleportCallback(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._rate_factor = 1.0
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._sum_up()
 
     def _scale_rates(self, factor: float) -> None:
         if factor != 1:

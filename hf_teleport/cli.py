@@ -18,6 +18,7 @@ from hf_teleport.config import SYMMETRIES, TeleportConfig
 from hf_teleport.experiments.keys import require_known
 from hf_teleport.inspection import THRESHOLDS, Inspection, inspect_model
 from hf_teleport.report import SymmetryReport
+from hf_teleport.summary import console
 from hf_teleport.synthetic import synthetic_batch, synthetic_loss
 from hf_teleport.tasks import TASKS, train
 from hf_teleport.teleporter import Teleporter
@@ -244,7 +245,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     comparison = compare(planned)
     if is_main:
         paths = write(comparison)
-        _console(180).print(table(comparison))
+        console(180).print(table(comparison))
         print(*sentences(comparison), sep="\n")
         print(f"Written: {', '.join(map(str, paths))}")
 
@@ -275,13 +276,18 @@ def _plot(arguments: argparse.Namespace) -> None:
     from hf_teleport.experiments.plot import FIGURE, NUMBERS, plot
 
     table = plot(arguments.output)
-    _console().print(table)
+    console().print(table)
     print(f"Written: {arguments.output / FIGURE}, {arguments.output / NUMBERS}")
 
 
 def _report(arguments: argparse.Namespace) -> None:
     from hf_teleport.html import write
+    from hf_teleport.outcome import outcome
+    from hf_teleport.summary import table
 
+    # First, for it needs no matplotlib.
+    if (run := outcome(arguments.folder)) and run.events:
+        console().print(table(run.events))
     print(f"Written: {write(arguments.folder, arguments.output)}")
 
 
@@ -380,14 +386,7 @@ def _print_symmetries(name: str, symmetries: list[SymmetryReport]) -> None:
         table.add_row(
             symmetry.kind, symmetry.name, size, str(symmetry.weights), f"no: {symmetry.reason}" if symmetry.reason else "yes"
         )
-    _console().print(table)
-
-
-def _console(width: int = 140) -> Any:
-    from rich.console import Console
-
-    # A pipe has no width of its own, and a table cut to 80 columns says little.
-    return Console() if sys.stdout.isatty() else Console(width=width)
+    console().print(table)
 
 
 def _print_table(name: str, inspection: Inspection) -> None:
@@ -411,16 +410,16 @@ def _print_table(name: str, inspection: Inspection) -> None:
             *(str(layer.null_dims.get(f"{tau:g}", "")) for tau in THRESHOLDS),
             f"{layer.seconds:.3f}" if layer.movable else "",
         )
-    console = _console()
-    console.print(table)
+    out = console()
+    out.print(table)
     for reason, number in notes.items():
-        console.print(f"({number}) {reason}", highlight=False)
+        out.print(f"({number}) {reason}", highlight=False)
     elementwise = sum(len(layer.shape) < 2 and not layer.movable for layer in inspection.layers)
-    console.print(
+    out.print(
         f"{inspection.movable_share:.1%} of the elements may move, {inspection.moved_share:.1%} did in one step on this batch; "
         f"{elementwise} elementwise parameters are not shown; decompositions {sum(x.seconds for x in inspection.layers):.2f} s."
     )
-    console.print(f"An event at the default settings, on batches like this one, may take {inspection.cost}.", highlight=False)
+    out.print(f"An event at the default settings, on batches like this one, may take {inspection.cost}.", highlight=False)
 
 
 if __name__ == "__main__":

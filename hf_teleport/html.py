@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from hf_teleport import plots
+from hf_teleport import plots, summary
 from hf_teleport.config import TeleportConfig
 from hf_teleport.journal import JOURNAL, Event
 from hf_teleport.outcome import STATE, Outcome, outcome
@@ -27,10 +27,6 @@ _TOLD = 10
 # What XML, and HTML too, cannot hold.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]")
 
-_EVENT_COLUMNS = (
-    "before step", "method", "loss before", "loss after", "gradient norm before", "gradient norm after", "growth", "steps kept",
-    "weights moved", "seconds", "stopped because",
-)  # fmt: skip
 _LAYER_COLUMNS = ("layer", "role", "shape", "null dimensions", "moved by", "why it stayed")
 _SYMMETRY_COLUMNS = ("written by", "symmetry", "rotations", "weights", "misalignment", "why it was left out")
 
@@ -124,8 +120,8 @@ def _run(run: Outcome) -> dict[str, Any]:
     return {
         "summary": _summary(run),
         "notes": _notes(run, told),
-        "events": [_event_row(event) for event in events],
-        "event_columns": _EVENT_COLUMNS,
+        "events": [summary.row(event) for event in events],
+        "event_columns": summary.COLUMNS,
         "images": [image for picture in _PICTURES if (image := _drawn(*picture, run))],
         "details": [_details(event) for event in told if event.get("layers") or event.get("symmetries")],
         "layer_columns": _LAYER_COLUMNS,
@@ -139,14 +135,16 @@ def _run(run: Outcome) -> dict[str, Any]:
 
 
 def _summary(run: Outcome) -> list[tuple[str, str]]:
-    undone = sum(bool(event.get("rolled_back")) for event in run.events)
-    seconds = sum(event.get("seconds") or 0.0 for event in run.events)
+    spent = f"{summary.seconds(run.events):.2f} s"
     whole = next((row["train_runtime"] for row in reversed(run.log) if row.get("train_runtime")), None)
     rows = [
         ("Model", run.about.get("model", "")),
         ("Steps", f"{run.step} of {run.max_steps or run.step}" if run.step else ""),
-        ("Teleports", f"{len(run.events)}{f', of which {undone} undone' if undone else ''}"),
-        ("Time in teleports", f"{seconds:.2f} s{f' of {whole:.2f} s' if whole else ''}" if run.events else ""),
+        ("Teleports", summary.count(run.events)),
+        (
+            "Time in teleports",
+            (f"{spent} of {whole:.2f} s" if whole else spent) if run.events else "",
+        ),
     ]
     for key, name in (("loss", "Training loss"), ("grad_norm", "Gradient norm"), ("eval_loss", "Evaluation loss")):
         values = [row[key] for row in run.log if isinstance(row.get(key), float | int)]
@@ -167,23 +165,6 @@ def _notes(run: Outcome, told: list[Event]) -> list[str]:
     return notes
 
 
-def _event_row(event: Event) -> list[str]:
-    before, after = event.get("grad_norm_before"), event.get("grad_norm_after")
-    return [
-        str(event["step"]),
-        event.get("method", ""),
-        _number(event.get("loss_before"), ".6g"),
-        _number(event.get("loss_after"), ".6g"),
-        _number(before, ".4g"),
-        _number(after, ".4g"),
-        _number(after / before, ".3g") if before and after is not None else "",
-        _number(event.get("steps"), "d"),
-        _number(event.get("moved_share"), ".0%"),
-        _number(event.get("seconds"), ".2f"),
-        f"{event.get('stopped_because', '')}{', undone' if event.get('rolled_back') else ''}",
-    ]
-
-
 def _details(event: Event) -> dict[str, Any]:
     return {
         "title": f"the teleport before step {event['step']}, {event.get('method', '')}",
@@ -201,12 +182,8 @@ def _layer_row(layer: dict[str, Any]) -> list[str]:
 
 def _symmetry_row(symmetry: dict[str, Any]) -> list[str]:
     size = f"{symmetry['blocks']} x {symmetry['size']}"
-    misalignment = _number(symmetry["misalignment"], ".4g", missing="")
+    misalignment = summary.number(symmetry["misalignment"], ".4g", missing="")
     return [symmetry["name"], symmetry["kind"], size, str(symmetry["weights"]), misalignment, symmetry["reason"]]
-
-
-def _number(value: Any, form: str, missing: str = "not finite") -> str:
-    return missing if value is None else format(value, form)
 
 
 def _changed(config: dict[str, Any]) -> list[str]:

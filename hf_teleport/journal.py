@@ -46,10 +46,13 @@ class Journal:
     """The events of a run, those before it was resumed included. It never stops a run: what fails is a warning.
 
     The file is written whole at each event, through a second one, so that a kill or a full disk leaves the events before.
+
+    Attributes:
+        events: oldest first.
     """
 
     def __init__(self) -> None:
-        self._events: list[Event] = []
+        self.events: list[Event] = []
 
     def begin(self, folder: str | Path, log_history: Iterable[dict[str, Any]]) -> None:
         """A run begins or is resumed: go on from those events of the file in its folder that the run's log knows.
@@ -57,11 +60,11 @@ class Journal:
         The file itself stays as it is until the next event.
         """
         known = {identity(event) for event in teleports(log_history)}
-        self._events = []
+        self.events = []
         if not known:
             return
         try:
-            self._events = [event for event in read(folder)["events"] if identity(event) in known]
+            self.events = [event for event in read(folder)["events"] if identity(event) in known]
         except FileNotFoundError:
             pass  # a run that is resumed in another folder
         except (OSError, ValueError) as error:
@@ -78,12 +81,12 @@ class Journal:
         Args:
             about: the run, as `about` returns it.
         """
-        self._events.append({"step": step, "epoch": epoch, **report.to_dict()})
+        self.events.append({"step": step, "epoch": epoch, **report.to_dict()})
         path = Path(folder, JOURNAL)
         new = path.with_name(f"{JOURNAL}.new")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            new.write_text(json.dumps({**about, "events": self._events}, indent=1, default=str), encoding="utf-8")
+            new.write_text(json.dumps({**about, "events": self.events}, indent=1, default=str), encoding="utf-8")
             new.replace(path)
         except OSError as error:
             logger.warning(

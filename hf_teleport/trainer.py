@@ -32,6 +32,7 @@ from hf_teleport.journal import Journal, about
 from hf_teleport.optimizer_state import keeps_copies, unwrapped
 from hf_teleport.report import TeleportReport, share
 from hf_teleport.schedule import teleport_steps, upcoming_rates
+from hf_teleport.summary import console, table
 from hf_teleport.teleporter import Teleporter
 
 logger = logging.getLogger(__name__)
@@ -193,6 +194,11 @@ class TeleportMixin(_Base):
 
     def _tell(self, line: str) -> None:
         logger.info(line) if self.args.disable_tqdm else tqdm.write(line)
+
+    def _sum_up(self) -> None:
+        """Show a table of the run's teleports, those before it was resumed included, where bars are shown too."""
+        if self._journal.events and not self.args.disable_tqdm and self.is_world_process_zero():
+            console().print(table(self._journal.events))
 
     def _plan_teleports(self, train_dataloader: Any) -> None:
         """Make the schedule, and find out before the first step whether its teleports can work.
