@@ -1,6 +1,8 @@
 """Several gloo processes on shares of the data do what one process does on the whole."""
 
+import io
 import os
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
@@ -119,13 +121,17 @@ def in_trainer(rank, size):
     """Weights right after an event in each of two runs, and at their ends."""
     import tempfile
 
-    found = []
+    found, shown = [], []
     for make, settings, training in (
-        (mlp, {"epochs": 2, "num_batches": 2, "batch_size": 6}, {"num_train_epochs": 2, "learning_rate": 0.1, "optim": "sgd"}),
+        (
+            mlp,
+            {"epochs": 2, "num_batches": 2, "batch_size": 6},
+            {"num_train_epochs": 2, "learning_rate": 0.1, "optim": "sgd", "disable_tqdm": False},
+        ),
         (
             llama_rows,
             {"method": "basis", "steps": [3], "num_batches": 2, "batch_size": 4},
-            {"max_steps": 6, "optim": "adamw_torch"},
+            {"max_steps": 6, "optim": "adamw_torch", "disable_tqdm": True},
         ),
     ):
         model, rows = make()
@@ -139,14 +145,14 @@ def in_trainer(rank, size):
                 seen.append(torch.cat([flat(model), *kept]))
                 return report
 
-        with tempfile.TemporaryDirectory() as folder:
+        out, err = io.StringIO(), io.StringIO()
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(out), redirect_stderr(err):
             args = TeleportTrainingArguments(
                 output_dir=folder,
                 per_device_train_batch_size=8 // size,
                 use_cpu=True,
                 report_to="none",
                 save_strategy="no",
-                disable_tqdm=True,
                 dataloader_pin_memory=False,
                 max_grad_norm=0,
                 ddp_backend="gloo" if size > 1 else None,
@@ -158,7 +164,8 @@ def in_trainer(rank, size):
             trainer.train()
         assert all(report.steps > 0 for report in trainer.teleport_reports)
         found += [after_event[0], flat(model)]
-    return found
+        shown.append((out.getvalue(), err.getvalue()))
+    return found, shown
 
 
 def mlp():
@@ -174,12 +181,19 @@ def llama_rows():
 
 
 def test_a_trainer_on_two_ranks_teleports_as_on_one(tmp_path):
-    first, second = run(in_trainer, 2, tmp_path, joined=False)
-    (alone,) = run(in_trainer, 1, tmp_path, joined=False)
+    (first, shown), (second, shown_by_second) = run(in_trainer, 2, tmp_path, joined=False)
+    ((alone, _),) = run(in_trainer, 1, tmp_path, joined=False)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
     # After the first event. Training itself goes on otherwise: Accelerate shuffles otherwise for several processes.
     torch.testing.assert_close(first[0], alone[0], rtol=1e-4, atol=1e-6)
+    # Bars, lines and the table are the first process's, and nobody's with disable_tqdm.
+    (out, err), quiet = shown
+    assert "Teleport (step 0):" in err
+    assert "Teleport before step 6: loss" in out
+    assert "Teleports: 2; " in out
+    for out, err in (quiet, *shown_by_second):
+        assert not any(words in out + err for words in ("Teleport (", "Teleport before", "Teleports: ", "%|"))
 
 
 # --- When something goes wrong in one process only ---------------------------------------------------------------------------

@@ -371,7 +371,7 @@ def test_a_comparison_that_is_spoilt(tmp_path, text):
 def test_the_command_writes_one_file(run, tmp_path, capsys):
     shutil.copy(run / JOURNAL, tmp_path)
     assert main(["report", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"Written: {tmp_path / 'report.html'}\n"
+    assert capsys.readouterr().out.endswith(f"\nWritten: {tmp_path / 'report.html'}\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", JOURNAL]
     first = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "other.html")]) == 0
