@@ -132,7 +132,8 @@ attempt("interval", lambda: verdict.interval([1.0, 2.0]))
 rows = [{"pixel_values": torch.randn(1, 6, 6), "labels": torch.tensor(i % 2)} for i in range(16)]
 model = MLPForImageClassification(MLPConfig(image_size=6, num_channels=1, hidden_sizes=[32], num_labels=2))
 arguments = TeleportTrainingArguments(
-    "run", num_train_epochs=1, report_to="none", disable_tqdm=True, use_cpu=True, teleport_num_batches=1, teleport_batch_size=4
+    "run", num_train_epochs=1, report_to="none", disable_tqdm=True, use_cpu=True, teleport_num_batches=1, teleport_batch_size=4,
+    teleport_method="null_space", teleport_steps=[0],
 )
 trainer = TeleportTrainer(model, arguments, train_dataset=rows)
 trainer.train()
@@ -167,6 +168,10 @@ def test_the_wheel_works_without_extras_and_says_which_one_is_missing(environmen
     sizes = ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=1", "num_attention_heads=4", "vocab_size=50")
     command = (folder / "bin" / "hf-teleport", "inspect", "bert", "--set", *sizes)
     assert "of the elements may move" in run(*command, cwd=tmp_path, env=OUTSIDE)
+    # Exit code 0: what is missing is told with the way to it, and is not required.
+    told = run(folder / "bin" / "hf-teleport", "doctor", cwd=tmp_path, env=OUTSIDE)
+    assert re.search(r"^- +matplotlib +missing +-> not installed; pip install 'matplotlib'$", told, re.M), told
+    assert told.endswith("All that is required is here.\n")
 
 
 def test_one_version_everywhere():
