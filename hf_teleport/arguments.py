@@ -51,7 +51,11 @@ class TeleportArguments(_Settings):  # type: ignore[misc, valid-type]
             value = settings[name]
             if isinstance(value, list) and len(value) == 1 and not re.fullmatch(r"(?!all-linear$)[\w.-]+", value[0]):
                 settings[name] = value[0]
-        return TeleportConfig(**settings)
+        try:
+            return TeleportConfig(**settings)
+        except ValueError as error:
+            # The message begins with the setting, and `learning_rate` alone would be taken for training's.
+            raise ValueError(f"{PREFIX}{error}") from None
 
 
 @dataclass

@@ -220,7 +220,7 @@ class TeleportConfig:
         known = [f.name for f in fields(cls)]
         for key in settings:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
+                near = difflib.get_close_matches(key.removeprefix("teleport_"), known, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise ValueError(f"unknown teleport setting {key!r}; {hint}Known: {', '.join(known)}.")
         return cls(**settings)

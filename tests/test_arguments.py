@@ -45,6 +45,12 @@ def test_bad_choice_on_the_command_line(capsys):
     assert "invalid choice" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["learning_rate", "batch_size", "epochs", "target_modules"])
+def test_a_bad_value_is_said_with_the_name_of_the_argument(name):
+    with pytest.raises(ValueError, match=f"^teleport_{name} = .* is not allowed"):
+        TeleportTrainingArguments(output_dir="x", **{f"teleport_{name}": {"target_modules": "("}.get(name, "-1")})
+
+
 def test_help_can_be_printed(capsys):
     with pytest.raises(SystemExit):
         parse("--help")

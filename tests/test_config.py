@@ -103,6 +103,8 @@ def test_round_trip_through_a_dict():
 def test_unknown_key_names_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'energy_threshold'"):
         TeleportConfig.from_dict({"energy_treshold": 1})
+    with pytest.raises(ValueError, match="did you mean 'method'"):
+        TeleportConfig.from_dict({"teleport_method": "basis"})
 
 
 def test_numbers_as_text_and_numpy_numbers():

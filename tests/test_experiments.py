@@ -171,8 +171,11 @@ def test_every_run_has_its_arguments(config):
         (["--teleport_epoch", "3"], r"unknown key 'teleport_epoch' in the settings; the nearest is 'teleport_epochs'"),
         (["--arms.fast.teleport_step", "3"], r"unknown key 'teleport_step' in arm 'fast'; the nearest is 'teleport_steps'"),
         (["--arms.fast.train_rows", "3"], r"unknown key 'train_rows' in arm 'fast'"),
-        (["--arms.fast.teleport_method", "nul_space"], r"arm 'fast': method = 'nul_space' is not allowed; allowed: one of"),
-        (["--arms.fast.teleport_learning_rate", "-1"], r"arm 'fast': learning_rate = -1.0 is not allowed"),
+        (
+            ["--arms.fast.teleport_method", "nul_space"],
+            r"arm 'fast': teleport_method = 'nul_space' is not allowed; allowed: one of",
+        ),
+        (["--arms.fast.teleport_learning_rate", "-1"], r"arm 'fast': teleport_learning_rate = -1.0 is not allowed"),
         (["--arms.fast.num_train_epochs", "many"], r"arm 'fast': .*num_train_epochs.*many"),
         (["--arms.fast.optim", "sdg"], r"arm 'fast': .*sdg"),
         (["--arms.fast.seed", "3"], r"key 'seed' in arm 'fast' is not allowed, .* give 'seeds', a list"),
