@@ -52,6 +52,9 @@ class TeleportMixin(_Base):
 
     Attributes:
         teleport_reports: one for each teleport of this run, oldest first.
+
+    Raises:
+        ValueError: `teleport_config` and `args` both have settings, and they differ.
     """
 
     def __init__(
@@ -62,10 +65,13 @@ class TeleportMixin(_Base):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        if teleport_config is None:
-            own = self.args.teleport_config() if isinstance(self.args, TeleportArguments) else None
-            teleport_config = own or TeleportConfig()
-        self.teleport_config = teleport_config
+        own = self.args.teleport_config() if isinstance(self.args, TeleportArguments) else TeleportConfig()
+        if teleport_config is not None and own not in (TeleportConfig(), teleport_config):
+            raise ValueError(
+                f"teleport settings are given twice, as teleport_config = {teleport_config} and in the training arguments, which "
+                f"say {own}: leave one of them out."
+            )
+        self.teleport_config = teleport_config or own
         self._own_teleport_dataset = teleport_dataset
         self._settled: TeleportConfig | None = None
         self.teleport_reports: list[TeleportReport] = []
@@ -277,7 +283,8 @@ class TeleportMixin(_Base):
                 if affordable
                 else f"no teleports, for even one takes more than {chosen.budget:.0%} of so short a run (teleport_budget)."
             )
-            self._tell(f"Method 'auto': no change of basis ({why}); {outcome}")
+            line = f"Method 'auto': no change of basis ({why}); {outcome}"
+            self._tell(line) if affordable else logger.warning(line)
 
     def _passes(self, steps: int) -> float:
         """What so many training steps take, in passes over a teleport batch."""
