@@ -7,6 +7,7 @@ from torch import nn
 from hf_teleport.report import LayerReport, TeleportReport, why_immovable
 
 NO_DIRECTION = "its direction is zero: no trainable weight lies below it, or no gradient reaches its output"
+SAME_IN_ANY_BASIS = "the turn leaves its values as they are, as it does a uniform gain and a bias of zeros"
 
 NO_STEP = {
     "no_direction": "no layer has a direction; a model of one layer has none, nor has fresh LoRA (B = 0): teleport it later",
@@ -23,18 +24,25 @@ NO_STEP = {
 }
 
 
-def explain(reports: dict[nn.Parameter, LayerReport], changed: dict[nn.Parameter, float | None], steps: int, reason: str) -> None:
+def explain(
+    reports: dict[nn.Parameter, LayerReport],
+    changed: dict[nn.Parameter, float | None],
+    steps: int,
+    reason: str,
+    at_rest: str = NO_DIRECTION,
+) -> None:
     """Note in each report whether its weight moved and how far, and if not, why.
 
     Args:
         changed: as `Snapshot.changed`; empty if nothing moved.
+        at_rest: why a weight that may move did not, though the event made a step.
     """
     for parameter, report in reports.items():
         report.moved, report.moved_by = parameter in changed, changed.get(parameter, 0.0)
         if report.moved:
             report.reason = ""
         elif not report.reason:
-            report.reason = NO_DIRECTION if steps else f"no step was kept ({reason})"
+            report.reason = at_rest if steps else f"no step was kept ({reason})"
 
 
 def why_unmoved(report: TeleportReport) -> str:

@@ -131,11 +131,11 @@ class TeleportReport:
 
     def summary(self) -> str:
         """One line."""
-        moved = sum(layer.moved for layer in self.layers)
+        moved, steps = sum(layer.moved for layer in self.layers), "step" if self.steps == 1 else "steps"
         return (
             f"loss {self.loss_before:.6g} -> {self.loss_after:.6g}, "
             f"gradient norm {self.grad_norm_before:.4g} -> {self.grad_norm_after:.4g}, "
-            f"{self.steps} steps, {moved} of {len(self.layers)} weights moved, {self.seconds:.2f} s, "
+            f"{self.steps} {steps}, {moved} of {len(self.layers)} weights moved, {self.seconds:.2f} s, "
             f"stopped: {self.stopped_because}{' (undone)' if self.rolled_back else ''}"
         )
 

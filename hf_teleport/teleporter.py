@@ -205,7 +205,7 @@ class Teleporter:
             elif rehearsed:
                 snapshot.restore()
                 reason, changed = "matched_rate", {}
-            explain(method.reports, changed, steps, reason)
+            explain(method.reports, changed, steps, reason, method.at_rest)
             return self._report(method, before, after, steps, reason, start, undone=bool(objection) or rehearsed)
 
     def _held_back_loss(self, method: Method, held_back: Any) -> float:

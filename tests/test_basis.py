@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer
 from hf_teleport.methods import BasisTurn
+from hf_teleport.reasons import SAME_IN_ANY_BASIS
 from hf_teleport.symmetry import Symmetry
 
 from tiny_runs import arguments
@@ -88,7 +89,9 @@ def test_an_event_turns_all_it_finds_and_the_loss_stays():
 def test_every_parameter_is_turned_or_has_a_reason():
     report = Teleporter(gpt2(), basis()).teleport(batches(), loss_fn)
     assert all(layer.moved != bool(layer.reason) for layer in report.layers)
-    assert {layer.name: layer.reason for layer in report.layers}["transformer.h.0.mlp.c_fc.bias"].startswith("passes through")
+    reasons = {layer.name: layer.reason for layer in report.layers}
+    assert reasons["transformer.h.0.mlp.c_fc.bias"].startswith("passes through")
+    assert reasons["transformer.ln_f"] == SAME_IN_ANY_BASIS
 
 
 def test_an_uneven_gain_that_cannot_be_folded_is_left_held_or_rounded():

@@ -10,6 +10,7 @@ from hf_teleport.ascent import LossFn, Point, evaluate
 from hf_teleport.config import TeleportConfig
 from hf_teleport.distributed import ALONE, Ranks
 from hf_teleport.isolation import Snapshot
+from hf_teleport.reasons import NO_DIRECTION
 from hf_teleport.rehearsal import Rehearsal
 from hf_teleport.report import LayerReport, SymmetryReport
 
@@ -26,6 +27,7 @@ class Method(ABC):
 
     Attributes:
         once: whether the event is a single move that holds for every input, and not an ascent on each batch in turn.
+        at_rest: why a weight that may move does not, though the event makes a step.
         rehearsal: the optimizer's next steps, set before `survey` for objectives that are about them.
         reports: one for each parameter, filled by `survey`, `fit` and `begin`.
         symmetries: what was turned, for a method that knows symmetries.
@@ -35,6 +37,7 @@ class Method(ABC):
     """
 
     once: ClassVar[bool] = False
+    at_rest: ClassVar[str] = NO_DIRECTION
     trusting: bool = False
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, config: TeleportConfig, optimizer: Any = None, ranks: Ranks = ALONE):

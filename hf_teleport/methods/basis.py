@@ -18,6 +18,7 @@ from hf_teleport.distributed import ALONE, Ranks
 from hf_teleport.isolation import Snapshot
 from hf_teleport.methods.base import Method, Move
 from hf_teleport.optimizer_state import OptimizerState, check_optimizer
+from hf_teleport.reasons import SAME_IN_ANY_BASIS
 from hf_teleport.report import SymmetryReport
 from hf_teleport.symmetry import Symmetry, find_symmetries
 from hf_teleport.symmetry.bases import BASES, Basis, balance
@@ -33,6 +34,7 @@ class BasisTurn(Method):
     """One change of basis, exact for every input."""
 
     once = True
+    at_rest = SAME_IN_ANY_BASIS
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, config: TeleportConfig, optimizer: object = None, ranks: Ranks = ALONE):
         super().__init__(model, loss_fn, config, optimizer, ranks)
