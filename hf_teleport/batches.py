@@ -56,5 +56,5 @@ def check_given(trainer_class: Any) -> None:
         raise ValueError(
             f"{trainer_class.__name__} generates its batches with the model that it trains, so there is no loss on a teleport "
             "batch to keep. Teleport in supervised fine-tuning or preference training (SFTTrainer, DPOTrainer, RewardTrainer), "
-            "or never here: epochs=0."
+            "or leave teleports out here: epochs=0."
         )
