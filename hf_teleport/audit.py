@@ -203,7 +203,7 @@ def check_targets(config: TeleportConfig, names: list[str]) -> None:
             if any(_matches(name, pattern) for name in names):
                 continue
             shown = pattern if isinstance(pattern, str) else pattern[0]
-            endings = sorted({name.rsplit(".", 1)[-1] for name in names} | set(names))
-            near = difflib.get_close_matches(shown, endings, n=3, cutoff=0.4)
-            hint = f"near names: {', '.join(near)}" if near else f"names here: {', '.join(endings[:20])}"
+            endings = sorted({name.rsplit(".", 1)[-1] for name in names})
+            near = difflib.get_close_matches(shown, [*endings, *names], n=3, cutoff=0.4)
+            hint = f"near names: {', '.join(near)}" if near else f"names here end in: {', '.join(endings[:20])}"
             raise ValueError(f"{setting} = {value!r}: {shown!r} matches no layer of the model; {hint}.")

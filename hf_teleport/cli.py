@@ -199,7 +199,8 @@ def _model_and_batch(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str
             synthetic_loss(model, batch)
     except Exception as error:  # whatever a model says to inputs that do not suit it
         raise ValueError(
-            f"{type(model).__name__} cannot take these inputs ({', '.join(batch)}): {error}. Give rows that suit it with --data."
+            f"{type(model).__name__} cannot take these inputs ({', '.join(batch)}): {error}. Give rows that suit it with --data, "
+            f"as training sees them (tokenised, for instance): {model.main_input_name}, and labels for the model's own loss."
         ) from error
     return model, batch
 
@@ -220,6 +221,12 @@ def _inspect(arguments: argparse.Namespace) -> None:
         print(json.dumps(inspection.to_dict(), indent=1))
     else:
         _print_table(arguments.model, inspection)
+        _console().print(
+            f"The null spaces are those of {arguments.batch_size} {'rows' if arguments.data else 'random samples'}. A teleport "
+            "reads num_batches x batch_size samples, and more of them leave less free: try --batch_size"
+            f"{'' if arguments.data else ' and --data'}.",
+            highlight=False,
+        )
 
 
 def _experiment(arguments: argparse.Namespace) -> None:
@@ -371,7 +378,10 @@ def _rows(file: Path, count: int) -> dict[str, Any]:
     if kind is None or not file.exists():
         raise ValueError(f"--data {str(file)!r}: give an existing .parquet, .json, .jsonl or .csv file.")
     rows = load_dataset(kind, data_files=str(file), split="train")
-    return default_data_collator([rows[i] for i in range(min(count, len(rows)))])
+    try:
+        return default_data_collator([rows[i] for i in range(min(count, len(rows)))])
+    except ValueError as error:
+        raise ValueError(f"--data {str(file)!r}: rows that make one batch must be equally long, so pad them: {error}") from error
 
 
 def _print_symmetries(name: str, symmetries: list[SymmetryReport]) -> None:
@@ -386,7 +396,14 @@ def _print_symmetries(name: str, symmetries: list[SymmetryReport]) -> None:
         table.add_row(
             symmetry.kind, symmetry.name, size, str(symmetry.weights), f"no: {symmetry.reason}" if symmetry.reason else "yes"
         )
-    console().print(table)
+    out = console()
+    out.print(table)
+    if any("not uniform and cannot be folded" in symmetry.reason for symmetry in symmetries):
+        out.print(
+            "Such gains are uniform before training. In a run from scratch method 'auto', or teleport_blocking_gains='hold', "
+            "keeps them so until the turn; in a trained model 'round' makes them so, if the loss allows it.",
+            highlight=False,
+        )
 
 
 def _print_table(name: str, inspection: Inspection) -> None:

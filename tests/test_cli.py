@@ -17,6 +17,7 @@ def test_inspect_a_config_name_as_a_table(capsys):
     assert "what a teleport would move" in out
     assert "tied" in out
     assert "of the elements may move" in out
+    assert "those of 2 random samples" in out
 
 
 def test_inspect_a_saved_folder_as_json(tmp_path, capsys):
@@ -62,6 +63,12 @@ def test_rows_that_do_not_suit_the_model_are_said(tmp_path, capsys):
     Dataset.from_list([{"pixel_values": [1.0, 2.0]}] * 2).to_parquet(tmp_path / "rows.parquet")
     assert main(["inspect", "bert", "--set", *SIZES, "--data", str(tmp_path / "rows.parquet")]) == 2
     assert "cannot take these inputs (pixel_values)" in capsys.readouterr().err
+    Dataset.from_list([{"sentence": "a film", "labels": 1}] * 2).to_parquet(tmp_path / "rows.parquet")
+    assert main(["inspect", "bert", "--set", *SIZES, "--data", str(tmp_path / "rows.parquet")]) == 2
+    assert "(tokenised, for instance): input_ids, and labels" in capsys.readouterr().err
+    Dataset.from_list([{"input_ids": [1] * n, "labels": [1] * n} for n in (2, 3)]).to_parquet(tmp_path / "rows.parquet")
+    assert main(["inspect", "bert", "--set", *SIZES, "--data", str(tmp_path / "rows.parquet")]) == 2
+    assert "pad them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -205,6 +212,16 @@ def test_symmetries_of_a_config_name(capsys):
     table = capsys.readouterr().out
     assert "symmetries that a change of basis can turn" in table
     assert "rotary" in table
+    assert "blocking_gains" not in table
     assert main(["inspect", "llama", "--set", *sizes, "--method", "basis", "--json"]) == 0
     found = {s["kind"]: (s["blocks"], s["size"]) for s in json.loads(capsys.readouterr().out) if not s["reason"]}
     assert found == {"stream": (1, 32), "value_output": (2, 16), "scaling": (40, 1)}
+
+
+def test_the_way_out_for_gains_that_training_has_made_uneven(tmp_path, capsys):
+    model, _ = build("gpt2")
+    with torch.no_grad():
+        model.transformer.ln_f.weight.uniform_(0.5, 1.5)
+    model.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path), "--method", "basis"]) == 0
+    assert "teleport_blocking_gains='hold'" in capsys.readouterr().out
