@@ -22,7 +22,7 @@ from transformers import Trainer
 from hf_teleport.arguments import TeleportArguments
 from hf_teleport.batches import check_given, share_of
 from hf_teleport.callback import TeleportCallback
-from hf_teleport.card import add_to_card, teleports
+from hf_teleport.card import add_to_card, changed_settings, teleports
 from hf_teleport.choice import BASIS_STEP, afford, choose
 from hf_teleport.config import TeleportConfig
 from hf_teleport.cost import LARGE_SHARE, Cost, event_passes, share_of_run
@@ -68,8 +68,8 @@ class TeleportMixin(_Base):
         own = self.args.teleport_config() if isinstance(self.args, TeleportArguments) else TeleportConfig()
         if teleport_config is not None and own not in (TeleportConfig(), teleport_config):
             raise ValueError(
-                f"teleport settings are given twice, as teleport_config = {teleport_config} and in the training arguments, which "
-                f"say {own}: leave one of them out."
+                f"teleport settings are given twice, as {changed_settings(teleport_config)} and in the training "
+                f"arguments, {changed_settings(own)}: leave one of them out."
             )
         self.teleport_config = teleport_config or own
         self._own_teleport_dataset = teleport_dataset
