@@ -10,16 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from torch import nn
 
 from hf_teleport.config import SYMMETRIES, TeleportConfig
-from hf_teleport.experiments.keys import require_known
 from hf_teleport.inspection import THRESHOLDS, Inspection, inspect_model
+from hf_teleport.loading import model_and_batch
 from hf_teleport.report import SymmetryReport
 from hf_teleport.summary import console
-from hf_teleport.synthetic import synthetic_batch, synthetic_loss
+from hf_teleport.synthetic import synthetic_loss
 from hf_teleport.tasks import TASKS, train
 from hf_teleport.teleporter import Teleporter
 
@@ -178,7 +176,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from hf_teleport.doctor import examine, foretell, healthy, sentences, to_dict
 
     findings = examine()
-    prognosis = foretell(*_model_and_batch(arguments), synthetic_loss) if arguments.model else None
+    prognosis = foretell(*_inputs(arguments), synthetic_loss) if arguments.model else None
     print(json.dumps(to_dict(findings, prognosis), indent=1) if arguments.json else "\n".join(sentences(findings, prognosis)))
     return 0 if healthy(findings) else 1
 
@@ -187,26 +185,12 @@ def _train(arguments: argparse.Namespace) -> None:
     train(arguments.task, arguments.words)
 
 
-def _model_and_batch(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
-    """The model that was named, and a batch that it takes."""
-    model = load_model(arguments.model, dict(_setting(text) for text in arguments.set))
-    if arguments.data:
-        batch = _rows(arguments.data, arguments.batch_size)
-    else:
-        batch = synthetic_batch(model, arguments.batch_size, arguments.length)
-    try:
-        with torch.no_grad():
-            synthetic_loss(model, batch)
-    except Exception as error:  # whatever a model says to inputs that do not suit it
-        raise ValueError(
-            f"{type(model).__name__} cannot take these inputs ({', '.join(batch)}): {error}. Give rows that suit it with --data, "
-            f"as training sees them (tokenised, for instance): {model.main_input_name}, and labels for the model's own loss."
-        ) from error
-    return model, batch
+def _inputs(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    return model_and_batch(arguments.model, arguments.set, arguments.data, arguments.batch_size, arguments.length)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    model, batch = _model_and_batch(arguments)
+    model, batch = _inputs(arguments)
     if arguments.method == "basis":
         symmetries = (
             Teleporter(model, TeleportConfig(method="basis", symmetries=list(SYMMETRIES))).check(batch, synthetic_loss).symmetries
@@ -221,7 +205,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         print(json.dumps(inspection.to_dict(), indent=1))
     else:
         _print_table(arguments.model, inspection)
-        _console().print(
+        console().print(
             f"The null spaces are those of {arguments.batch_size} {'rows' if arguments.data else 'random samples'}. A teleport "
             "reads num_batches x batch_size samples, and more of them leave less free: try --batch_size"
             f"{'' if arguments.data else ' and --data'}.",
@@ -296,92 +280,6 @@ def _report(arguments: argparse.Namespace) -> None:
     if (run := outcome(arguments.folder)) and run.events:
         console().print(table(run.events))
     print(f"Written: {write(arguments.folder, arguments.output)}")
-
-
-def load_model(name: str, sizes: dict[str, Any] | None = None) -> nn.Module:
-    """A saved model from a folder or the Hub, or one with random weights from a config name.
-
-    Raises:
-        ValueError: a name that is neither, or sizes for a saved model.
-        OSError: the Hub cannot be reached, or has no such model.
-    """
-    import transformers
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    if name in CONFIG_MAPPING and not Path(name).exists():
-        config = _config(CONFIG_MAPPING[name], name, sizes or {})
-        for auto in _heads():
-            if type(config) in auto._model_mapping:
-                _check_memory(name, auto, config)
-                return auto.from_config(config)
-        raise ValueError(
-            f"Transformers has a config {name!r} but no model for it that this knows how to build; give the folder of a saved "
-            "one, as model.save_pretrained(folder) writes it."
-        )
-    if sizes:
-        raise ValueError(
-            f"--set gives the sizes of a config name, but {name!r} is none; known are llama, bert, vit, ... For a saved model "
-            "leave --set out."
-        )
-    config = AutoConfig.from_pretrained(name)
-    heads = [getattr(transformers, head, None) for head in config.architectures or []]
-    model_class = next((head for head in heads if head is not None), transformers.AutoModel)
-    return model_class.from_pretrained(name)
-
-
-def _config(kind: Any, name: str, sizes: dict[str, Any]) -> Any:
-    # A config takes any name, and a misspelt one would change nothing.
-    default = kind()
-    for key in sizes:
-        if not hasattr(default, key):
-            require_known(key, [*default.to_dict(), *kind.attribute_map], f"--set, for {name!r}")
-    try:
-        return kind(**sizes)
-    except Exception as error:  # of whatever kind a config raises
-        raise ValueError(f"--set {sizes} is not allowed for {name!r}: {error}") from error
-
-
-def _check_memory(name: str, auto: Any, config: Any) -> None:
-    with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
-    # Weights, gradients, and copies of both; four bytes each.
-    if 16 * count > psutil.virtual_memory().available:
-        raise ValueError(
-            f"{name} has {count:.2g} parameters by default, too many for this machine's memory; give smaller sizes, for instance "
-            "--set num_hidden_layers=2 hidden_size=256."
-        )
-
-
-def _heads() -> list[Any]:
-    """Auto classes by how telling their loss is."""
-    import transformers
-
-    names = ["CausalLM", "Seq2SeqLM", "MaskedLM", "ImageClassification", "AudioClassification", "SequenceClassification"]
-    return [getattr(transformers, f"AutoModelFor{name}") for name in names] + [transformers.AutoModel]
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    key, separator, value = text.partition("=")
-    if not separator:
-        raise ValueError(f"--set {text!r}: write KEY=VALUE, for instance hidden_size=64.")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
-
-
-def _rows(file: Path, count: int) -> dict[str, Any]:
-    from datasets import load_dataset
-    from transformers import default_data_collator
-
-    kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}.get(file.suffix)
-    if kind is None or not file.exists():
-        raise ValueError(f"--data {str(file)!r}: give an existing .parquet, .json, .jsonl or .csv file.")
-    rows = load_dataset(kind, data_files=str(file), split="train")
-    try:
-        return default_data_collator([rows[i] for i in range(min(count, len(rows)))])
-    except ValueError as error:
-        raise ValueError(f"--data {str(file)!r}: rows that make one batch must be equally long, so pad them: {error}") from error
 
 
 def _print_symmetries(name: str, symmetries: list[SymmetryReport]) -> None:

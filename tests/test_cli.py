@@ -4,7 +4,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_teleport.cli import load_model, main
+from hf_teleport.cli import main
+from hf_teleport.loading import load_model
 
 from tiny_models import build
 

@@ -24,7 +24,7 @@ class _Loader(yaml.SafeLoader):
             if (key.tag, key.value) in first:
                 raise ValueError(
                     f"{self.name}, line {line}: key {key.value!r} is given twice in one mapping, first in line "
-                    f"{first[key.tag, key.value]}; keep one of the two."
+                    f"{first[key.tag, key.value]}; take one of the two out."
                 )
             first[key.tag, key.value] = line
         return node
