@@ -1,6 +1,7 @@
 """The documentation holds: Python blocks run, in the order in which they stand, and print what is shown; links lead somewhere."""
 
 import re
+import warnings
 
 import pytest
 import yaml
@@ -18,6 +19,8 @@ NEEDS = {"peft.md": "peft", "trl.md": "trl", "timm.md": "timm"}
 def test_python_blocks(page, tmp_path, monkeypatch, capsys):
     if library := NEEDS.get(page.name):
         pytest.importorskip(library, reason=f"{library} does not import here", exc_type=Exception)
+    if library == "trl":  # sets it by default
+        warnings.filterwarnings("ignore", ".gradient_checkpointing. is deprecated", FutureWarning)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     names = {"__name__": "docs"}

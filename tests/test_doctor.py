@@ -65,7 +65,7 @@ def test_a_version_out_of_range_is_said_with_exit_code_1(install, capsys):
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "BAD transformers" in out
-    assert "pip install 'transformers>=5.0'" in out
+    assert "pip install 'transformers>=5.3'" in out
     assert out.rstrip().endswith("Not as it should be: transformers.")
     assert main(["doctor", "--json"]) == 1
     told = json.loads(capsys.readouterr().out)

@@ -184,7 +184,7 @@ def test_an_event_raises_it(objective):
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     method, point = climber(model, batches, entropy, objective, optimizer)
     before = method._objective.slope(point).value
-    config = TeleportConfig(objective=objective, max_growth=None)
+    config = TeleportConfig(method="null_space", objective=objective, max_growth=None)
     report = Teleporter(model, config, optimizer=optimizer).teleport(batches, entropy)
     assert report.steps
     assert report.loss_after == pytest.approx(report.loss_before, rel=1e-10)
@@ -205,7 +205,7 @@ def test_a_turn_ends_when_no_step_gains(monkeypatch):
         return slope
 
     monkeypatch.setattr(OBJECTIVES["lookahead"], "slope", turned)
-    config = TeleportConfig(objective="lookahead", learning_rate=1e-3)
+    config = TeleportConfig(method="null_space", objective="lookahead", learning_rate=1e-3)
     report = Teleporter(model, config, optimizer=optimizer).teleport(batches, entropy)
     assert (report.steps, report.stopped_because) == (0, "no_gain")
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
@@ -237,7 +237,7 @@ def test_an_event_is_kept_only_if_the_next_steps_end_lower(rate):
         held_back = (torch.randn(5, 12, dtype=torch.float64), torch.arange(5) % 4)
         before = [p.detach().clone() for p in model.parameters()]
         optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-        config = TeleportConfig(rehearsal_steps=rehearsal_steps, max_growth=3, max_loss_change=None)
+        config = TeleportConfig(method="null_space", rehearsal_steps=rehearsal_steps, max_growth=3, max_loss_change=None)
         report = Teleporter(model, config, optimizer=optimizer).teleport(batches, entropy, held_back)
         moved = any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
         assert moved == (not report.rolled_back)

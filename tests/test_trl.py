@@ -16,6 +16,9 @@ from hf_teleport.card import HEADING
 pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+# TRL sets it by default.
+pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing\\w*. is deprecated:FutureWarning")
+
 LINES = ["the cat sat on the mat", "the dog sat on the log", "a bird in the hand", "two birds in the bush"] * 4
 ANSWERS = [{"prompt": "the cat", "chosen": " sat on the mat", "rejected": " in the bush"}] * 8
 
