@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_teleport.distributed import ALONE, Ranks
 from hf_teleport.isolation import forget_caches, seed_everything
 from hf_teleport.layers import bias_error, weight_error
+from hf_teleport.shards import Shards
 from hf_teleport.trace import Trace, norm_of
 
 # Norms between these need no float64.
@@ -146,7 +147,8 @@ def evaluate(
             return loss
 
         if ranks.shards is not None:
-            return _evaluate_on_shards(Point(batch, seed, math.nan, parameters, [], [], math.nan, trace), forward, ranks)
+            point = Point(batch, seed, math.nan, parameters, [], [], math.nan, trace)
+            return _evaluate_on_shards(point, forward, ranks.shards, ranks)
 
         def forward_and_backward() -> tuple[Tensor, list[Tensor | None]]:
             loss = forward()
@@ -162,10 +164,9 @@ def evaluate(
     return Point(batch, seed, loss, parameters, gradients, own, length, trace, own_loss if agreed == 1 else None)
 
 
-def _evaluate_on_shards(point: Point, forward: Callable[[], Tensor], ranks: Ranks) -> Point:
+def _evaluate_on_shards(point: Point, forward: Callable[[], Tensor], shards: Shards, ranks: Ranks) -> Point:
     """Fill in a point of weights that stay sharded: its gradients are this process's parts of the means."""
-    shards, trace = ranks.shards, point.trace
-    assert shards is not None
+    trace = point.trace
 
     def see(parameter: nn.Parameter, gradient: Tensor) -> None:
         if parameter in trace.uses:
