@@ -19,7 +19,7 @@ from hf_teleport.distributed import ALONE, Ranks
 from hf_teleport.isolation import forget_caches, seed_everything
 from hf_teleport.layers import bias_error, weight_error
 from hf_teleport.shards import Shards
-from hf_teleport.trace import Trace, norm_of
+from hf_teleport.trace import Trace, keeping_double, norm_of
 
 # Norms between these need no float64.
 _SMALLEST_NORM, _LARGEST_NORM = 1e-14, 1e18
@@ -134,6 +134,7 @@ def evaluate(
     saved = _Saved()
     start_afresh(model, seed)
     with ExitStack() as around:
+        around.enter_context(keeping_double(parameters))
         if differentiable_gradients:
             # Fused attention kernels have no second derivative; the plain one does.
             around.enter_context(sdpa_kernel([SDPBackend.MATH]))
@@ -232,7 +233,7 @@ def evaluate_again(point: Point, ranks: Ranks = ALONE) -> Point:
 def loss_at(model: nn.Module, loss_fn: LossFn, batch: Any, *, seed: int, ranks: Ranks = ALONE) -> float:
     """The loss on a batch at the current weights, by one forward."""
     start_afresh(model, seed)
-    with torch.no_grad():
+    with torch.no_grad(), keeping_double(model.parameters()):
         return ranks.mean([ranks.together(lambda: float(running(ranks, lambda: loss_fn(model, batch))))])[0]
 
 

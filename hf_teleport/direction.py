@@ -10,20 +10,19 @@ is differentiated twice, and any attention kernel will do. docs/mathematics.md h
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_teleport.ascent import LossFn, Point, norm, running, start_afresh
 from hf_teleport.distributed import ALONE, Ranks
-from hf_teleport.isolation import shifted
 from hf_teleport.layers import Layer, laid_out_like
+from hf_teleport.shift import shifted
 from hf_teleport.subspace import Subspace
-from hf_teleport.trace import KeepDouble, Region, ReplayTrace, TangentTrace, Trace, Use, Uses
+from hf_teleport.trace import Region, ReplayTrace, TangentTrace, Trace, Use, Uses, keeping_double
 
 _Trace = TypeVar("_Trace", bound=Trace)
 
@@ -36,9 +35,13 @@ _AIM = 3
 
 @dataclass
 class ShiftLength:
-    """How far `fast_direction` shifts the weights, as a share of their norm; None until a first shift suggests the next."""
+    """How far `fast_direction` shifts the weights, as a share of their norm; None until a first shift suggests the next.
+
+    `size` is that norm, taken at the first shift: a teleport hardly changes it.
+    """
 
     share: float | None = None
+    size: float | None = None
 
 
 def fast_direction(
@@ -86,32 +89,39 @@ def fast_direction(
     small = 12 * eps ** (1 / 3) if central else 100 * eps**0.5
     shift = shift or ShiftLength()
     shift.share = shift.share or small
-    size = norm(point.parameters, ranks) / length
+    shift.size = shift.size or norm(point.parameters, ranks)
 
-    def product(weight: nn.Parameter, region: Region, use: Use, shifted_by: Tensor) -> Tensor:
+    def product(weight: nn.Parameter, region: Region, use: Use, shifted_by: Tensor, known: dict[Any, Tensor]) -> Tensor:
         layer = of_use[weight, region]
-        return layer.tangent(use, shifted_by, None if subspaces is None else subspaces[layer])
+        return layer.tangent(use, shifted_by, None if subspaces is None else subspaces[layer], known)
+
+    # The audit has seen that nothing reads a weight but what was followed. One that is read again and again is shifted once for
+    # all, and so is a shard, which no torch call reads.
+    calls_of = {weight: sum(map(len, point.trace.uses[weight].values())) for weight in uses}
+    once = [weight for weight, calls in calls_of.items() if calls == 1] if ranks.shards is None else []
 
     def difference(epsilon: float) -> tuple[TangentTrace, dict[nn.Parameter, Tensor]]:
         starts = uses
         if central:
             behind = ReplayTrace(uses, point.trace.choices)
-            with shifted(point.parameters, direction, -epsilon):
-                running(ranks, lambda: _forward(model, loss_fn, point, behind, dtype))
+            with shifted(point.parameters, direction, -epsilon, once):
+                running(ranks, lambda: _forward(model, loss_fn, point, behind))
             starts = _starting_at(uses, behind.uses)
         ahead = TangentTrace(starts, point.trace.choices, product)
-        with shifted(point.parameters, direction, epsilon):
+        with shifted(point.parameters, direction, epsilon, once):
             if ranks.shards is None:
-                return _forward(model, loss_fn, point, ahead, dtype), {}
+                return _forward(model, loss_fn, point, ahead), {}
             with ranks.shards.running(), ranks.shards.averaging(partial(_arrived, ahead, layers, {})) as means:
-                return _forward(model, loss_fn, point, ahead, dtype), means
+                return _forward(model, loss_fn, point, ahead), means
 
     for attempt in range(_SHIFTS):
-        epsilon = shift.share * size
+        epsilon = shift.share * shift.size / length
         trace, means = ranks.together(partial(difference, epsilon))
         relative_shift = _relative_shift(trace, layers, ranks)
         if relative_shift <= _LONG_SHIFT * small or attempt == _SHIFTS - 1:
             break
+        trace.products.clear()  # as large as the weights
+        means.clear()
         # In float64 rounding is far away.
         shorter = small if central else _AIM * small
         shift.share *= shorter / relative_shift if relative_shift < math.inf else shorter
@@ -162,10 +172,10 @@ def _mean(products: dict[Layer, Tensor], layers: list[Layer], ranks: Ranks) -> d
     return {layer: mean for layer, mean in zip(layers, means, strict=True) if mean is not None}
 
 
-def _forward(model: nn.Module, loss_fn: LossFn, point: Point, trace: _Trace, dtype: torch.dtype) -> _Trace:
+def _forward(model: nn.Module, loss_fn: LossFn, point: Point, trace: _Trace) -> _Trace:
     """A traced forward without autograd, drawing the random numbers that the point's forward drew."""
     start_afresh(model, point.seed)
-    with torch.no_grad(), KeepDouble() if dtype == torch.float64 else nullcontext(), trace:
+    with torch.no_grad(), keeping_double(point.parameters), trace:
         loss_fn(model, point.batch)
     return trace
 

@@ -153,24 +153,6 @@ def forget_caches(model: nn.Module) -> None:
     model.eval()
 
 
-@contextmanager
-def shifted(parameters: Iterable[nn.Parameter], directions: Iterable[Tensor | None], epsilon: float) -> Iterator[None]:
-    """The parameters stand at `W + epsilon u` inside, and are bit for bit what they were after."""
-    originals = []
-    try:
-        for parameter, direction in zip(parameters, directions, strict=True):
-            if direction is not None:
-                data = parameter.data
-                originals.append((parameter, data))
-                # With the strides of the original, by which views of it are known.
-                moved = torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, device=data.device)
-                parameter.data = torch.add(data, direction, alpha=epsilon, out=moved)
-        yield
-    finally:
-        for parameter, data in originals:
-            parameter.data = data
-
-
 class Snapshot:
     """A copy of parameters to return to, and of what an optimizer keeps for them.
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,10 +54,15 @@ class Layer:
             for part in input.tensor_split(slices):
                 representation.add(self.rows(use.call.projector, part))
 
-    def tangent(self, use: Use, shift: Tensor, subspace: Subspace | None = None) -> Tensor:
+    def tangent(
+        self, use: Use, shift: Tensor, subspace: Subspace | None = None, known: dict[Any, Tensor] | None = None
+    ) -> Tensor:
         """`Dᵀ Ẋ` for a use whose input shifts by Ẋ, or `Dᵀ Ẋ P`: (G, o, d or d + 1).
 
         The ones that are appended for a bias do not shift.
+
+        Args:
+            known: where what is made of this shift alone is found, or left for other layers that read the same.
 
         Raises:
             ValueError: the use has no D.
@@ -68,7 +74,11 @@ class Layer:
             gradients = projector.output_rows(use.output_gradient)
             # A projection takes the longer the more rows it has.
             if gradients.shape[-2] < gradients.shape[-1]:
-                return gradients.mT @ subspace.project(self._with_zeros(projector.rows(shift)))
+                known = {} if known is None else known
+                key = id(subspace), projector, self.bias is None
+                if key not in known:
+                    known[key] = subspace.project(self._with_zeros(projector.rows(shift)))
+                return projector.outer(gradients, known[key])
         product = self._with_zeros(projector.weight_gradient(shift, use.output_gradient, self.region.shape))
         return product if subspace is None else subspace.project(product)
 
@@ -121,7 +131,7 @@ def weight_error(parameter: nn.Parameter, parts: dict[Region, list[Use]], gradie
                 projector = use.call.projector
                 product = projector.weight_gradient(use.call.input.detach(), use.output_gradient, region.shape)
                 region.view(followed).add_(projector.from_matrix(product, region.shape))
-    return _relative(followed - gradient, gradient)
+    return _relative(followed.sub_(gradient), gradient)
 
 
 def bias_error(uses: list[Use], gradient: Tensor) -> float:

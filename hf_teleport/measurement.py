@@ -39,7 +39,7 @@ def measure(method: Method, batches: list[Any], see: Callable[[Point], None] = l
         point = method.evaluate(batch, method.config.seed + i)
         losses.append(point.loss)
         grad_norms.append(point.grad_norm)
-        total = method.ranks.together(partial(_sum, total, point.gradients))
+        method.ranks.together(partial(_add, total, point.gradients))
         if not point.finite:
             break
         see(point)
@@ -69,8 +69,11 @@ def landing(method: Method, batches: list[Any], held_back: Any, forgotten: Colle
         return loss_at(method.model, method.loss_fn, held_back, seed=config.seed, ranks=method.ranks)
 
 
-def _sum(total: list[Tensor | None], gradients: list[Tensor | None]) -> list[Tensor | None]:
-    """Gradients added up parameter by parameter; None counts as zero."""
-    if not total:
-        return [None if g is None else g.detach() for g in gradients]
-    return [t if g is None else g.detach() if t is None else t + g.detach() for t, g in zip(total, gradients, strict=True)]
+def _add(total: list[Tensor | None], gradients: list[Tensor | None]) -> None:
+    """Add gradients to a total, parameter by parameter, so that no third list is held; None counts as zero."""
+    total.extend([None] * (len(gradients) - len(total)))
+    for i, gradient in enumerate(gradients):
+        known = total[i]
+        if gradient is not None:
+            # Not in place: autograd may hand out one tensor as two gradients.
+            total[i] = gradient.detach() if known is None else known + gradient.detach()

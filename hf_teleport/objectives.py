@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_teleport.ascent import Point, norm
-from hf_teleport.isolation import shifted
 from hf_teleport.rehearsal import Rehearsal
+from hf_teleport.shift import shifted
 
 Gradients = list[Tensor | None]
 
@@ -68,11 +68,13 @@ class Objective(ABC):
         searched: whether a step must raise it, and is shortened until it does. The paper's objective is climbed unlooked.
         needs_optimizer: whether it is about the optimizer's next step.
         passes: forward and backward passes that a slope costs beyond the one that made the point.
+        copies: how many times the size of the weights an event with this objective holds, at most.
     """
 
     searched: ClassVar[bool] = True
     needs_optimizer: ClassVar[bool] = False
     passes: ClassVar[int] = 0
+    copies: ClassVar[int] = 4  # to undo the event, the gradient, the move or what undoes it, and what a forward shifts
 
     def __init__(self, surroundings: Surroundings):
         self.around = surroundings
@@ -106,11 +108,11 @@ class PredictedDecrease(Objective):
     """
 
     needs_optimizer = True
+    copies = 6
 
     def slope(self, point: Point) -> Slope:
         gradients = _detached(point.gradients)
-        step = self.rehearsal.step(self.around.parameters, gradients)
-        along: Gradients = [None if s is None else -s for s in step]
+        along = _scaled(self.rehearsal.step(self.around.parameters, gradients), -1)
         return Slope(_inner(gradients, along), along)
 
 
@@ -122,6 +124,7 @@ class Lookahead(Objective):
 
     needs_optimizer = True
     passes = 1
+    copies = 8
 
     def slope(self, point: Point) -> Slope:
         parameters, rehearsal = self.around.parameters, self.rehearsal
@@ -129,9 +132,9 @@ class Lookahead(Objective):
         step = rehearsal.step(parameters, gradients)
         with shifted(parameters, step, 1.0):
             landed = self.around.evaluate(*self.around.another(point.batch))
-        after = _detached(landed.gradients)
-        pulled = rehearsal.pull_back(parameters, gradients, after)
-        return Slope(-landed.loss, _scaled(pulled, -1), _scaled(after, -1))
+        loss, plain = landed.loss, _scaled(_detached(landed.gradients), -1)
+        del step, landed  # as large as the weights
+        return Slope(-loss, rehearsal.pull_back(parameters, gradients, plain), plain)
 
 
 class Sharpness(Objective):
@@ -142,6 +145,7 @@ class Sharpness(Objective):
 
     _PAIRS = 2
     passes = 2 * _PAIRS
+    copies = 8
 
     def slope(self, point: Point) -> Slope:
         parameters = self.around.parameters
@@ -167,6 +171,7 @@ class Curvature(Objective):
     """
 
     passes = 2
+    copies = 10
 
     def slope(self, point: Point) -> Slope:
         gradients = _detached(point.gradients)

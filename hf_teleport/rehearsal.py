@@ -5,7 +5,7 @@ Any optimizer that steps each parameter by its own gradient and state will do; n
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,7 +54,7 @@ class Rehearsal:
         Weight decay is left out: it shrinks the weights whatever their gradients are.
         """
         factor, _ = self._clipping(gradients)
-        return self._changes(parameters, [None if g is None else g * factor for g in gradients])
+        return self._of_each(parameters, gradients, lambda p, g, _: self._change(p, g * factor))
 
     def pull_back(self, parameters: Sequence[nn.Parameter], gradients: Tensors, cotangents: Tensors) -> Tensors:
         """`(∂ step / ∂ gradients)ᵀ` times the cotangents, all lists with a tensor or None for each parameter.
@@ -63,24 +63,19 @@ class Rehearsal:
         and is a central difference of two steps; that of the clipping is exact.
         """
         factor, length = self._clipping(gradients)
-        clipped = [None if g is None else g * factor for g in gradients]
         size = norm(cotangents)
         if size == 0:
             return [None] * len(gradients)
         dtype = max((c.dtype for c in cotangents if c is not None), key=lambda dtype: torch.finfo(dtype).eps)
-        # Of the gradients' size: truncation goes with its square, rounding with its inverse.
-        epsilon = torch.finfo(dtype).eps ** (1 / 3) * norm(clipped) / size
-        ahead, behind = (
-            self._changes(
-                parameters,
-                [
-                    None if g is None else g if c is None else g + sign * epsilon * c
-                    for g, c in zip(clipped, cotangents, strict=True)
-                ],
-            )
-            for sign in (1, -1)
-        )
-        scaled = [None if a is None or b is None else (a - b) / (2 * epsilon) for a, b in zip(ahead, behind, strict=True)]
+        # Of the clipped gradients' size: truncation goes with its square, rounding with its inverse.
+        epsilon = torch.finfo(dtype).eps ** (1 / 3) * factor * length / size
+
+        def bend(parameter: nn.Parameter, gradient: Tensor, cotangent: Tensor | None) -> Tensor | None:
+            to_the_side = torch.zeros_like(gradient) if cotangent is None else epsilon * cotangent
+            ahead, behind = (self._change(parameter, gradient * factor + sign * to_the_side) for sign in (1, -1))
+            return None if ahead is None or behind is None else (ahead - behind) / (2 * epsilon)
+
+        scaled = self._of_each(parameters, gradients, bend, cotangents)
         if factor == 1:
             return scaled
         pairs = [(s, g) for s, g in zip(scaled, gradients, strict=True) if s is not None and g is not None]
@@ -134,13 +129,20 @@ class Rehearsal:
         limit = self._max_grad_norm
         return (min(1.0, limit / (length + _CLIP_EPS)) if limit else 1.0), length
 
-    def _changes(self, parameters: Iterable[nn.Parameter], gradients: Tensors) -> Tensors:
-        pairs = list(zip(parameters, gradients, strict=True))
-        return self._ranks.together(lambda: [None if g is None else self._change(parameter, g) for parameter, g in pairs])
+    def _of_each(
+        self,
+        parameters: Sequence[nn.Parameter],
+        gradients: Tensors,
+        what: Callable[[nn.Parameter, Tensor, Tensor | None], Tensor | None],
+        others: Tensors | None = None,
+    ) -> Tensors:
+        """`what(parameter, gradient, other)` where there is a gradient, one after the other: no list is held in between."""
+        triples = list(zip(parameters, gradients, others or [None] * len(gradients), strict=True))
+        return self._ranks.together(lambda: [None if g is None else what(p, g.detach(), other) for p, g, other in triples])
 
     @torch.no_grad()
     def _change(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
-        """One parameter's step, on a copy of it: the memory of one parameter at a time."""
+        """One parameter's step, on a copy of it."""
         group = self._groups.get(self._origin(parameter))
         if group is None:
             return None

@@ -24,7 +24,7 @@ from hf_teleport.distributed import Ranks, out_of_memory
 from hf_teleport.guard import Guard
 from hf_teleport.isolation import Snapshot, isolated, preserved_rng
 from hf_teleport.measurement import Measurement, landing, measure
-from hf_teleport.methods import METHODS, Method, Move
+from hf_teleport.methods import METHODS, Method
 from hf_teleport.optimizer_state import forget
 from hf_teleport.reasons import NO_STEP, explain, why_unmoved
 from hf_teleport.rehearsal import Rehearsal
@@ -275,50 +275,58 @@ class Teleporter:
 
     def _ascend(self, method: Method, batches: list[Any], before: Measurement) -> tuple[int, str]:
         """The steps on every batch in turn. Returns how many were kept, and why most of the turns ended."""
-        steps, total = 0, len(batches) * self.config.steps_per_batch
+        steps = 0
         endings: Counter[str] = Counter()
         for i, batch in enumerate(batches):
-            loss, grad_norm = before.losses[i], before.grad_norms[i]
-            point = method.begin(batch, self.config.seed + i)
-            ending, taken = self._guard.objection(point, loss, grad_norm), 0
-            while not ending and taken < self.config.steps_per_batch:
-                if ending := self._guard.limit(point, grad_norm):
-                    break
-                move = method.propose(point)
-                if move is None:
-                    ending = "no_direction"
-                    break
-                reached, ending = self._carry_out(move, method, point, loss, grad_norm)
-                if reached is None:
-                    break
-                point = reached
-                taken += 1
-                self._progress(steps + taken, total)
+            loss, seed = before.losses[i], self.config.seed + i
+            taken, ending = self._turn(method, batch, seed, loss, before.grad_norms[i], steps, len(batches))
             steps += taken
             if taken and method.trusting and self.config.max_loss_change is not None:
-                seen = loss_at(self.model, method.loss_fn, batch, seed=point.seed, ranks=method.ranks)
+                seen = loss_at(self.model, method.loss_fn, batch, seed=seed, ranks=method.ranks)
                 if not self._guard.within(seen, loss):
                     return steps, "max_loss_change"
-            endings[ending or "steps_done"] += 1
+            endings[ending] += 1
         return steps, endings.most_common(1)[0][0]
 
-    def _carry_out(self, move: Move, method: Method, point: Point, loss: float, grad_norm: float) -> tuple[Point | None, str]:
-        """Make a move, shortened until there is no objection. None and the last objection: it was undone.
+    def _turn(
+        self, method: Method, batch: Any, seed: int, loss: float, grad_norm: float, steps: int, turns: int
+    ) -> tuple[int, str]:
+        """The steps on one batch, apart, so that nothing of them is held when the next turn begins.
 
         Args:
-            loss, grad_norm: of the point's batch before the event.
+            loss, grad_norm: of the batch before the event.
+            steps: taken in the turns before, of so many turns.
         """
+        point = method.begin(batch, seed)
+        ending, taken = self._guard.objection(point, loss, grad_norm), 0
+        while not ending and taken < self.config.steps_per_batch:
+            if ending := self._guard.limit(point, grad_norm):
+                break
+            reached, ending = self._step(method, point, loss, grad_norm)
+            if reached is None:
+                break
+            point = reached
+            taken += 1
+            self._progress(steps + taken, turns * self.config.steps_per_batch)
+        return taken, ending or "steps_done"
+
+    def _step(self, method: Method, point: Point, loss: float, grad_norm: float) -> tuple[Point | None, str]:
+        """Make a move, shortened until there is no objection. None, and why: there is none, or it was undone."""
+        move = method.propose(point)
+        if move is None:
+            return None, "no_direction"
         point.release()  # the move is made of them
-        snapshot = self._ranks.together(method.step_snapshot)
-        objection = ""
-        for halving in range(_HALVINGS + 1):
-            self._ranks.together(partial(move, 0.5**halving))
+        self._ranks.together(move.make)
+        for halvings in range(_HALVINGS + 1):
+            if halvings:
+                self._ranks.together(move.halve)
             reached = method.evaluate_again(point)
             objection = self._guard.objection(reached, loss, grad_norm)
-            if not objection and method.gains(reached, 0.5**halving):
+            if not objection and method.gains(reached, move.fraction):
                 return reached, ""
             objection = objection or "no_gain"
-            snapshot.restore()
+            del reached  # of the memory of a step, the largest part
+        move.undo()
         return None, objection
 
     def _report(

@@ -7,8 +7,8 @@ of a tied weight. Nothing is wrapped, patched or hooked on the model.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -88,9 +88,10 @@ class Trace(TorchFunctionMode):
             with without_python_overrides(), self:
                 return func(*args, **kwargs)
         output = self._choose(func, args, kwargs) if func in _CHOICES else func(*args, **kwargs)
-        touched = [p for p in map(self._parameter, tensors_in((*args, *kwargs.values()))) if p is not None]
-        if touched:
-            self._record(func, args, kwargs, touched, output)
+        with torch._C.DisableTorchFunction():  # to look at a weight is not to use it
+            touched = [p for p in map(self._parameter, tensors_in((*args, *kwargs.values()))) if p is not None]
+            if touched:
+                self._record(func, args, kwargs, touched, output)
         return output
 
     def _parameter(self, tensor: Tensor) -> nn.Parameter | None:
@@ -175,11 +176,14 @@ class ReplayTrace(Trace):
         return type(output)((scores.gather(dim, made), made.clone()))
 
 
-Product = Callable[[nn.Parameter, Region, Use, Tensor], Tensor]
-"""`product(weight, region, use, shift)`: what is summed over the uses of a part of a weight, whose input moved by `shift`."""
+Product = Callable[[nn.Parameter, Region, Use, Tensor, dict[Any, Tensor]], Tensor]
+"""`product(weight, region, use, shift, known)`: what is summed over the uses of a part of a weight, whose input moved by `shift`.
+
+In `known` it may keep what it makes of this shift alone, for other weights that read the same input.
+"""
 
 
-def plain_product(weight: nn.Parameter, region: Region, use: Use, shift: Tensor) -> Tensor:
+def plain_product(weight: nn.Parameter, region: Region, use: Use, shift: Tensor, known: dict[Any, Tensor]) -> Tensor:
     """`Dᵀ (X' - X)`, (G, o, d)."""
     return use.call.projector.weight_gradient(shift, use.output_gradient, region.shape)  # type: ignore[arg-type]
 
@@ -203,6 +207,7 @@ class TangentTrace(ReplayTrace):
         super().__init__(uses, choices)
         self._awaited = {weight: {region: iter(calls) for region, calls in parts.items()} for weight, parts in uses.items()}
         self._product = product
+        self._latest: _InputShift | None = None
         self.products: dict[nn.Parameter, dict[Region, Tensor | None]] = defaultdict(dict)
         self.squares: dict[nn.Parameter, dict[Region, Tensor]] = defaultdict(dict)
 
@@ -215,12 +220,30 @@ class TangentTrace(ReplayTrace):
         if use is None or call.input.shape != use.call.input.shape or call.projector != use.call.projector:
             products[region] = None
         elif use.output_gradient is not None and products.get(region, ()) is not None:
-            shift = call.input - use.call.input
-            squares = torch.stack([norm_of(shift), norm_of(use.call.input)]).square()
-            self.squares[weight][region] = self.squares[weight].get(region, 0) + squares
-            product = self._product(weight, region, use, shift)
+            shift = self._shift(call.input, use.call.input)
+            self.squares[weight][region] = self.squares[weight].get(region, 0) + shift.squares
+            product = self._product(weight, region, use, shift.value, shift.known)
             known = products.get(region)
             products[region] = product if known is None else known.add_(product)
+
+    def _shift(self, moved: Tensor, start: Tensor) -> "_InputShift":
+        latest = self._latest
+        if latest is None or latest.moved is not moved or latest.start is not start:
+            value = moved - start
+            latest = _InputShift(moved, start, value, torch.stack([norm_of(value), norm_of(start)]).square())
+        self._latest = latest
+        return latest
+
+
+@dataclass
+class _InputShift:
+    """`X' - X`, which is one for all weights that read the same input, as those of q, k and v do."""
+
+    moved: Tensor
+    start: Tensor
+    value: Tensor
+    squares: Tensor
+    known: dict[Any, Tensor] = field(default_factory=dict)
 
 
 def norm_of(tensor: Tensor) -> Tensor:
@@ -254,6 +277,11 @@ class KeepDouble(TorchFunctionMode):
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
             kwargs = {key: torch.float64 if a is torch.float32 else a for key, a in kwargs.items()}
         return func(*args, **kwargs)
+
+
+def keeping_double(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
+    """`KeepDouble` for a forward of weights that are all float64; of others their own way."""
+    return KeepDouble() if all(p.dtype == torch.float64 for p in parameters) else nullcontext()
 
 
 def _bound(family: type[Projector], args: Any, kwargs: dict[str, Any]) -> Call | None:

@@ -43,10 +43,8 @@ class Turn:
         if move is None:
             raise ValueError("this batch has no null space; take a wider or a deeper model.")
         self.point.release()
-        to_undo_the_step = self.method.step_snapshot()
-        move(1.0)
+        move.make()
         self.point = self.method.evaluate_again(self.point)
-        del to_undo_the_step
 
 
 def svd_fit(rows: Tensor) -> Tensor:

@@ -242,6 +242,32 @@ def test_a_direction_is_the_same_whether_it_is_projected_at_once_or_afterwards(n
         assert (value - afterwards[layer][0]).norm() <= 1e-9 * afterwards[layer][0].norm() + 1e-16, layer
 
 
+class Watched(nn.Module):
+    """A layer that is used once and one that is used twice; notes which weights are away from home between the calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.once, self.twice, self.top = (nn.Linear(12, 12) for _ in range(4))
+        self.homes = {name: p.data_ptr() for name, p in self.named_parameters()}
+        self.away = []
+
+    def forward(self, x):
+        hidden = self.twice(torch.tanh(self.twice(torch.tanh(self.once(torch.tanh(self.below(x)))))))
+        self.away.append({name for name, p in self.named_parameters() if p.data_ptr() != self.homes[name]})
+        return self.top(hidden)
+
+
+def test_weights_that_are_read_once_are_shifted_while_they_are_read():
+    torch.manual_seed(0)
+    model, batch = Watched(), (torch.randn(4, 12), torch.arange(4))
+    with climbing(model, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), batch) as (method, point):
+        assert {layer.name for layer in method._moving} == {"below", "once", "twice", "top"}
+        model.away.clear()
+        method.propose(point)
+    assert model.away
+    assert all(away == {"twice.weight", "below.bias", "once.bias", "twice.bias", "top.bias"} for away in model.away)
+
+
 def test_the_shift_that_was_good_enough_is_where_the_next_begins():
     model = Middle(nn.Linear(12, 12), nn.Linear(6, 12), nn.Linear(12, 3)).double()
     shift = ShiftLength()

@@ -292,7 +292,7 @@ PHASES = {
         "copy_before_a_step": (Snapshot, "__init__", 3),
         "half_a_step": (Layer, "add_", 1),
         "half_a_later_step": (Layer, "add_", 7),
-        "step_made": (Teleporter, "_carry_out", 2),
+        "step_made": (Teleporter, "_step", 2),
         "held_back": (Teleporter, "_shorten", 1),
         "verdict": (Teleporter, "_verdict", 1),
         "accept": (NullSpace, "accept", 1),

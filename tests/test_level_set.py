@@ -18,7 +18,7 @@ from torch import nn
 
 from hf_teleport import TeleportConfig, Teleporter
 from hf_teleport.ascent import evaluate
-from hf_teleport.methods import METHODS, LevelSet
+from hf_teleport.methods import METHODS, LevelSet, Move
 from hf_teleport.methods.level_set import hessian_vector_product, linearised_step, merit
 
 from tiny_models import build, loss_fn
@@ -255,7 +255,7 @@ def test_a_step_that_breaks_the_linearisation_is_shortened_before_it_is_made(mon
                 move(fraction)
                 lengths.append(float((flat(self.model) - start).norm() / start.norm()))
 
-            return move and watched
+            return move and Move(watched, self.snapshot)
 
     monkeypatch.setitem(METHODS, "level_set", Watched)
     report = Teleporter(model, config(learning_rate=5.0, max_growth=None)).teleport([batch], cross_entropy)

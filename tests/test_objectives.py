@@ -7,10 +7,11 @@ from torch import nn
 from torch.func import functional_call
 
 from hf_teleport import TeleportConfig, Teleporter
-from hf_teleport.isolation import evaluation_mode, plain_execution, shifted
+from hf_teleport.isolation import evaluation_mode, plain_execution
 from hf_teleport.methods import NullSpace
 from hf_teleport.objectives import OBJECTIVES
 from hf_teleport.rehearsal import Rehearsal
+from hf_teleport.shift import shifted
 
 from tiny_models import build, loss_fn
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_teleport import TeleportConfig, Teleporter
 from hf_teleport.isolation import Snapshot
-from hf_teleport.methods import METHODS, Method
+from hf_teleport.methods import METHODS, Method, Move
 from hf_teleport.trace import Trace
 
 from tiny_models import MODELS, build, loss_fn
@@ -190,7 +190,7 @@ class Exploding(METHODS["null_space"]):
             with torch.no_grad():
                 self.layers[-1].weight[0].add_(self.shift * fraction)
 
-        return exploding
+        return Move(exploding, self.snapshot)
 
 
 def assert_unchanged(model, before, report, reason):
@@ -330,7 +330,7 @@ def test_another_method_runs_under_the_same_roof(monkeypatch):
                     self.model[0].weight.mul_(1 - 0.5 * fraction)
                     self.model[2].weight.div_(1 - 0.5 * fraction)
 
-            return move
+            return Move(move, self.snapshot)
 
     monkeypatch.setitem(METHODS, "null_space", Halve)
     model = nn.Sequential(nn.Linear(48, 8, bias=False), nn.ReLU(), nn.Linear(8, 4, bias=False)).double()

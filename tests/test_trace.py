@@ -106,7 +106,7 @@ def test_a_product_of_ones_own_is_summed_over_the_uses():
     ((region, uses),) = trace.uses[layer.weight].items()
     seen = []
 
-    def product(weight, part, use, moved):
+    def product(weight, part, use, moved, known):
         seen.append((weight is layer.weight, part == region, use))
         return moved.sum(0)
 
@@ -116,6 +116,28 @@ def test_a_product_of_ones_own_is_summed_over_the_uses():
     torch.testing.assert_close(tangent.products[layer.weight][region], -2 * shift.sum(0), atol=1e-5, rtol=1e-4)
     squares = torch.stack([10 * shift.double().square().sum(), 5 * x.double().square().sum()])
     torch.testing.assert_close(tangent.squares[layer.weight][region], squares, rtol=1e-5, atol=0)
+
+
+def test_weights_that_read_the_same_input_share_its_shift_and_what_is_made_of_it():
+    first, second, other = (nn.Linear(4, 4) for _ in range(3))
+    x, shift = torch.randn(5, 4), torch.randn(5, 4)
+    layers = {layer.weight: layer for layer in (first, second, other)}
+    with Trace(layers) as trace:
+        (first(x) + second(x) + other(x.clone())).square().sum().backward()
+    seen = []
+
+    def product(weight, part, use, moved, known):
+        seen.append((moved, len(known)))
+        known[weight] = moved
+        return moved.sum(0)
+
+    with torch.no_grad(), TangentTrace(trace.uses, [], product):
+        moved = x + shift
+        first(moved), second(moved), other(moved.clone())
+    assert seen[0][0] is seen[1][0]
+    assert seen[2][0] is not seen[0][0]
+    assert [count for _, count in seen] == [0, 1, 0]
+    assert all(torch.equal(found, x + shift - x) for found, _ in seen)
 
 
 def test_a_use_knows_whether_a_shift_of_the_weights_reaches_its_input():

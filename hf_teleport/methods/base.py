@@ -14,8 +14,47 @@ from hf_teleport.reasons import NO_DIRECTION
 from hf_teleport.rehearsal import Rehearsal
 from hf_teleport.report import LayerReport, SymmetryReport
 
-Move = Callable[[float], None]
-"""Carry a move out: `move(1.0)` in full, `move(0.5)` by half, always from where the weights stand."""
+
+class Move:
+    """A step that was proposed: made from where the weights stand, and then made shorter or taken back.
+
+    Args:
+        carry_out: `carry_out(1.0)` makes it in full, `carry_out(0.5)` by half.
+        snapshot: makes a copy of all that it may change.
+        straight: half of it is half the way that the weights have gone. What it is made of is let go then once it is made.
+    """
+
+    def __init__(self, carry_out: Callable[[float], None], snapshot: Callable[[], Snapshot], straight: bool = False):
+        self._carry_out: Callable[[float], None] | None = carry_out
+        self._snapshot = snapshot
+        self._straight = straight
+        self.fraction = 1.0
+
+    def __call__(self, fraction: float) -> None:
+        """Carry it out with no way back."""
+        if self._carry_out is None:
+            raise RuntimeError("this move is made, and what it was made of is gone; propose another.")
+        self._carry_out(fraction)
+
+    def make(self) -> None:
+        """In full, after a copy to return to."""
+        self._copy = self._snapshot()
+        self(1.0)
+        if self._straight:
+            self._carry_out = None
+
+    def halve(self) -> None:
+        """Make it half as long as it is."""
+        self.fraction /= 2
+        if self._straight:
+            self._copy.halve()
+        else:
+            self._copy.restore()
+            self(self.fraction)
+
+    def undo(self) -> None:
+        """The weights are bit for bit what they were."""
+        self._copy.restore()
 
 
 class Method(ABC):
@@ -116,10 +155,6 @@ class Method(ABC):
     def snapshot(self) -> Snapshot:
         """A copy of all that this method may change."""
         return Snapshot(self.movable)
-
-    def step_snapshot(self) -> Snapshot:
-        """A copy of all that the next move may change."""
-        return self.snapshot()
 
     def gains(self, reached: Point, fraction: float) -> bool:
         """Whether the move that was just made, this fraction of what was proposed, is worth keeping; if not, it is halved."""

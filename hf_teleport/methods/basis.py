@@ -158,7 +158,7 @@ class BasisTurn(Method):
         measured = [s.misalignment for s in self._found.values() if s.misalignment is not None]
         if self.config.min_misalignment and max(measured, default=0.0) < self.config.min_misalignment:
             return None
-        return lambda fraction: self.turn.carry_out(self._state)
+        return Move(lambda fraction: self.turn.carry_out(self._state), self.snapshot)
 
     def review(self, point: Point) -> None:
         self.ranks.together(lambda: self._look_again(point))

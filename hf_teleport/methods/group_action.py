@@ -169,10 +169,10 @@ class GroupAction(Method):
             rate *= math.sqrt(sum(len(g) for g in gradients if g is not None)) / length
         rows = self.chain.rows(point)
 
-        def move(fraction: float) -> None:
+        def carry_out(fraction: float) -> None:
             self._act([None if g is None else rate * fraction * g for g in gradients], rows)
 
-        return move
+        return Move(carry_out, self.snapshot)
 
     @torch.no_grad()
     def _act(self, generators: list[Tensor | None], rows: Tensor) -> None:

@@ -219,7 +219,7 @@ class LevelSet(Method):
         if step is None or (step.stationary and self._on_level(point, losses)):
             return None
         rho = self._search(point, step)
-        return None if rho is None else partial(step.add, rho)
+        return None if rho is None else Move(partial(step.add, rho), self.snapshot, straight=True)
 
     def _kept(self, point: Point) -> list[int]:
         """The batches whose losses a step keeps, by their seeds; the point's own first."""

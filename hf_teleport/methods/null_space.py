@@ -83,8 +83,7 @@ class NullSpace(Method):
 
     @staticmethod
     def copies(config: TeleportConfig) -> int:
-        # To undo the event, to undo a step, the move, the gradient, the shifted weights.
-        return 5
+        return OBJECTIVES[config.objective].copies
 
     def decomposition_seconds(self, point: Point) -> float:
         joint, tau = self.config.scope == "joint", self.config.energy_threshold
@@ -215,9 +214,6 @@ class NullSpace(Method):
     def _moving(self) -> list[Layer]:
         return [layer for layer, subspace in self.subspaces.items() if subspace.null_dim]
 
-    def step_snapshot(self) -> Snapshot:
-        return Snapshot(dict.fromkeys(parameter for layer in self._moving for parameter in layer.parameters))
-
     def distrust(self) -> None:
         super().distrust()
         # What was learnt where the weights should not have gone.
@@ -248,7 +244,7 @@ class NullSpace(Method):
             for layer in layers:
                 if plain[layer.weight] is not None:
                     own = self.subspaces[layer].project(layer.matrix(plain))
-                    moves[layer] = moves[layer] + own if layer in moves else own
+                    moves[layer] = moves[layer].add_(own) if layer in moves else own
         return moves
 
     def gains(self, reached: Point, fraction: float) -> bool:
@@ -267,16 +263,16 @@ class NullSpace(Method):
             return 1.0
         return norm(self.movable, self.ranks) / length
 
-    @staticmethod
-    def _step(moves: Moves, rate: float) -> Move:
-        def move(fraction: float) -> None:
+    def _step(self, moves: Moves, rate: float) -> Move:
+        def carry_out(fraction: float) -> None:
             for place, direction in moves.items():
                 if isinstance(place, Layer):
                     place.add_(direction, rate * fraction)
                 else:
                     place.data.add_(direction, alpha=rate * fraction)
 
-        return move
+        parameters = dict.fromkeys(parameter for layer in self._moving for parameter in layer.parameters)
+        return Move(carry_out, partial(Snapshot, parameters), straight=True)
 
     def randomise(self, snapshot: Snapshot) -> None:
         """In place of the event's move: in each layer's null space a random one of the same length.
@@ -308,13 +304,13 @@ class NullSpace(Method):
     def _keeps_loss(self) -> bool:
         """Whether a random move as long as a step changes the first batch's loss by no more than is allowed."""
         loss = partial(loss_at, self.model, self.loss_fn, self._batches[0], seed=self.config.seed, ranks=self.ranks)
-        before, snapshot = loss(), self.step_snapshot()
+        before = loss()
         moves = random_move({layer: self.subspaces[layer] for layer in self._moving}, self.config.seed)
         length = norm(moves.values())
-        if length:
-            self._step(moves, self.config.learning_rate * self._unit(length))(1.0)
+        move = self._step(moves, self.config.learning_rate * self._unit(length) if length else 0.0)
+        move.make()
         after = loss()
-        snapshot.restore()
+        move.undo()
         return Guard(self.config).within(after, before)
 
     def _note(self, found: dict[Layer, Subspace | None], tau: float) -> None:

@@ -58,7 +58,11 @@ class Projector(ABC):
 
     def weight_gradient(self, input: Tensor, output_gradient: Tensor, shape: tuple[int, ...]) -> Tensor:
         """`Dᵀ X`, (G, o, d): the gradient of a weight of this shape. Override it where X is wasteful to build."""
-        return self.output_rows(output_gradient).mT @ self.rows(input)
+        return self.outer(self.output_rows(output_gradient), self.rows(input))
+
+    def outer(self, output_rows: Tensor, rows: Tensor) -> Tensor:
+        """`Dᵀ X` of rows, (G, o, d), best with the strides of a weight's `to_matrix`, for it will be added to one."""
+        return output_rows.mT @ rows
 
 
 _REGISTRY: dict[Callable[..., Any], list[type[Projector]]] = {}

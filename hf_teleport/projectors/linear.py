@@ -47,3 +47,6 @@ class TransposedLinear(LastDimension):
 
     def from_matrix(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
         return matrix.squeeze(0).mT.reshape(shape)
+
+    def outer(self, output_rows: Tensor, rows: Tensor) -> Tensor:
+        return (rows.mT @ output_rows).mT

@@ -39,6 +39,9 @@ class _Stacked(Projector):
     def from_matrix(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
         return matrix.mT.reshape(shape)
 
+    def outer(self, output_rows: Tensor, rows: Tensor) -> Tensor:
+        return (rows.mT @ output_rows).mT
+
 
 @register(torch.bmm, torch.Tensor.bmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 class BatchedProduct(_Stacked):
