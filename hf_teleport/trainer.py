@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -216,7 +217,11 @@ class TeleportMixin(_Base):
         _, steps_per_epoch, *_, max_steps = self.set_initial_training_values(self.args, train_dataloader)
         self._settled = None
         self._journal.begin(self.args.output_dir, self.state.log_history)
-        self._teleport_steps = teleport_steps(self.teleport_config, steps_per_epoch, max_steps)
+        # Early, but an epoch or the whole run may be short.
+        planned, basis_step = self.teleport_config, min(BASIS_STEP, steps_per_epoch // 2, max_steps // 2)
+        if planned.method == "auto":  # if it comes to a change of basis, that is the step it waits for
+            planned = replace(planned, warmup_steps=max(planned.warmup_steps, basis_step))
+        self._teleport_steps = teleport_steps(planned, steps_per_epoch, max_steps)
         self._last_step_seen = -1
         self._held = []
         self._rate_factor = self._logged_rate_factor(steps_per_epoch)
@@ -231,7 +236,7 @@ class TeleportMixin(_Base):
                 raise ValueError(_EMPTY)
             start = time.perf_counter()
             if self.teleport_config.method == "auto":
-                self._settle(batches[0], steps_per_epoch, max_steps)
+                self._settle(batches[0], steps_per_epoch, max_steps, basis_step)
                 upcoming = [step for step in self._teleport_steps if step >= self.state.global_step]
             # Even if the run can't pay for a teleport: a wrong name or a loss that is none is said now, not in the next run.
             checks = [self._teleporter(config).check(batches[0], self._teleport_loss) for config in self._settings.each_method()]
@@ -268,11 +273,10 @@ class TeleportMixin(_Base):
             )
         self._warn_of_cost([check.cost for check in checks], len(upcoming))
 
-    def _settle(self, batch: Any, steps_per_epoch: int, max_steps: int) -> None:
+    def _settle(self, batch: Any, steps_per_epoch: int, max_steps: int, basis_step: int) -> None:
         """Decide for method 'auto' on settings and schedule, by what is the same in a run and in its resumption."""
         teleporter = self._teleporter(self.teleport_config)
-        # Early, but an epoch or the whole run may be short.
-        chosen, why = choose(teleporter, batch, self._teleport_loss, min(BASIS_STEP, steps_per_epoch // 2, max_steps // 2))
+        chosen, why = choose(teleporter, batch, self._teleport_loss, basis_step)
         steps = teleport_steps(chosen, steps_per_epoch, max_steps)
         affordable = afford(chosen, len(steps), self._passes(max_steps))
         self._settled = affordable or chosen

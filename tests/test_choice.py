@@ -151,18 +151,32 @@ def test_with_a_budget_it_teleports_and_resumes_to_the_same(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(("max_steps", "step"), [(-1, 4), (4, 2), (1, 0)])
-def test_a_basis_is_turned_early_in_a_short_run(tmp_path, max_steps, step):
+def turned(folder, resume=None, **settings):
+    """A run of a model that method 'auto' gives another basis."""
     model, batch = build("gpt2")
     data = [{key: value[i % 3] for key, value in batch.items()} for i in range(32)]
-    settings = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True}
-    arguments = TrainingArguments(str(tmp_path), **settings, max_steps=max_steps, use_cpu=True)
+    settings |= {"num_train_epochs": 1, "per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True}
+    arguments = TrainingArguments(str(folder), **settings, use_cpu=True)
     trainer = TeleportTrainer(model, arguments, train_dataset=data, teleport_config=TeleportConfig())
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize(("max_steps", "step"), [(-1, 4), (4, 2), (1, 0)])
+def test_a_basis_is_turned_early_in_a_short_run(tmp_path, max_steps, step):
+    trainer = turned(tmp_path, max_steps=max_steps)
     assert [report.method for report in trainer.teleport_reports] == ["basis"]
     assert trainer._teleport_steps == {step: 0}
     # Its embeddings are tied: the gain that blocks the stream was held, so that the stream has turned.
     assert "stream" in {symmetry.kind for symmetry in trainer.teleport_reports[0].symmetries if not symmetry.reason}
+
+
+def test_a_run_resumed_before_its_basis_is_turned_ends_as_the_whole_one(tmp_path):
+    whole = turned(tmp_path, max_steps=4, save_strategy="steps", save_steps=1)
+    for start, reports in ((1, 1), (2, 1), (3, 0)):
+        resumed = turned(tmp_path, str(tmp_path / f"checkpoint-{start}"), max_steps=4)
+        assert len(resumed.teleport_reports) == reports
+        assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
 
 
 def test_a_check_is_of_what_it_comes_to():
