@@ -16,7 +16,7 @@ from hf_teleport.ascent import Point
 from hf_teleport.config import TeleportConfig
 from hf_teleport.layers import Layer, bias_error, laid_out_like, weight_error
 from hf_teleport.report import LayerReport
-from hf_teleport.roles import role_of
+from hf_teleport.roles import plain_name, role_of
 from hf_teleport.shards import whole_of
 from hf_teleport.trace import Region, Use
 
@@ -100,7 +100,8 @@ def describe(model: nn.Module, point: Point, config: TeleportConfig) -> dict[nn.
 def _owners(model: nn.Module) -> dict[nn.Parameter, tuple[str, nn.Module, bool]]:
     """For each parameter its name, its module, and whether it is the module's main weight, which bears the module's name."""
     owners: dict[nn.Parameter, tuple[str, nn.Module, bool]] = {}
-    for module_name, module in model.named_modules():
+    for path, module in model.named_modules():
+        module_name = plain_name(path)
         for own_name, parameter in module.named_parameters(recurse=False):
             is_weight = own_name == "weight" and bool(module_name)
             name = module_name if is_weight else f"{module_name}.{own_name}".lstrip(".")

@@ -18,6 +18,8 @@ _IN_ATTENTION = {
 _ATTENTION = re.compile(r".*(attn|attention).*|mha")
 _MLP_BLOCK = re.compile(r"\w*mlp\w*|ffn?|\w*feed_?forward|intermediate|densereludense|\w*moe\w*|\w*experts?\w*")
 _MLP = re.compile(r"mlp|(fc|lin|linear)_?[12]|c_fc|w[123i]|wi_[01]|(gate|up|down|gate_up)_proj|dense_(h_to_4h|4h_to_h)")
+# Modules that activation checkpointing and torch.compile put around others.
+_WRAPPERS = {"_checkpoint_wrapped_module", "_orig_mod"}
 _HEAD = re.compile(r"lm_head|embed_out|classifier|score|qa_outputs|heads?|cls|logits_proj|out_head|decoder_pred")
 
 
@@ -51,3 +53,8 @@ def role_of(name: str, default: str, *, is_head: bool = False) -> str:
     if in_mlp or _MLP.fullmatch(own) or around[-1:] == ["output"]:
         return default if default == "conv" else "mlp"
     return default
+
+
+def plain_name(name: str) -> str:
+    """A dotted name as it is in the model's class, without those of modules that wrap others."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

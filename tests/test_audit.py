@@ -2,10 +2,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from hf_teleport import TeleportConfig
 from hf_teleport.ascent import evaluate
 from hf_teleport.audit import audit
+from hf_teleport.symmetry import find_symmetries
 
 from tiny_models import build, loss_fn
 
@@ -140,6 +142,16 @@ def test_a_bias_shared_by_two_layers_stays():
 def test_target_modules_follow_peft(settings, moved):
     reports = judge(*build("bert"), **settings)
     assert {name.rsplit(".", 1)[-1] for name, report in reports.items() if report.movable} == moved
+
+
+def test_layers_in_wrappers_are_known_by_their_own_names():
+    model, batch = build("llama")
+    bare = judge(model, batch, target_modules=["layers.0.mlp.up_proj"])
+    found = find_symmetries(model, loss_fn, batch)[0]
+    model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])  # as FSDP's activation checkpointing does
+    assert judge(model, batch, target_modules=["layers.0.mlp.up_proj"]) == bare
+    assert [name for name, report in bare.items() if report.movable] == ["model.layers.0.mlp.up_proj"]
+    assert [symmetry.name for symmetry in find_symmetries(model, loss_fn, batch)[0]] == [symmetry.name for symmetry in found]
 
 
 def test_all_linear_leaves_out_the_head():

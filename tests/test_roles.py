@@ -1,6 +1,6 @@
 import pytest
 
-from hf_teleport.roles import role_of
+from hf_teleport.roles import plain_name, role_of
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,8 @@ def test_convolutions_stay_convolutions_except_in_attention_and_heads():
 
 def test_what_the_model_calls_its_head_is_one():
     assert role_of("some.strange.name", "linear", is_head=True) == "head"
+
+
+def test_a_plain_name_has_no_wrappers():
+    assert plain_name("_orig_mod.model.layers.0._checkpoint_wrapped_module._orig_mod.mlp.up_proj") == "model.layers.0.mlp.up_proj"
+    assert plain_name("") == ""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_teleport.ascent import LossFn
+from hf_teleport.roles import plain_name
 from hf_teleport.symmetry.features import Axis, Facts, Norm, components, effective, signatures, uniform
 from hf_teleport.symmetry.follow import Follow
 from hf_teleport.symmetry.norms import recognised_norms
@@ -130,7 +131,7 @@ class Solver:
         self.facts = facts
         self._round_gains = round_gains
         self._rounded: set[nn.Parameter] = set()
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.names = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
         for (parameter, _), axis in facts.axes.items():
             if parameter in immovable:
                 facts.note_fixed(axis.features, immovable[parameter])
