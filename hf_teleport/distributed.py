@@ -12,6 +12,7 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 if TYPE_CHECKING:
     from hf_teleport.shards import Shards
@@ -31,13 +32,19 @@ def check_strategy(accelerator: Any) -> None:
     """Make sure that each process holds the whole model, or the shards of FSDP2, which can be gathered.
 
     Raises:
-        ValueError: the weights are split in another way.
+        ValueError: the weights are split in another way, or are not on the device that computes.
     """
     kind = accelerator.distributed_type
-    if kind not in _SUPPORTED and not getattr(accelerator, "is_fsdp2", False):
+    is_fsdp2 = getattr(accelerator, "is_fsdp2", False)
+    if kind not in _SUPPORTED and not is_fsdp2:
         raise ValueError(
             f"teleportation does not work with {kind}, because its weights are split over processes. Use data parallelism "
             "(DDP: `accelerate launch --multi_gpu`) or FSDP2 (`fsdp_version: 2`), or set teleport_epochs to 0."
+        )
+    if is_fsdp2 and isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError(
+            "teleportation does not work with weights that FSDP2 keeps on the CPU, because an event computes where they are. Set "
+            "`fsdp_offload_params` (in fsdp_config: `cpu_offload`) to false, or teleport_epochs to 0."
         )
     if getattr(accelerator, "parallelism_config", None) and accelerator.parallelism_config.tp_enabled:
         raise ValueError(

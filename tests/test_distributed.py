@@ -2,11 +2,13 @@
 
 import io
 import os
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import FullyShardedDataParallelPlugin
 from torch import nn, optim
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -343,6 +345,14 @@ def test_sharded_weights_are_refused_with_a_way_out(kind):
 
     with pytest.raises(ValueError, match=rf"does not work with {kind}.*Use data parallelism"):
         check_strategy(Sharded())
+
+
+@pytest.mark.parametrize("offloaded", [True, False])
+def test_weights_on_the_cpu_are_refused_with_a_way_out(offloaded):
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=offloaded)
+    sharded = SimpleNamespace(distributed_type="FSDP", is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(ValueError, match=r"that FSDP2 keeps on the CPU.*to false") if offloaded else nullcontext():
+        check_strategy(sharded)
 
 
 def test_tensor_parallelism_is_refused_with_a_way_out():
