@@ -108,7 +108,7 @@ def about(model: Any, args: Any, config: TeleportConfig, settled: TeleportConfig
     """
     training = {name: getattr(args, name, None) for name in _TRAINING}
     return {
-        "model": type(model).__name__,
+        "model": type(model).__name__.removeprefix("FSDP"),  # FSDP2 makes a class of its own of the model's
         "versions": {"hf_teleport": __version__, "python": platform.python_version(), **_versions()},
         "config": config.to_dict(),
         "settled": None if settled is None else settled.to_dict(),

@@ -2,11 +2,15 @@
 
 import os
 import socket
+from contextlib import contextmanager
 from datetime import timedelta
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -36,23 +40,23 @@ def environment(rank, size, port):
     }
 
 
-def _worker(rank, function, size, port, folder, joined):
+def _worker(rank, function, size, port, folder, joined, args):
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
     if size > 1:
         os.environ |= environment(rank, size, port)
         if joined:
             dist.init_process_group("gloo", timeout=TIME_LIMIT)
-    torch.save(function(rank, size), folder / f"{function.__name__}-{rank}-of-{size}.pt")
+    torch.save(function(rank, size, *args), folder / f"{function.__name__}-{rank}-of-{size}.pt")
 
 
-def run(function, size, folder, *, joined=True):
-    """`function(rank, size)` of a module's top level, in so many processes. Returns what each returned, in the order of ranks.
+def run(function, size, folder, *args, joined=True):
+    """`function(rank, size, *args)` of a module's top level, in so many processes. Returns what each returned, by rank.
 
     Args:
         joined: whether the processes are one group before it is called.
     """
-    mp.start_processes(_worker, args=(function, size, free_port(), folder, joined), nprocs=size, start_method="spawn")
+    mp.start_processes(_worker, args=(function, size, free_port(), folder, joined, args), nprocs=size, start_method="spawn")
     return [torch.load(folder / f"{function.__name__}-{rank}-of-{size}.pt") for rank in range(size)]
 
 
@@ -77,6 +81,16 @@ def sharded(model, layers=None):
     for layer in model.model.layers if layers is None else layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+@contextmanager
+def fsdp2_of_accelerate():
+    """Inside, Accelerate sets FSDP2 up where it is asked to. It does so on GPUs only, and takes these CPUs for some."""
+    with (
+        mock.patch.object(PartialState, "_prepare_backend", return_value=("gloo", DistributedType.MULTI_GPU)),
+        mock.patch.dict(os.environ, ACCELERATE_TORCH_DEVICE="cpu", ACCELERATE_USE_CPU="false"),
+    ):
+        yield
 
 
 def tokens(rank, size, samples=4):
