@@ -256,3 +256,26 @@ def test_units_that_nothing_reads_or_writes_are_left_alone():
     assert factors[2] == factors[4] == 1
     assert (factors > 0).all()
     assert factors.isfinite().all()
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_whatever_sign_a_decomposition_gives_is_made_the_same(monkeypatch, centred):
+    torch.manual_seed(0)
+    symmetry, eigh = symmetry_of(2, 12, centred), torch.linalg.eigh
+    basis = seen(GradientMoment, symmetry, [random_gradients(symmetry)])
+    expected = basis.choose(symmetry)
+
+    def with_other_signs(matrix):
+        values, vectors = eigh(matrix)
+        return values, vectors * torch.where(torch.rand(vectors.shape[0], 1, vectors.shape[2]) < 0.5, -1, 1)
+
+    monkeypatch.setattr(torch.linalg, "eigh", with_other_signs)
+    for _ in range(3):
+        assert torch.equal(basis.choose(symmetry), expected)
+
+
+def test_features_without_a_gradient_stay():
+    symmetry = symmetry_of(2, 5)
+    gradients = {part.parameter: torch.zeros_like(part.parameter) for part in symmetry.parts}
+    found = seen(GradientMoment, symmetry, [gradients]).choose(symmetry)
+    assert torch.equal(found, torch.eye(5, dtype=torch.float64).expand(2, -1, -1))

@@ -75,9 +75,9 @@ class _SecondMoment(Basis):
             return torch.eye(symmetry.size, dtype=torch.float64).expand(symmetry.blocks, -1, -1)
         moment = moment.double()
         if not symmetry.centred:
-            return converging(torch.linalg.eigh, moment)[1].mT
+            return _eigenvectors(moment)
         inside = mean_free(symmetry.size, moment)
-        return _with_mean(converging(torch.linalg.eigh, inside.mT @ moment @ inside)[1].mT, inside)
+        return _with_mean(_eigenvectors(inside.mT @ moment @ inside), inside)
 
     def misalignment(self, symmetry: Symmetry) -> float | None:
         moment = self._moments.get(symmetry)
@@ -189,6 +189,16 @@ class Random(Identity):
         matrix, triangle = torch.linalg.qr(normal)
         matrix = matrix * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # uniform over all rotations
         return _with_mean(matrix, mean_free(symmetry.size, matrix)) if symmetry.centred else matrix
+
+
+def _eigenvectors(matrix: Tensor) -> Tensor:
+    """Those of symmetric matrices (H, k, k), as rows, each with the sign that makes its product with one fixed vector positive.
+
+    Which sign a decomposition gives is decided by rounding, and so by how the data is split over processes.
+    """
+    rows = converging(torch.linalg.eigh, matrix)[1].mT
+    fixed = 2 + torch.cos(torch.arange(rows.shape[-1], dtype=rows.dtype, device=rows.device))
+    return torch.where(rows @ fixed < 0, -1, 1).unsqueeze(-1) * rows
 
 
 def mean_free(size: int, like: Tensor) -> Tensor:
