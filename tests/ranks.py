@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+import forks
 from tiny_models import VOCAB
 
 # A process that waits for one that died gives up after this long.
@@ -40,9 +41,9 @@ def environment(rank, size, port):
     }
 
 
-def _worker(rank, function, size, port, folder, joined, args):
+def _worker(rank, function, size, port, folder, joined, args, variables):
     torch.set_num_threads(1)
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= variables  # those of now: a forked process has those of when the first one was
     if size > 1:
         os.environ |= environment(rank, size, port)
         if joined:
@@ -56,7 +57,9 @@ def run(function, size, folder, *args, joined=True):
     Args:
         joined: whether the processes are one group before it is called.
     """
-    mp.start_processes(_worker, args=(function, size, free_port(), folder, joined, args), nprocs=size, start_method="spawn")
+    forks.start()
+    given = function, size, free_port(), folder, joined, args, dict(os.environ)
+    mp.start_processes(_worker, args=given, nprocs=size, start_method="forkserver")
     return [torch.load(folder / f"{function.__name__}-{rank}-of-{size}.pt") for rank in range(size)]
 
 

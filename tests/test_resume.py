@@ -1,31 +1,18 @@
 """Killed at any moment, a run that is started again ends as the one that was never interrupted."""
 
-import multiprocessing
-import os
 import signal
-from multiprocessing import forkserver
-from pathlib import Path
 
 import pytest
 import torch
 
+import forks
 import killable
-
-forks = multiprocessing.get_context("forkserver")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fork_server():
-    """Each process is forked from one that has imported everything and trained nothing."""
-    forks.set_forkserver_preload(["killable"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-        forkserver.ensure_running()
 
 
 def run(*args, **kwargs):
     """`killable.train` in a process of its own. Returns its exit code."""
-    process = forks.Process(target=killable.train, args=args, kwargs=kwargs)
+    forks.start()
+    process = forks.context.Process(target=killable.train, args=args, kwargs=kwargs)
     process.start()
     process.join(120)
     if process.exitcode is None:
