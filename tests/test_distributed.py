@@ -49,16 +49,16 @@ def trained(model, rank, size):
 # summation makes of the loss, which enters into them and which Llama sums in float32.
 CASES = {
     "fast32": (gpt2, torch.float32, {}, 1e-6),
-    "fast32 by batch": (llama, torch.float32, {"scope": "batch", "steps_per_batch": 3}, 5e-6),
-    "exact32 by batch": (llama, torch.float32, {"scope": "batch", "steps_per_batch": 3, "hessian": "exact"}, 5e-6),
+    "fast32 by batch": (llama, torch.float32, {"scope": "batch"}, 5e-6),
+    "exact32 by batch": (llama, torch.float32, {"scope": "batch", "hessian": "exact"}, 5e-6),
     "exact32": (llama, torch.float32, {"energy_threshold": 0.9, "hessian": "exact", "max_loss_change": None}, 1e-6),
-    "fast": (llama, torch.float64, {"scope": "batch", "steps_per_batch": 3}, 1e-12),
+    "fast": (llama, torch.float64, {"scope": "batch"}, 1e-12),
     "exact": (llama, torch.float64, {"energy_threshold": 0.9, "hessian": "exact", "max_loss_change": None}, 1e-12),
-    "experts": (mixtral, torch.float64, {"scope": "batch", "hessian": "exact", "steps_per_batch": 3}, 1e-12),
+    "experts": (mixtral, torch.float64, {"scope": "batch", "hessian": "exact"}, 1e-12),
     "gradient": (llama, torch.float64, {"method": "basis"}, 1e-12),
     "activation": (llama, torch.float64, {"method": "basis", "basis": "activation"}, 1e-12),
     "measure": (llama, torch.float64, {"method": "basis", "second_moment": "measure"}, 1e-12),
-    "level_set": (llama, torch.float64, {"method": "level_set", "steps_per_batch": 3}, 1e-5),
+    "level_set": (llama, torch.float64, {"method": "level_set"}, 1e-5),
     # The bend of the optimizer's step is a difference, which rounding enters into.
     "lookahead": (llama, torch.float64, {"objective": "lookahead", "scope": "batch", "learning_rate": 1e-3}, 1e-8),
 }
@@ -75,9 +75,8 @@ def teleported(name, rank, size, on_shards=False):
     # Experts that a process's tokens never reach get no gradient there: each process trains alike only without optimizer.
     # What is compared is the event: all come to it from the same weights.
     optimizer = None if make is mixtral else trained(model, 0, 1)
-    report = Teleporter(model, TeleportConfig(**{"method": "null_space", **settings}), optimizer=optimizer).teleport(
-        tokens(rank, size), loss_fn
-    )
+    config = TeleportConfig(**{"method": "null_space", "steps_per_batch": 2, **settings})
+    report = Teleporter(model, config, optimizer=optimizer).teleport(tokens(rank, size), loss_fn)
     assert report.steps > 0, name
     after = flat(model)
     if optimizer is not None:
@@ -229,7 +228,8 @@ def faults(rank, size):
                 model = llama(torch.float32)
                 optimizer = trained(model, rank, size)
                 before = flat(model)
-                teleporter = Teleporter(model, TeleportConfig(method=method, scope="batch"), optimizer=optimizer)
+                config = TeleportConfig(method=method, scope="batch", steps_per_batch=2)
+                teleporter = Teleporter(model, config, optimizer=optimizer)
                 try:
                     report = teleporter.teleport(tokens(rank, size), Fault(rank, kind, at))
                     outcome = report.stopped_because, report.rolled_back, report.steps
