@@ -2,10 +2,15 @@
 
 import multiprocessing
 import os
+import runpy
+import subprocess
+import sys
+import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
+import torch
 
 context = multiprocessing.get_context("forkserver")
 IMPORTED = ["pytest", "killable", "ranks", "tiny_runs", "torch._dynamo", "torch.distributed.fsdp", "torch.nn.parallel"]
@@ -17,3 +22,27 @@ def start():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         forkserver.ensure_running()
+
+
+def _script(words, folder, variables):
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY), descriptor)
+    os.environ |= variables
+    torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
+    sys.argv, sys.path[0:0] = words, [str(Path(words[0]).parent)]
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def run(command, env, **_):
+    """As `subprocess.run` for [sys.executable, script, *words] and an environment that says how many threads.
+
+    What libraries read from the environment as they are imported stays as it was when they were.
+    """
+    start()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        process = context.Process(name="MainProcess", target=_script, args=(command[1:], folder, env))
+        process.start()
+        process.join()
+        told = [(folder / name).read_text() for name in ("out", "err")]
+        return subprocess.CompletedProcess(command, process.exitcode, *told)

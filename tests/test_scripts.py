@@ -15,20 +15,18 @@ import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Picture
+from pyarrow import parquet
+
+import forks
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 
-def run(script, *words):
+def run(script, *words, start=forks.run):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / script), *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-    )
+    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, words)]
+    done = start(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -38,6 +36,7 @@ def test_image_classification_from_yaml_with_an_override(tmp_path):
         "run_image_classification.py",
         *("configs/digits_mlp.yaml", "--num_train_epochs", 1, "--output_dir", tmp_path / "run"),
         *("--history", tmp_path / "history.json", "--teleport_num_batches", 1),
+        start=subprocess.run,
     )
     assert "eval_test_accuracy" in out
     assert (tmp_path / "run" / "model.safetensors").exists()
@@ -67,19 +66,21 @@ def test_every_config_is_valid(file):
     assert training.teleport_config()
 
 
-def test_grid_collects_goes_on_and_is_reported(tmp_path):
+def run_grid(monkeypatch, *words):
+    """grid.py, in this process; it starts the runs."""
+    import grid
+
+    monkeypatch.setattr(sys, "argv", ["grid.py", *map(str, words)])
+    monkeypatch.setattr(grid.subprocess, "run", forks.run)
+    grid.main()
+
+
+def test_grid_collects_goes_on_and_is_reported(tmp_path, monkeypatch):
     table = tmp_path / "grid.csv"
-    words = [
-        "configs/digits_cnn.yaml",
-        "--output",
-        table,
-        "--grid",
-        "num_train_epochs=1",
-        "learning_rate=0.1",
-        "teleport_epochs=0,1",
-    ]
-    run("grid.py", *words, "seed=0")
-    run("grid.py", *words, "seed=0,1")
+    words = [ROOT / "configs/digits_cnn.yaml", "--output", table]
+    words += ["--grid", "num_train_epochs=1", "learning_rate=0.1", "teleport_epochs=0,1"]
+    run_grid(monkeypatch, *words, "seed=0")
+    run_grid(monkeypatch, *words, "seed=0,1")
     rows = list(csv.DictReader(table.open()))
     assert [(row["seed"], row["teleport_epochs"]) for row in rows] == [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")]
     assert float(rows[1]["teleport_seconds"]) > 0
@@ -280,14 +281,14 @@ def test_fine_tuning_starts_from_a_model_trained_here(small_data, tmp_path):
         trainer_of(tmp_path, task="text_classification", dataset=small_data / "text", pretrained=tmp_path / "nowhere")
 
 
-def test_arms_share_a_table_and_are_reported(small_data, tmp_path):
+def test_arms_share_a_table_and_are_reported(small_data, tmp_path, monkeypatch):
     config, table = tmp_path / "series.yaml", tmp_path / "study.csv"
     config.write_text(yaml.safe_dump({**SMALL, "task": "series", "dataset": str(small_data / "series")}))
     common = [config, "--script", "run_task.py", "--output", table]
-    run("grid.py", *common, "--arm", "baseline", "--grid", "learning_rate=0.01", "seed=0,1", "--jobs", 2)
+    run_grid(monkeypatch, *common, "--arm", "baseline", "--grid", "learning_rate=0.01", "seed=0,1", "--jobs", 2)
     soap = [*common, "--arm", "soap", "--set", "soap=true", "--grid", "learning_rate=0.01"]
-    run("grid.py", *soap, "seed=0")
-    run("grid.py", *soap, "seed=0,1")
+    run_grid(monkeypatch, *soap, "seed=0")
+    run("grid.py", *soap, "seed=0,1", start=subprocess.run)
     rows = pd.read_csv(table, keep_default_na=False)
     assert list(rows.columns[:4]) == ["arm", "learning_rate", "seed", "soap"]
     found = sorted(zip(rows["arm"], rows["seed"], rows["step"], rows["soap"].astype(str), strict=True))
@@ -477,7 +478,12 @@ def test_comparisons_side_by_side(tmp_path):
 def test_the_papers_figures_of_eigenvectors_and_thresholds(tmp_path):
     from paper_figures import main
 
-    file = str(ROOT / "configs" / "paper" / "cpu" / "mnist_sgd.yaml")
+    (tmp_path / "mnist").mkdir()
+    for path in (ROOT.parent / "shared" / "data" / "mnist").glob("*.parquet"):
+        parquet.write_table(parquet.read_table(path).slice(0, 2000), tmp_path / "mnist" / path.name)
+    settings = {"base": str(ROOT / "configs" / "paper" / "cpu" / "mnist_sgd.yaml"), "folder": str(tmp_path / "mnist")}
+    file = str(tmp_path / "mnist_sgd.yaml")
+    Path(file).write_text(yaml.safe_dump(settings))
     shares = main(["variance", file, "--output", str(tmp_path / "variance.png")])
     assert set(shares["role"]) == {"linear", "head"}
     by_layer = shares.groupby("layer")["share"]
