@@ -14,6 +14,7 @@ import torch
 
 context = multiprocessing.get_context("forkserver")
 IMPORTED = ["pytest", "killable", "ranks", "tiny_runs", "torch._dynamo", "torch.distributed.fsdp", "torch.nn.parallel"]
+IMPORTED += ["matplotlib.pyplot", "nltk", "sklearn.datasets"]
 
 
 def start():
