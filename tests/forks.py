@@ -10,7 +10,6 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
-import torch
 
 context = multiprocessing.get_context("forkserver")
 IMPORTED = ["pytest", "killable", "ranks", "tiny_runs", "torch._dynamo", "torch.distributed.fsdp", "torch.nn.parallel"]
@@ -18,9 +17,10 @@ IMPORTED += ["matplotlib.pyplot", "nltk", "sklearn.datasets"]
 
 
 def start():
-    """Start the process that is forked from, unless it runs already."""
+    """Start the process that is forked from, unless it runs already. It and all others have one thread."""
     context.set_forkserver_preload(IMPORTED)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         forkserver.ensure_running()
 
@@ -29,15 +29,14 @@ def _script(words, folder, variables):
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY), descriptor)
     os.environ |= variables
-    torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
     sys.argv, sys.path[0:0] = words, [str(Path(words[0]).parent)]
     runpy.run_path(words[0], run_name="__main__")
 
 
 def run(command, env, **_):
-    """As `subprocess.run` for [sys.executable, script, *words] and an environment that says how many threads.
+    """As `subprocess.run` for [sys.executable, script, *words].
 
-    What libraries read from the environment as they are imported stays as it was when they were.
+    What libraries read from the environment as they are imported stays as it was when they were, such as the number of threads.
     """
     start()
     with tempfile.TemporaryDirectory() as name:

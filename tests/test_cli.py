@@ -80,7 +80,7 @@ def test_rows_that_do_not_suit_the_model_are_said(tmp_path, capsys):
         (["inspect", "bert", "--set", *SIZES, "--data", "nothing.parquet"], "existing"),
         (["inspect", "bert", "--set", "hidden_sizes=32"], "the nearest is 'hidden_size'"),
         (["inspect", "bert", "--set", "hidden_size=wide"], "is not allowed for 'bert'"),
-        (["inspect", "llama", "--set", "num_hidden_layers=4000"], "too many for this machine's memory"),
+        (["inspect", "llama", "--set", "hidden_size=1048576"], "too many for this machine's memory"),
     ],
 )
 def test_bad_input_is_said_with_exit_code_2(words, said, capsys):

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -29,6 +28,7 @@ from hf_teleport.experiments.runs import execute
 from hf_teleport.experiments.settings import plan, read
 from hf_teleport.experiments.task import OPTIONS, Task, evenly
 
+import forks
 import ranks
 from tiny_runs import quick_collection  # noqa: F401
 
@@ -343,16 +343,18 @@ def test_interrupted_it_goes_on_where_it_was(config, tmp_path, monkeypatch, save
 @needs_data
 def test_killed_at_the_command_line_it_goes_on(config, tmp_path):
     file = config(num_train_epochs=20, save_strategy="steps", save_steps=10, eval_steps=60, arms={"on": {}})
-    command = [sys.executable, "-m", "hf_teleport.cli", "experiment", str(file), "--output_dir", str(tmp_path / "killed")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    words = ["experiment", str(file), "--output_dir", str(tmp_path / "killed")]
+    forks.start()
+    process = forks.context.Process(target=main, args=(words,))
+    process.start()
     folder = tmp_path / "killed" / "on" / "lr0.1" / "seed0"
-    while not list(folder.glob("checkpoint-*/trainer_state.json")) and process.poll() is None:
+    while not list(folder.glob("checkpoint-*/trainer_state.json")) and process.is_alive():
         time.sleep(0.01)
     process.kill()
-    assert process.wait(60) == -signal.SIGKILL, process.stderr.read()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     assert not (folder / "done").exists()
-    assert main(["experiment", str(file), "--output_dir", str(tmp_path / "killed")]) == 0
+    assert main(words) == 0
     (whole,) = run(file)[0].runs
     (resumed,) = plan(read(file, ["--output_dir", str(tmp_path / "killed")])).runs
     assert history(resumed) == history(whole)
