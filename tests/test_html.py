@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from hf_teleport import TeleportConfig
+from hf_teleport import TeleportConfig, html
 from hf_teleport.cli import main
 from hf_teleport.experiments import extras
 from hf_teleport.experiments.plot import figure
@@ -178,6 +178,12 @@ def test_summary_settings_and_versions(run, page):
     assert dict(page.table("What the run was made with"))["hf_teleport"] == read(run)["versions"]["hf_teleport"]
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pages without pictures, for what the text says: drawing takes longer than all else."""
+    monkeypatch.setattr(html, "_drawn", lambda *_: None)
+
+
 def altered(run, tmp_path, change):
     """A copy of the run's two files with another file of teleports."""
     found = read(run)
@@ -223,6 +229,7 @@ def test_numbers_that_are_not_finite_and_an_event_that_was_undone(run, tmp_path)
     assert page.table("Weights of the teleport before step 6, null_space")[2][4] == "unknown"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_is_going_on_is_told_from_its_last_checkpoint(run, tmp_path):
     for name in ("checkpoint-4", "checkpoint-8", "checkpoint-10"):
         (tmp_path / name).mkdir()
@@ -234,6 +241,7 @@ def test_a_run_that_is_going_on_is_told_from_its_last_checkpoint(run, tmp_path):
     assert len(page.table("One row for each teleport")) == 1 + 4
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_events_that_the_last_checkpoint_does_not_know_yet(run, tmp_path):
     (tmp_path / "checkpoint-4").mkdir()
     shutil.copy(run / "checkpoint-4" / STATE, tmp_path / "checkpoint-4")
@@ -251,14 +259,13 @@ def test_events_of_an_older_run_in_the_same_folder_are_not_told(run, tmp_path):
     assert "No teleport was made." in page.words("p")
 
 
-def test_without_the_file_the_log_tells_the_events(run, tmp_path):
+def test_without_the_file_the_log_tells_the_events(run, page, tmp_path):
     shutil.copy(run / STATE, tmp_path)
-    page = Page(render(tmp_path))
-    assert_opens_anywhere(page)
-    whole = Page(render(run)).table("One row for each teleport")
-    assert page.table("One row for each teleport") == whole
-    assert any(f"There is no {JOURNAL}" in text for text in page.words("p"))
-    assert len(page.images()) == 1
+    found = Page(render(tmp_path))
+    assert_opens_anywhere(found)
+    assert found.table("One row for each teleport") == page.table("One row for each teleport")
+    assert any(f"There is no {JOURNAL}" in text for text in found.words("p"))
+    assert len(found.images()) == 1
 
 
 def test_without_a_log_the_file_tells_the_events(run, tmp_path):
