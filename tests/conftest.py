@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 
@@ -11,6 +12,13 @@ from hypothesis import settings
 
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection():
+    """Trainer collects garbage when a run begins. What was imported is none, and what tests before left is collected here."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

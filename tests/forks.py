@@ -1,5 +1,6 @@
 """Processes forked from one that has imported what tests import: an import costs seconds, a fork next to nothing."""
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -16,6 +17,11 @@ IMPORTED = ["pytest", "killable", "ranks", "tiny_runs", "torch._dynamo", "torch.
 IMPORTED += ["matplotlib.pyplot", "nltk", "sklearn.datasets"]
 
 
+def quick_collection():
+    """Trainer collects garbage when a run begins: what was imported is none."""
+    gc.freeze()
+
+
 def start():
     """Start the process that is forked from, unless it runs already. It and all others have one thread."""
     context.set_forkserver_preload(IMPORTED)
@@ -26,6 +32,7 @@ def start():
 
 
 def _script(words, folder, variables):
+    quick_collection()
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY), descriptor)
     os.environ |= variables

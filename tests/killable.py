@@ -18,6 +18,8 @@ from hf_teleport.methods import BasisTurn, NullSpace
 from hf_teleport.optimizer_state import OptimizerState
 from hf_teleport.symmetry import turn
 
+import forks
+
 VOCAB = 29
 
 # Two epochs of 6 steps, a checkpoint after every second, and in each epoch an event: one in the middle of it, one at its start.
@@ -158,6 +160,7 @@ def train(folder, kill=None, **settings):
     Args:
         kill: where to die: ("event", step, phase), or the arguments of `Killer`.
     """
+    forks.quick_collection()
     torch.set_num_threads(1)
     kind, callbacks = TeleportTrainer, []
     if kill is not None and kill[0] == "event":

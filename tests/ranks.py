@@ -42,6 +42,7 @@ def environment(rank, size, port):
 
 
 def _worker(rank, function, size, port, folder, joined, args, variables):
+    forks.quick_collection()
     torch.set_num_threads(1)
     os.environ |= variables  # those of now: a forked process has those of when the first one was
     if size > 1:

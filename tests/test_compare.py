@@ -22,7 +22,6 @@ from hf_teleport.experiments.task import Task
 from hf_teleport.experiments.verdict import BETTER, ONE_SEED, interval, verdict
 
 import ranks
-from tiny_runs import quick_collection  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"

@@ -13,8 +13,6 @@ from hf_teleport.experiments.runs import execute
 from hf_teleport.experiments.settings import plan, read
 from hf_teleport.experiments.task import Task
 
-from tiny_runs import quick_collection  # noqa: F401
-
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 PAPER = ROOT / "configs" / "paper"

@@ -30,7 +30,6 @@ from hf_teleport.experiments.task import OPTIONS, Task, evenly
 
 import forks
 import ranks
-from tiny_runs import quick_collection  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"

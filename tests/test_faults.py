@@ -29,7 +29,6 @@ from hf_teleport.symmetry import bases, turn
 from ranks import run
 from tiny_models import VOCAB
 from tiny_models import loss_fn as language_loss
-from tiny_runs import quick_collection  # noqa: F401
 
 METHODS = ["null_space", "basis"]
 LINALG = torch.linalg.LinAlgError("the algorithm failed to converge")

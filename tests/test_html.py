@@ -25,7 +25,7 @@ from hf_teleport.experiments.verdict import REFERENCE, Interval, Verdict
 from hf_teleport.html import render
 from hf_teleport.journal import JOURNAL, read
 
-from tiny_runs import make, quick_collection, teleports  # noqa: F401
+from tiny_runs import make, teleports
 
 STATE = "trainer_state.json"
 SAVING = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 5}

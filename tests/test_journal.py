@@ -13,7 +13,7 @@ from hf_teleport import TeleportConfig, Teleporter
 from hf_teleport.isolation import Snapshot
 from hf_teleport.journal import JOURNAL, Journal, read
 
-from tiny_runs import flat, make, quick_collection, teleports  # noqa: F401
+from tiny_runs import flat, make, teleports
 
 SAVING = {"save_strategy": "steps", "save_steps": 4}
 

@@ -24,7 +24,6 @@ from tiny_runs import (
     looking,
     make,
     moved,
-    quick_collection,  # noqa: F401
     teleports,
 )
 

@@ -11,7 +11,6 @@ from tiny_runs import (
     llama,
     make,
     moved,
-    quick_collection,  # noqa: F401
     teleports,
 )
 

@@ -10,7 +10,7 @@ from hf_teleport.cli import main
 from hf_teleport.journal import read
 from hf_teleport.summary import table
 
-from tiny_runs import make, quick_collection, teleports  # noqa: F401
+from tiny_runs import make, teleports
 
 EVENTS = [
     {"step": 3, "method": "basis", "loss_before": 2.5, "loss_after": 2.5, "grad_norm_before": 1.0, "grad_norm_after": 1.25},

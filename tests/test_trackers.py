@@ -2,7 +2,7 @@
 
 import pytest
 
-from tiny_runs import make, quick_collection, teleports  # noqa: F401
+from tiny_runs import make, teleports
 
 NUMBERS = ("loss_before", "loss_after", "grad_norm_before", "grad_norm_after", "null_dim", "moved_share", "steps", "seconds")
 

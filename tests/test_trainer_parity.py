@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from hf_teleport import TeleportMixin
 from hf_teleport.journal import JOURNAL
 
-from tiny_runs import Stream, Texts, arguments, assert_moved, flat, hub_texts, llama, pad, quick_collection, teleports  # noqa: F401
+from tiny_runs import Stream, Texts, arguments, assert_moved, flat, hub_texts, llama, pad, teleports
 
 TELEPORT = teleports(steps_per_batch=1)
 NULL_SPACE = teleports("null_space", steps_per_batch=1)

@@ -1,7 +1,5 @@
 """Small data, small models and short runs, for tests that train."""
 
-import gc
-
 import datasets
 import pytest
 import torch
@@ -149,12 +147,3 @@ class Looking:
 def looking(look, *bases):
     """A class of trainers."""
     return type("Looks", (Looking, *(bases or (TeleportTrainer,))), {"look": look})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection():
-    """Trainer collects garbage when a run begins: what was imported is none."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
