@@ -29,12 +29,14 @@ def fixed_seed():
 
 @pytest.fixture(autouse=True)
 def no_deprecated_calls():
-    """Transformers logs most of its deprecations, where no filter of warnings would see them."""
+    """Transformers logs most of its deprecations, where no filter of warnings would see them. Scripts set how much it logs."""
     told = []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage()) if "deprecat" in record.getMessage().lower() else None
     logger = logging.getLogger("transformers")
+    level = logger.level
     logger.addHandler(handler)
     yield
     logger.removeHandler(handler)
+    logger.setLevel(level)
     assert not told, told
