@@ -89,20 +89,23 @@ class Point:
 
 def norm(tensors: Iterable[Tensor | None], ranks: Ranks = ALONE) -> float:
     """Euclidean norm of all the numbers in a list of tensors; of weights that stay sharded, with those of other processes."""
-    present = [t.detach() for t in tensors if t is not None]
+    return math.hypot(*norms((t for t in tensors if t is not None), ranks))
+
+
+def norms(tensors: Iterable[Tensor], ranks: Ranks = ALONE) -> list[float]:
+    """The norm of each tensor."""
+    present = [t.detach() for t in tensors]
     if ranks.shards is not None:
-        wide = (t.to(torch.promote_types(t.dtype, torch.float64)) for t in present)
-        return ranks.shards.total([sum(float(norm_of(t).square()) for t in wide)])[0] ** 0.5
-    if not present:
-        return 0.0
-    found = _joined([norm_of(t) for t in present])
+        return [square**0.5 for square in ranks.shards.total([_wide_norm(t) ** 2 for t in present])]
+    own = [norm_of(t) for t in present]
+    found = torch.stack([n.to(own[0].device) for n in own]).tolist() if own else []
     # Outside these bounds the squares of float32 underflow or overflow.
-    inside = _SMALLEST_NORM < found < _LARGEST_NORM
-    return found if inside else _joined([norm_of(t.to(torch.promote_types(t.dtype, torch.float64))) for t in present])
+    inside = [_SMALLEST_NORM < n < _LARGEST_NORM or not t.any() for n, t in zip(found, present, strict=True)]
+    return [n if fits else _wide_norm(t) for n, fits, t in zip(found, inside, present, strict=True)]
 
 
-def _joined(norms: list[Tensor]) -> float:
-    return float(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])))
+def _wide_norm(tensor: Tensor) -> float:
+    return float(norm_of(tensor.to(torch.promote_types(tensor.dtype, torch.float64))))
 
 
 def evaluate(
@@ -134,7 +137,7 @@ def evaluate(
     saved = _Saved()
     start_afresh(model, seed)
     with ExitStack() as around:
-        around.enter_context(keeping_double(parameters))
+        around.enter_context(keeping_double(model.parameters()))
         if differentiable_gradients:
             # Fused attention kernels have no second derivative; the plain one does.
             around.enter_context(sdpa_kernel([SDPBackend.MATH]))

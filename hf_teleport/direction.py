@@ -53,6 +53,7 @@ def fast_direction(
     subspaces: dict[Layer, Subspace] | None = None,
     shift: ShiftLength | None = None,
     ranks: Ranks = ALONE,
+    length: float | None = None,
 ) -> dict[Layer, Tensor] | dict[nn.Parameter, Tensor]:
     """`Dᵀ Ẋ` along a direction u for each layer, by one forward without autograd at `W + εu`.
 
@@ -66,12 +67,13 @@ def fast_direction(
     Args:
         subspaces: project onto the null space of each layer too, `Dᵀ Ẋ P`.
         shift: the length to begin with, and where the length that was good enough is left for the next call.
+        length: the norm of u, if it is known.
 
     Returns:
         For each layer (G, o, d), with one more column for a bias: zeros, until a projection makes something of them, for a bias
         comes after the input and cannot shift it. Of weights that stay sharded, for each parameter this process's part.
     """
-    length = norm(direction, ranks)
+    length = norm(direction, ranks) if length is None else length
     if length == 0 or not layers:
         return {}
     dtype = layers[0].weight.dtype
@@ -98,17 +100,18 @@ def fast_direction(
     # The audit has seen that nothing reads a weight but what was followed. One that is read again and again is shifted once for
     # all, and so is a shard, which no torch call reads.
     calls_of = {weight: sum(map(len, point.trace.uses[weight].values())) for weight in uses}
-    once = [weight for weight, calls in calls_of.items() if calls == 1] if ranks.shards is None else []
+    once = [weight for weight, calls in calls_of.items() if calls == 1]
+    when_read = once if ranks.shards is None else []
 
     def difference(epsilon: float) -> tuple[TangentTrace, dict[nn.Parameter, Tensor]]:
         starts = uses
         if central:
             behind = ReplayTrace(uses, point.trace.choices)
-            with shifted(point.parameters, direction, -epsilon, once):
+            with shifted(point.parameters, direction, -epsilon, when_read):
                 running(ranks, lambda: _forward(model, loss_fn, point, behind))
             starts = _starting_at(uses, behind.uses)
-        ahead = TangentTrace(starts, point.trace.choices, product)
-        with shifted(point.parameters, direction, epsilon, once):
+        ahead = TangentTrace(starts, point.trace.choices, product, once)
+        with shifted(point.parameters, direction, epsilon, when_read):
             if ranks.shards is None:
                 return _forward(model, loss_fn, point, ahead), {}
             with ranks.shards.running(), ranks.shards.averaging(partial(_arrived, ahead, layers, {})) as means:
@@ -175,7 +178,7 @@ def _mean(products: dict[Layer, Tensor], layers: list[Layer], ranks: Ranks) -> d
 def _forward(model: nn.Module, loss_fn: LossFn, point: Point, trace: _Trace) -> _Trace:
     """A traced forward without autograd, drawing the random numbers that the point's forward drew."""
     start_afresh(model, point.seed)
-    with torch.no_grad(), keeping_double(point.parameters), trace:
+    with torch.no_grad(), keeping_double(model.parameters()), trace:
         loss_fn(model, point.batch)
     return trace
 
@@ -218,7 +221,8 @@ def _own_exact_direction(point: Point, direction: list[Tensor | None], layers: l
     inner = sum(((g * u).sum() for g, u in pairs), start=torch.zeros((), device=pairs[0][0].device))
     wanted = [p for layer in layers for p in layer.parameters]
     try:
-        found = torch.autograd.grad(inner, wanted, allow_unused=True, retain_graph=True)
+        with keeping_double(point.parameters):
+            found = torch.autograd.grad(inner, wanted, allow_unused=True, retain_graph=True)
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(f"hessian='exact' needs operations that can be differentiated twice ({error}); use 'fast'.") from error
     products: dict[nn.Parameter, Tensor | None] = dict(zip(wanted, found, strict=True))

@@ -28,11 +28,13 @@ class Slope:
         value: of the objective.
         along: v, for each parameter; None: no such part.
         plain: p, for each parameter; None: no such part.
+        length: the norm of v, if it is known.
     """
 
     value: float
     along: Gradients | None = None
     plain: Gradients | None = None
+    length: float | None = None
 
 
 @dataclass
@@ -97,7 +99,7 @@ class GradNorm(Objective):
     searched = False
 
     def slope(self, point: Point) -> Slope:
-        return Slope(0.5 * point.grad_norm**2, along=_detached(point.gradients))
+        return Slope(0.5 * point.grad_norm**2, along=_detached(point.gradients), length=point.grad_norm)
 
 
 class PredictedDecrease(Objective):

@@ -6,7 +6,6 @@ Knows neither the Trainer nor the schedule, and not which method runs.
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
@@ -15,9 +14,10 @@ from accelerate.utils import convert_to_fp32, extract_model_from_parallel
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
-from hf_teleport.ascent import LossFn, Point, loss_at
+from hf_teleport.ascent import LossFn, loss_at
 from hf_teleport.batches import halved
 from hf_teleport.choice import choose
+from hf_teleport.climb import HALVINGS, Climb
 from hf_teleport.config import TeleportConfig
 from hf_teleport.cost import Cost
 from hf_teleport.distributed import Ranks, out_of_memory
@@ -34,9 +34,6 @@ from hf_teleport.storage import WorkingWeights, is_low
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-
-# A step that meets an objection is tried again at half its length this many times before the batch's turn ends.
-_HALVINGS = 4
 
 
 class Teleporter:
@@ -180,7 +177,7 @@ class Teleporter:
             usual = landing(method, batches, held_back)
             snapshot = self._ranks.together(method.snapshot)
             try:
-                steps, reason = self._jump(method) if method.once else self._climb(method, batches, before, snapshot)
+                steps, reason = Climb(method, self._guard, self._ranks, self._progress).run(batches, before, snapshot)
                 if steps and self.config.control == "random_move":
                     self._ranks.together(partial(method.randomise, snapshot))
                 objection = self._shorten(method, snapshot, watched, held_back) if steps else ""
@@ -218,7 +215,7 @@ class Teleporter:
         """Halve the whole move until the loss on the batch held back is near what it was. Returns the objection if no half is."""
         if not math.isfinite(watched):
             return ""
-        for _ in range(_HALVINGS + 1):
+        for _ in range(HALVINGS + 1):
             loss = self._held_back_loss(method, held_back)
             if math.isfinite(loss) and self._guard.within(loss, watched):
                 return ""
@@ -254,80 +251,6 @@ class Teleporter:
         if self.optimizer is not None:
             method.rehearsal = Rehearsal(self.optimizer, weights.origin, self._max_grad_norm, self._rates, self._ranks)
         return method
-
-    def _jump(self, method: Method) -> tuple[int, str]:
-        """The one move of a method that makes but one. Returns the number of moves, and why there is no other."""
-        move = method.propose()
-        if move is None:
-            return 0, "aligned"
-        self._ranks.together(lambda: move(1.0))
-        self._progress(1, 1)
-        return 1, "steps_done"
-
-    def _climb(self, method: Method, batches: list[Any], before: Measurement, snapshot: Snapshot) -> tuple[int, str]:
-        """`_ascend`; if the method trusted its moves and they changed a loss, undone and made again without trust."""
-        steps, reason = self._ascend(method, batches, before)
-        if method.trusting and reason == "max_loss_change":
-            snapshot.restore()
-            method.distrust()
-            steps, reason = self._ascend(method, batches, before)
-        return steps, reason
-
-    def _ascend(self, method: Method, batches: list[Any], before: Measurement) -> tuple[int, str]:
-        """The steps on every batch in turn. Returns how many were kept, and why most of the turns ended."""
-        steps = 0
-        endings: Counter[str] = Counter()
-        for i, batch in enumerate(batches):
-            loss, seed = before.losses[i], self.config.seed + i
-            taken, ending = self._turn(method, batch, seed, loss, before.grad_norms[i], steps, len(batches))
-            steps += taken
-            if taken and method.trusting and self.config.max_loss_change is not None:
-                seen = loss_at(self.model, method.loss_fn, batch, seed=seed, ranks=method.ranks)
-                if not self._guard.within(seen, loss):
-                    return steps, "max_loss_change"
-            endings[ending] += 1
-        return steps, endings.most_common(1)[0][0]
-
-    def _turn(
-        self, method: Method, batch: Any, seed: int, loss: float, grad_norm: float, steps: int, turns: int
-    ) -> tuple[int, str]:
-        """The steps on one batch, apart, so that nothing of them is held when the next turn begins.
-
-        Args:
-            loss, grad_norm: of the batch before the event.
-            steps: taken in the turns before, of so many turns.
-        """
-        point = method.begin(batch, seed)
-        ending, taken = self._guard.objection(point, loss, grad_norm), 0
-        while not ending and taken < self.config.steps_per_batch:
-            if ending := self._guard.limit(point, grad_norm):
-                break
-            reached, ending = self._step(method, point, loss, grad_norm)
-            if reached is None:
-                break
-            point = reached
-            taken += 1
-            self._progress(steps + taken, turns * self.config.steps_per_batch)
-        return taken, ending or "steps_done"
-
-    def _step(self, method: Method, point: Point, loss: float, grad_norm: float) -> tuple[Point | None, str]:
-        """Make a move, shortened until there is no objection. None, and why: there is none, or it was undone."""
-        move = method.propose(point)
-        if move is None:
-            return None, "no_direction"
-        point.release()  # the move is made of them
-        self._ranks.together(move.make)
-        for halvings in range(_HALVINGS + 1):
-            if halvings:
-                self._ranks.together(move.halve)
-            reached = method.evaluate_again(point)
-            objection = self._guard.objection(reached, loss, grad_norm)
-            if not objection and method.gains(reached, move.fraction):
-                return reached, ""
-            objection = objection or "no_gain"
-            del reached  # of the memory of a step, the largest part
-        move.undo()
-        return None, objection
 
     def _report(
         self,

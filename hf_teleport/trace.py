@@ -6,7 +6,7 @@ of a tied weight. Nothing is wrapped, patched or hooked on the model.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hf_teleport.projectors import Call, Projector, projectors_for
+
+# An output head is wide that makes more than so many times what it reads.
+_WIDE = 2
 
 # Functions written in Python that hide the operations inside from a mode, and what must be looked at is inside.
 COMPOSITES = {F.multi_head_attention_forward}
@@ -87,12 +90,15 @@ class Trace(TorchFunctionMode):
         if func in COMPOSITES:
             with without_python_overrides(), self:
                 return func(*args, **kwargs)
-        output = self._choose(func, args, kwargs) if func in _CHOICES else func(*args, **kwargs)
+        output = self._choose(func, args, kwargs) if func in _CHOICES else self._call(func, args, kwargs)
         with torch._C.DisableTorchFunction():  # to look at a weight is not to use it
             touched = [p for p in map(self._parameter, tensors_in((*args, *kwargs.values()))) if p is not None]
             if touched:
                 self._record(func, args, kwargs, touched, output)
         return output
+
+    def _call(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
 
     def _parameter(self, tensor: Tensor) -> nn.Parameter | None:
         """The followed parameter that a tensor is, or is a view of."""
@@ -201,10 +207,19 @@ class TangentTrace(ReplayTrace):
         uses: the uses to compare with, with their D, of the parts to follow.
         choices: those of the unshifted forward.
         product: what is made of each use and the shift of its input.
+        once: the weights that are used but once in all.
     """
 
-    def __init__(self, uses: Uses, choices: list[tuple[torch.Size, Tensor]], product: Product = plain_product):
+    def __init__(
+        self,
+        uses: Uses,
+        choices: list[tuple[torch.Size, Tensor]],
+        product: Product = plain_product,
+        once: Collection[nn.Parameter] = (),
+    ):
         super().__init__(uses, choices)
+        self._once = {id(weight) for weight in once}
+        self._left = sum(len(calls) for parts in uses.values() for calls in parts.values())
         self._awaited = {weight: {region: iter(calls) for region, calls in parts.items()} for weight, parts in uses.items()}
         self._product = product
         self._latest: _InputShift | None = None
@@ -216,6 +231,7 @@ class TangentTrace(ReplayTrace):
         if awaited is None:
             return
         use = next(awaited, None)
+        self._left -= use is not None
         products = self.products[weight]
         if use is None or call.input.shape != use.call.input.shape or call.projector != use.call.projector:
             products[region] = None
@@ -225,6 +241,17 @@ class TangentTrace(ReplayTrace):
             product = self._product(weight, region, use, shift.value, shift.known)
             known = products.get(region)
             products[region] = product if known is None else known.add_(product)
+
+    def _call(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """An output head that nobody waits for behind makes zeros: with a large vocabulary, a good part of a forward."""
+        if self._left <= 1:
+            with torch._C.DisableTorchFunction():
+                for call in filter(None, (_bound(family, args, kwargs) for family in projectors_for(func))):
+                    shape = call.projector.output_shape(call)
+                    unawaited = self._left == 0 or id(self._parameter(call.weight)) in self._once
+                    if shape is not None and unawaited and shape[-1] > _WIDE * call.input.shape[-1]:
+                        return call.input.new_zeros(shape)
+        return super()._call(func, args, kwargs)
 
     def _shift(self, moved: Tensor, start: Tensor) -> "_InputShift":
         latest = self._latest
@@ -255,6 +282,7 @@ def norm_of(tensor: Tensor) -> Tensor:
 
 _ALIASES = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 _CHOICES = {torch.topk, torch.Tensor.topk, torch.argmax, torch.Tensor.argmax}
+_BACKWARDS = {torch.autograd.grad, torch.Tensor.backward}
 _PRODUCTS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm}
 
 
@@ -269,6 +297,9 @@ class KeepDouble(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _BACKWARDS:  # in which a checkpoint runs a forward again
+            with without_overrides_of_backward(), self:
+                return func(*args, **kwargs)
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is torch.Tensor.float:
                 return args[0]
@@ -304,4 +335,14 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
 def without_python_overrides() -> Iterator[None]:
     """`torch.nn.functional` runs its Python functions as they are; the operations that they call are still seen."""
     with mock.patch.object(F, "has_torch_function", return_value=False):
+        yield
+
+
+@contextmanager
+def without_overrides_of_backward() -> Iterator[None]:
+    """Likewise for the functions that go backwards."""
+    with (
+        mock.patch.object(torch.autograd, "has_torch_function", return_value=False),
+        mock.patch.object(torch._tensor, "has_torch_function_unary", return_value=False),
+    ):
         yield

@@ -45,8 +45,8 @@ Made by `python scripts/zoo.py --output docs/zoo.md`; rerun it to check a new re
 {change_64:.0e} in float64. In {nine_tenths} of {count}, at least nine tenths of the matrix elements may move.
 
 - *may move*, *moved*: share of the elements of trainable weights with two or more dimensions; embeddings, learned positions
-  and tokens, and tied weights are left aside. What may move but did not has no null space at these sizes, or nothing
-  trainable below it.
+  and tokens, and tied weights are left aside. What may move but did not has no null space at these sizes, nothing
+  trainable below it, or a direction that is rounding beside that of a far more sensitive layer.
 - *loss*: relative change of the loss on the batch. Many architectures compute their loss in float32 whatever the weights are.
 - *growth*: of the gradient norm. An event ends when it has doubled, or after 8 steps.
 - *fast = exact*: relative difference between the direction without double backward and the one with it, in float64; empty

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hf_teleport import TeleportConfig
 from hf_teleport.ascent import evaluate, evaluate_again, norm
@@ -60,6 +61,32 @@ def test_fast_is_exact_on_transformers_models(name, minimum, seed):
     assert set(MODELS) >= {name}
     model, batch = build(name, seed=seed)
     assert_fast_is_exact(model, loss_fn, batch, minimum)
+
+
+class Calls(TorchFunctionMode):
+    """Counts the forwards without gradients, by their embeddings, and the heads in them."""
+
+    forwards = heads = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if not torch.is_grad_enabled():
+            self.forwards += func is F.embedding
+            self.heads += func is F.linear and output.shape[-1] == 97
+        return output
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_fast_is_exact_below_and_in_a_wide_head_which_a_shifted_forward_leaves_out(tied):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=97, tie_word_embeddings=tied)).double()
+    ids = torch.randint(97, (2, 6))
+    with Calls() as calls:
+        compared = assert_fast_is_exact(model, loss_fn, {"input_ids": ids, "labels": ids}, 14)
+    assert ("lm_head" in compared) is not tied
+    # Of the two forwards of a central difference the first runs to its end.
+    assert calls.forwards == 2 * calls.heads > 0
 
 
 class Middle(nn.Module):

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from benchmark_race import Course, Measured, peak_memory
 from hf_teleport.ascent import evaluate
 from hf_teleport.isolation import evaluation_mode
 from hf_teleport.subspace import Subspace
+
+import forks
 
 CPU = torch.device("cpu")
 MEGA = 2**20
@@ -214,9 +217,11 @@ def test_work_draws_at_least_one_sample():
     assert len(work.draw(0)["labels"]) == 1
 
 
-def test_decompositions_are_spread_over_processes(tmp_path):
-    from benchmark_ranks import main
+def test_decompositions_are_spread_over_processes(tmp_path, monkeypatch):
+    from benchmark_ranks import main, mp
 
+    forks.start()
+    monkeypatch.setattr(mp, "start_processes", partial(mp.start_processes, start_method="forkserver"))
     words = ["--width", "24", "--blocks", "1", "--repeats", "1", "--processes", "1", "2"]
     found = main([*words, "--json", str(tmp_path / "ranks.json")])
     assert list(found["seconds"]) == [1, 2]

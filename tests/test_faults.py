@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer, TeleportTrainingArguments
 from hf_teleport.ascent import loss_at
+from hf_teleport.climb import Climb
 from hf_teleport.data import ImageTensors
 from hf_teleport.distributed import Ranks
 from hf_teleport.isolation import Snapshot, preserved_rng
@@ -291,7 +292,7 @@ PHASES = {
         "copy_before_a_step": (Snapshot, "__init__", 3),
         "half_a_step": (Layer, "add_", 1),
         "half_a_later_step": (Layer, "add_", 7),
-        "step_made": (Teleporter, "_step", 2),
+        "step_made": (Climb, "_step", 2),
         "held_back": (Teleporter, "_shorten", 1),
         "verdict": (Teleporter, "_verdict", 1),
         "accept": (NullSpace, "accept", 1),

@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from hf_teleport import TeleportConfig, TeleportTrainer
 from hf_teleport.journal import read
 from hf_teleport.shards import Shards
+from hf_teleport.trace import keeping_double
 
 from ranks import VOCAB, flat, fsdp2_of_accelerate, llama, run
 
@@ -63,7 +64,8 @@ def trained(folder, settings, dtype=torch.float32, fsdp=True, saved=None, start=
     )
     made = {"model": llama(dtype), "args": args, "train_dataset": rows}
     trainer = Trainer(**made) if settings is None else TeleportTrainer(**made, teleport_config=TeleportConfig(**settings))
-    trainer.train(resume_from_checkpoint=start)
+    with keeping_double(trainer.model.parameters()):  # or Llama's casts would make a jump of the last digit's rounding
+        trainer.train(resume_from_checkpoint=start)
     history = [{k: v for k, v in row.items() if not k.endswith(_TIMES)} for row in trainer.state.log_history]
     return trainer, {
         "weights": flat(trainer.model),

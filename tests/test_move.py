@@ -43,7 +43,7 @@ def test_what_a_straight_move_is_made_of_goes_when_it_is_made():
     gc.collect()
     assert gone() is None
     move.halve()
-    with pytest.raises(RuntimeError, match="propose another"):
+    with pytest.raises(RuntimeError, match="use another"):
         move(1.0)
 
 

@@ -76,3 +76,25 @@ def test_layers_that_part_have_their_own():
     assert subspaces["a"] is subspaces["b"]
     assert subspaces["c"] is not subspaces["a"]
     assert_own(method, points)
+
+
+def test_a_layer_that_has_no_direction_but_rounding_stays_bit_for_bit(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 4)).double()
+    batch = torch.randn(4, 12).double(), torch.arange(4)
+    method, _ = prepared(model, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), [batch])
+    middle = next(layer for layer in method.layers if layer.weight is model[2].weight)
+    projected = NullSpace._projected
+
+    def rounded(self, point, slope):
+        moves = projected(self, point, slope)
+        moves[middle] *= 1e-18
+        return moves
+
+    for patched in (False, True):
+        if patched:
+            monkeypatch.setattr(NullSpace, "_projected", rounded)
+        before = [p.detach().clone() for p in model.parameters()]
+        method.propose(method.begin(batch, 0))(1.0)
+        moved = [not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
+        assert moved == [False, False, not patched, not patched, True, True]

@@ -1,3 +1,4 @@
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -138,6 +139,33 @@ def test_weights_that_read_the_same_input_share_its_shift_and_what_is_made_of_it
     assert seen[2][0] is not seen[0][0]
     assert [count for _, count in seen] == [0, 1, 0]
     assert all(torch.equal(found, x + shift - x) for found, _ in seen)
+
+
+@pytest.mark.parametrize("once", [True, False])
+@pytest.mark.parametrize(("width", "wide"), [(4, False), (9, True)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_wide_head_behind_which_nothing_is_awaited_makes_zeros(once, width, wide, transposed):
+    below, head, behind = nn.Linear(4, 4), nn.Parameter(torch.randn(width, 4)), nn.Linear(width, 20)
+    x, shift = torch.randn(5, 4), torch.randn(5, 4)
+
+    def forward(x):
+        hidden = torch.tanh(below(x))
+        logits = hidden @ head.t() if transposed else F.linear(hidden, head)
+        return logits, behind(logits)
+
+    with Trace([below.weight, head]) as trace:
+        forward(x)[0].square().sum().backward()
+    with torch.no_grad(), TangentTrace(trace.uses, []) as plain:
+        forward(x + shift)
+    with torch.no_grad(), TangentTrace(trace.uses, [], once=[head] if once else []) as tangent:
+        logits, last = forward(x + shift)
+    for weight in (below.weight, head):
+        assert torch.equal(*(next(iter(each.products[weight].values())) for each in (plain, tangent)))
+    assert logits.shape == (5, width)
+    assert bool(logits.any()) is not (once and wide)
+    # Behind it nothing is awaited in either case.
+    assert last.shape == (5, 20)
+    assert not last.any()
 
 
 def test_a_use_knows_whether_a_shift_of_the_weights_reaches_its_input():

@@ -33,7 +33,7 @@ class Move:
     def __call__(self, fraction: float) -> None:
         """Carry it out with no way back."""
         if self._carry_out is None:
-            raise RuntimeError("this move is made, and what it was made of is gone; propose another.")
+            raise RuntimeError("this move is made, and what it was made of is gone; use another that the method proposes.")
         self._carry_out(fraction)
 
     def make(self) -> None:

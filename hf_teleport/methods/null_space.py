@@ -7,11 +7,13 @@ as it was, and so the inputs of every layer above: one projector serves all step
 import math
 import time
 from functools import cached_property, partial
+from itertools import compress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from hf_teleport.ascent import LossFn, Point, evaluate, evaluate_again, loss_at, norm
+from hf_teleport.ascent import LossFn, Point, evaluate, evaluate_again, loss_at, norm, norms
 from hf_teleport.audit import TIED_VIEWS, UNUSED, audit, overlap
 from hf_teleport.config import TeleportConfig
 from hf_teleport.decomposition import null_spaces
@@ -225,9 +227,13 @@ class NullSpace(Method):
         slope = self._reached or self._objective.slope(point)
         self._value, self._reached = slope.value, None
         moves = self._projected(point, slope)
-        length = norm(moves.values(), self.ranks)
+        lengths = norms(moves.values(), self.ranks)
+        length = math.hypot(*lengths)
         if length == 0 or not math.isfinite(length):
             return None
+        # A layer that has no direction but rounding stays where it is, bit for bit.
+        long = (own > torch.finfo(move.dtype).eps * length for move, own in zip(moves.values(), lengths, strict=True))
+        moves = dict(compress(moves.items(), long))
         return self._step(moves, self._scale * self.config.learning_rate * self._unit(length))
 
     def _projected(self, point: Point, slope: Slope) -> Moves:
@@ -238,7 +244,8 @@ class NullSpace(Method):
             products = exact_direction(point, slope.along, layers, self.ranks)
             moves = self.ranks.together(lambda: {layer: self.subspaces[layer].project(h) for layer, h in products.items()})
         elif slope.along is not None:
-            moves = fast_direction(self.model, self.loss_fn, point, slope.along, layers, self.subspaces, self._shift, self.ranks)
+            around = point, slope.along, layers, self.subspaces, self._shift, self.ranks, slope.length
+            moves = fast_direction(self.model, self.loss_fn, *around)
         if slope.plain is not None:
             plain = dict(zip(point.parameters, slope.plain, strict=True))
             for layer in layers:

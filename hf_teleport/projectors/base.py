@@ -48,6 +48,10 @@ class Projector(ABC):
     def output_rows(self, output: Tensor) -> Tensor:
         """Z, or the gradient D with respect to it, as rows, (G, N, o)."""
 
+    def output_shape(self, call: Call) -> tuple[int, ...] | None:
+        """The shape of what a call makes; None: only the operation itself knows."""
+        return None
+
     def to_matrix(self, weight: Tensor) -> Tensor:
         """W: the weight as matrices, (G, o, d). Default: it is one matrix (o, d)."""
         return weight.unsqueeze(0)

@@ -20,6 +20,9 @@ class LastDimension(Projector):
     def output_rows(self, output: Tensor) -> Tensor:
         return output.reshape(1, -1, output.shape[-1])
 
+    def output_shape(self, call: Call) -> tuple[int, ...]:
+        return (*call.input.shape[:-1], self.to_matrix(call.weight).shape[-2])
+
 
 @register(F.linear)
 class Linear(LastDimension):
