@@ -7,8 +7,8 @@ from torch import nn
 from hf_teleport.report import LayerReport, TeleportReport, why_immovable
 
 NO_DIRECTION = (
-    "its direction is zero, or no more than rounding beside the others': no trainable weight lies below it, no gradient reaches its "
-    "output, or other layers are far more sensitive"
+    "its direction is zero, or no more than rounding beside the others': no trainable weight lies below it, no gradient reaches "
+    "its output, or other layers are far more sensitive"
 )
 SAME_IN_ANY_BASIS = "the turn leaves its values as they are, as it does a uniform gain and a bias of zeros"
 
