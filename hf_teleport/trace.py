@@ -254,12 +254,10 @@ class TangentTrace(ReplayTrace):
         return super()._call(func, args, kwargs)
 
     def _shift(self, moved: Tensor, start: Tensor) -> "_InputShift":
-        latest = self._latest
-        if latest is None or latest.moved is not moved or latest.start is not start:
+        if self._latest is None or self._latest.moved is not moved or self._latest.start is not start:
             value = moved - start
-            latest = _InputShift(moved, start, value, torch.stack([norm_of(value), norm_of(start)]).square())
-        self._latest = latest
-        return latest
+            self._latest = _InputShift(moved, start, value, torch.stack([norm_of(value), norm_of(start)]).square())
+        return self._latest
 
 
 @dataclass

@@ -7,7 +7,7 @@ as it was, and so the inputs of every layer above: one projector serves all step
 import math
 import time
 from functools import cached_property, partial
-from itertools import compress
+from itertools import chain, compress
 from typing import Any
 
 import torch
@@ -270,7 +270,8 @@ class NullSpace(Method):
             return 1.0
         return norm(self.movable, self.ranks) / length
 
-    def _step(self, moves: Moves, rate: float) -> Move:
+    @staticmethod
+    def _step(moves: Moves, rate: float) -> Move:
         def carry_out(fraction: float) -> None:
             for place, direction in moves.items():
                 if isinstance(place, Layer):
@@ -278,7 +279,8 @@ class NullSpace(Method):
                 else:
                     place.data.add_(direction, alpha=rate * fraction)
 
-        parameters = dict.fromkeys(parameter for layer in self._moving for parameter in layer.parameters)
+        changed = (place.parameters if isinstance(place, Layer) else [place] for place in moves)
+        parameters = dict.fromkeys(chain.from_iterable(changed))
         return Move(carry_out, partial(Snapshot, parameters), straight=True)
 
     def randomise(self, snapshot: Snapshot) -> None:
