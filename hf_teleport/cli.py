@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import nn
 
+from hf_teleport.commands.loading import model_and_batch
+from hf_teleport.commands.synthetic import synthetic_loss
 from hf_teleport.config import SYMMETRIES, TeleportConfig
 from hf_teleport.inspection import THRESHOLDS, Inspection, inspect_model
-from hf_teleport.loading import model_and_batch
 from hf_teleport.report import SymmetryReport
-from hf_teleport.summary import console
-from hf_teleport.synthetic import synthetic_loss
 from hf_teleport.tasks import TASKS, train
 from hf_teleport.teleporter import Teleporter
+from hf_teleport.training.summary import console
 
 _MODEL = "a Hub id, a local folder, or a config name (llama, bert, vit, ...) for random weights"
 
@@ -173,7 +173,7 @@ def _positive(text: str) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from hf_teleport.doctor import examine, foretell, healthy, sentences, to_dict
+    from hf_teleport.commands.doctor import examine, foretell, healthy, sentences, to_dict
 
     findings = examine()
     prognosis = foretell(*_inputs(arguments), synthetic_loss) if arguments.model else None
@@ -214,8 +214,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _experiment(arguments: argparse.Namespace) -> None:
-    from hf_teleport.experiments.runs import execute
-    from hf_teleport.experiments.settings import plan, read
+    from hf_teleport.lab.runs import execute
+    from hf_teleport.lab.settings import plan, read
 
     with _named(arguments.config):
         experiment = plan(read(arguments.config, arguments.overrides))
@@ -226,9 +226,9 @@ def _experiment(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from hf_teleport.experiments.compare import compare, protocol
-    from hf_teleport.experiments.report import sentences, table, write
-    from hf_teleport.experiments.settings import read
+    from hf_teleport.lab.compare import compare, protocol
+    from hf_teleport.lab.report import sentences, table, write
+    from hf_teleport.lab.settings import read
 
     with _named(arguments.config):
         planned = protocol(read(arguments.config, arguments.overrides))
@@ -264,7 +264,7 @@ def _quieten(training: Any) -> bool:
 
 
 def _plot(arguments: argparse.Namespace) -> None:
-    from hf_teleport.experiments.plot import FIGURE, NUMBERS, plot
+    from hf_teleport.lab.plot import FIGURE, NUMBERS, plot
 
     table = plot(arguments.output)
     console().print(table)
@@ -273,8 +273,8 @@ def _plot(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from hf_teleport.html import write
-    from hf_teleport.outcome import outcome
-    from hf_teleport.summary import table
+    from hf_teleport.reporting.outcome import outcome
+    from hf_teleport.training.summary import table
 
     # First, for it needs no matplotlib.
     if (run := outcome(arguments.folder)) and run.events:

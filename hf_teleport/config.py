@@ -233,6 +233,17 @@ class TeleportConfig:
         """All settings as plain Python values."""
         return asdict(self)
 
+    def as_python(self) -> str:
+        """The call that makes these settings, those that are the default left out."""
+        default = TeleportConfig()
+        changed = [s.name for s in fields(self) if getattr(self, s.name) != getattr(default, s.name)]
+        return f"TeleportConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in changed)})"
+
+    def allows(self, loss: float, reference: float) -> bool:
+        """Whether a loss is as near to a reference as `max_loss_change` asks."""
+        limit = self.max_loss_change
+        return limit is None or abs(loss - reference) <= limit * abs(reference)
+
 
 # For help() and the reference: every setting has its text in one place.
 TeleportConfig.__doc__ = f"{cleandoc(TeleportConfig.__doc__ or '')}\n\nAttributes:\n" + "\n".join(

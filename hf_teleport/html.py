@@ -10,10 +10,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from hf_teleport import plots, summary
 from hf_teleport.config import TeleportConfig
 from hf_teleport.journal import JOURNAL, Event
-from hf_teleport.outcome import STATE, Outcome, outcome
+from hf_teleport.reporting import plots
+from hf_teleport.reporting.outcome import STATE, Outcome, outcome
+from hf_teleport.training import summary
 from hf_teleport.version import __version__
 
 REPORT = "report.html"
@@ -105,7 +106,7 @@ def render(folder: str | Path) -> str:
             f"{str(folder)!r} is neither a run nor a comparison: it has no {JOURNAL}, no {STATE} (there or in a checkpoint) and "
             f"no {_COMPARISON}. Give the output_dir of a TeleportTrainer, or of hf-teleport compare."
         )
-    pages = Environment(loader=PackageLoader("hf_teleport"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    pages = Environment(loader=PackageLoader("hf_teleport.reporting"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = pages.get_template(template).render(version=__version__, folder=name, **values)
     return _CONTROL.sub("\ufffd", text)
 
@@ -200,7 +201,7 @@ def _code(config: dict[str, Any]) -> str:
 
 
 def _comparison(folder: Path) -> dict[str, Any]:
-    from hf_teleport.experiments.report import cells, columns, verdicts
+    from hf_teleport.lab.report import cells, columns, verdicts
 
     try:
         found = json.loads((folder / _COMPARISON).read_text(encoding="utf-8"))

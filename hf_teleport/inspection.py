@@ -6,14 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from hf_teleport.ascent import LossFn, evaluate
-from hf_teleport.audit import audit
 from hf_teleport.config import TeleportConfig
-from hf_teleport.cost import Cost
-from hf_teleport.isolation import Snapshot, evaluation_mode, full_precision, preserved_rng
+from hf_teleport.event.cost import Cost
+from hf_teleport.layers.audit import audit
+from hf_teleport.layers.point import LossFn, evaluate
+from hf_teleport.layers.subspace import Representation, core_dims, rank_tolerance
 from hf_teleport.report import LayerReport, share
-from hf_teleport.subspace import Representation, core_dims, rank_tolerance
 from hf_teleport.teleporter import Teleporter
+from hf_teleport.weights.isolation import evaluation_mode, full_precision, preserved_rng
+from hf_teleport.weights.snapshot import Snapshot
 
 THRESHOLDS = (1.0, 0.999, 0.99)
 

@@ -9,7 +9,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hf_teleport.card import teleports
 from hf_teleport.config import TeleportConfig
 from hf_teleport.report import TeleportReport
 from hf_teleport.version import __version__
@@ -40,6 +39,15 @@ _TRAINING = (
     "fp16",
     "seed",
 )
+
+
+def teleports(log_history: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The teleports among what Trainer logged, oldest first: `TeleportReport.metrics`, and `step`, the one they came before.
+
+    Trainer saves its log with every checkpoint, so that a resumed run has the teleports from before.
+    """
+    logged = [entry for entry in log_history if "teleport/loss_before" in entry]
+    return [{key.removeprefix("teleport/"): value for key, value in entry.items()} for entry in logged]
 
 
 class Journal:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import EvalPrediction
 
-from hf_teleport.experiments.extras import require_extra
+from hf_teleport.reporting.extras import require_extra
 
 evaluate: Any = require_extra("evaluate")
 

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
-
 
 @dataclass
 class LayerReport:
@@ -143,44 +141,6 @@ class TeleportReport:
         """Everything as plain values. A number that is not finite becomes None, for JSON has no NaN."""
         derived = {name: getattr(self, name) for name in ("null_dim", "moved_share", "misalignment")}
         return _json_safe({**asdict(self), **derived})
-
-
-@dataclass
-class Check:
-    """What a teleport could do, found out without moving anything.
-
-    Attributes:
-        loss: on the batch, which may not be finite.
-        problem: why nothing could be judged; empty if it could.
-        layers: a report for every weight; empty if there is a problem.
-        symmetries: for a method that turns symmetries, each that was found.
-        blocking: norm gains that must stay uniform if the residual stream is to turn.
-        cost: what an event will cost; None if there is a problem.
-    """
-
-    loss: float
-    problem: str = ""
-    layers: list[LayerReport] = field(default_factory=list)
-    symmetries: list[SymmetryReport] = field(default_factory=list)
-    blocking: list[nn.Parameter] = field(default_factory=list)
-    cost: Any = None  # a `Cost`; naming it here would be a circle of imports
-
-    @property
-    def immovable(self) -> str:
-        """The most frequent reasons why no weight may move; empty if one may, or if nothing could be judged."""
-        return why_immovable(self.layers) if self.layers and not any(layer.movable for layer in self.layers) else ""
-
-    def require_movable(self) -> None:
-        """Raise if the batch was judged, and no weight may move.
-
-        Raises:
-            ValueError: with the most frequent reasons.
-        """
-        if self.immovable:
-            raise ValueError(
-                f"{self.immovable}. See target_modules and exclude_modules if they select too little; `hf-teleport inspect` "
-                "tells more of a saved model; with teleport_epochs 0 training runs without teleports."
-            )
 
 
 def why_immovable(layers: Iterable[LayerReport]) -> str:

@@ -3,6 +3,7 @@
 Knows neither the Trainer nor the schedule, and not which method runs.
 """
 
+import copy
 import logging
 import math
 import time
@@ -14,22 +15,24 @@ from accelerate.utils import convert_to_fp32, extract_model_from_parallel
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
-from hf_teleport.ascent import LossFn, loss_at
-from hf_teleport.batches import halved
-from hf_teleport.choice import choose
-from hf_teleport.climb import HALVINGS, Climb
 from hf_teleport.config import TeleportConfig
-from hf_teleport.cost import Cost
-from hf_teleport.distributed import Ranks, out_of_memory
-from hf_teleport.guard import Guard
-from hf_teleport.isolation import Snapshot, isolated, preserved_rng
-from hf_teleport.measurement import Measurement, landing, measure
+from hf_teleport.event.batches import halved
+from hf_teleport.event.check import Check
+from hf_teleport.event.choice import BASIS_STEP, choose
+from hf_teleport.event.climb import HALVINGS, Climb
+from hf_teleport.event.cost import Cost
+from hf_teleport.event.guard import Guard
+from hf_teleport.event.measurement import Measurement, landing, measure
+from hf_teleport.layers.point import LossFn, loss_at
 from hf_teleport.methods import METHODS, Method
-from hf_teleport.optimizer_state import forget
-from hf_teleport.reasons import NO_STEP, explain, why_unmoved
-from hf_teleport.rehearsal import Rehearsal
-from hf_teleport.report import Check, TeleportReport
-from hf_teleport.storage import WorkingWeights, is_low
+from hf_teleport.methods.reasons import NO_STEP, explain, why_unmoved
+from hf_teleport.optimizers.rehearsal import Rehearsal
+from hf_teleport.optimizers.state import forget, unwrapped
+from hf_teleport.report import TeleportReport
+from hf_teleport.weights.isolation import isolated, preserved_rng
+from hf_teleport.weights.ranks import Ranks, out_of_memory
+from hf_teleport.weights.snapshot import Snapshot
+from hf_teleport.weights.storage import WorkingWeights, is_low
 
 logger = logging.getLogger(__name__)
 
@@ -129,13 +132,26 @@ class Teleporter:
             if not batches:
                 return Check(math.nan, NO_STEP["out_of_memory"])
 
+    def choose(self, batch: Any, loss_fn: LossFn, basis_step: int = BASIS_STEP) -> tuple[TeleportConfig, str]:
+        """What method 'auto' comes to on this batch, and why not 'basis' (`hf_teleport.event.choice.choose`).
+
+        Raises:
+            ValueError: as `check`.
+        """
+        return choose(self.config, self.optimizer, lambda config: self._with(config).check(batch, loss_fn), basis_step)
+
     def _settle(self, batch: Any, loss_fn: LossFn) -> None:
         if self.config.method == "auto":
-            self.config, _ = choose(self, batch, loss_fn)
+            self.config, _ = self.choose(batch, loss_fn)
+
+    def _with(self, config: TeleportConfig) -> "Teleporter":
+        other = copy.copy(self)
+        other.config = config
+        return other
 
     def _judge(self, batch: Any, loss_fn: LossFn) -> Check:
         loss_fn = self._on_float32(loss_fn)
-        with isolated(self.model, self.optimizer, self._ranks, self._kind.on_shards(self.config)) as weights:
+        with isolated(self.model, self._state, self._ranks, self._kind.on_shards(self.config)) as weights:
             method = self._method(loss_fn, weights)
             point = method.evaluate(batch, self.config.seed)
             if not point.finite:
@@ -163,7 +179,7 @@ class Teleporter:
 
     def _event(self, batches: list[Any], loss_fn: LossFn, held_back: Any, start: float) -> TeleportReport:
         loss_fn = self._on_float32(loss_fn)
-        with isolated(self.model, self.optimizer, self._ranks, self._kind.on_shards(self.config)) as weights:
+        with isolated(self.model, self._state, self._ranks, self._kind.on_shards(self.config)) as weights:
             method = self._method(loss_fn, weights)
             before = measure(method, batches, method.survey)
             if not before.finite:
@@ -217,7 +233,7 @@ class Teleporter:
             return ""
         for _ in range(HALVINGS + 1):
             loss = self._held_back_loss(method, held_back)
-            if math.isfinite(loss) and self._guard.within(loss, watched):
+            if math.isfinite(loss) and self.config.allows(loss, watched):
                 return ""
             if method.once:  # half a rotation is none
                 break
@@ -230,7 +246,7 @@ class Teleporter:
         # A unit that is saturated hides what becomes of its weights.
         if not self._ranks.together(lambda: after.finite and all(p.isfinite().all() for p in method.movable)):
             own = "non_finite"
-        elif not own and not self._guard.within(after.loss, before.loss):
+        elif not own and not self.config.allows(after.loss, before.loss):
             own = "max_loss_change"
         return next((objection for objection in self._ranks.gather(own) if objection), "")
 
@@ -241,6 +257,10 @@ class Teleporter:
         # Last, for it is not undone.
         if self.optimizer is not None and self.config.optimizer_state == "reset":
             forget(self.optimizer, method.movable)
+
+    @property
+    def _state(self) -> dict[Any, Any]:
+        return {} if self.optimizer is None else unwrapped(self.optimizer).state
 
     @property
     def _kind(self) -> type[Method]:

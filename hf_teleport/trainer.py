@@ -21,20 +21,20 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from hf_teleport.arguments import TeleportArguments
-from hf_teleport.batches import check_given, share_of
-from hf_teleport.callback import TeleportCallback
-from hf_teleport.card import add_to_card, changed_settings, teleports
-from hf_teleport.choice import BASIS_STEP, afford, choose
 from hf_teleport.config import TeleportConfig
-from hf_teleport.cost import LARGE_SHARE, Cost, event_passes, share_of_run
-from hf_teleport.distributed import check_strategy
-from hf_teleport.isolation import own_copy, preserved_rng, unnoted
-from hf_teleport.journal import Journal, about
-from hf_teleport.optimizer_state import keeps_copies, unwrapped
+from hf_teleport.event.batches import check_given, share_of
+from hf_teleport.event.choice import BASIS_STEP, afford
+from hf_teleport.event.cost import LARGE_SHARE, Cost, event_passes, share_of_run
+from hf_teleport.journal import Journal, about, teleports
+from hf_teleport.optimizers.state import keeps_copies, unwrapped
 from hf_teleport.report import TeleportReport, share
-from hf_teleport.schedule import teleport_steps, upcoming_rates
-from hf_teleport.summary import console, table
 from hf_teleport.teleporter import Teleporter
+from hf_teleport.training.callback import TeleportCallback
+from hf_teleport.training.card import add_to_card
+from hf_teleport.training.schedule import teleport_steps, upcoming_rates
+from hf_teleport.training.summary import console, table
+from hf_teleport.weights.isolation import own_copy, preserved_rng, unnoted
+from hf_teleport.weights.ranks import check_strategy
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ class TeleportMixin(_Base):
         own = self.args.teleport_config() if isinstance(self.args, TeleportArguments) else TeleportConfig()
         if teleport_config is not None and own not in (TeleportConfig(), teleport_config):
             raise ValueError(
-                f"teleport settings are given twice, as {changed_settings(teleport_config)} and in the training "
-                f"arguments, {changed_settings(own)}: leave one of them out."
+                f"teleport settings are given twice, as {teleport_config.as_python()} and in the training "
+                f"arguments, {own.as_python()}: leave one of them out."
             )
         self.teleport_config = teleport_config or own
         self._own_teleport_dataset = teleport_dataset
@@ -276,7 +276,7 @@ class TeleportMixin(_Base):
     def _settle(self, batch: Any, steps_per_epoch: int, max_steps: int, basis_step: int) -> None:
         """Decide for method 'auto' on settings and schedule, by what is the same in a run and in its resumption."""
         teleporter = self._teleporter(self.teleport_config)
-        chosen, why = choose(teleporter, batch, self._teleport_loss, basis_step)
+        chosen, why = teleporter.choose(batch, self._teleport_loss, basis_step)
         steps = teleport_steps(chosen, steps_per_epoch, max_steps)
         affordable = afford(chosen, len(steps), self._passes(max_steps))
         self._settled = affordable or chosen

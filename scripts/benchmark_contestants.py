@@ -12,13 +12,14 @@ from benchmark_models import Batch, Work, loss_fn
 from torch import Tensor
 
 from hf_teleport import TeleportConfig, Teleporter
-from hf_teleport.ascent import Point, evaluate, norm
-from hf_teleport.audit import audit
-from hf_teleport.direction import exact_direction
-from hf_teleport.isolation import evaluation_mode
-from hf_teleport.layers import Layer
+from hf_teleport.layers.audit import audit
+from hf_teleport.layers.layer import Layer
+from hf_teleport.layers.point import Point, evaluate
+from hf_teleport.layers.subspace import Representation, core_dims, null_space, rank_tolerance
 from hf_teleport.methods import NullSpace
-from hf_teleport.subspace import Representation, core_dims, null_space, rank_tolerance
+from hf_teleport.methods.null_space.direction import exact_direction
+from hf_teleport.weights.isolation import evaluation_mode
+from hf_teleport.weights.norms import norm
 
 Run = Callable[[], Any]
 Contestant = Callable[[], Run]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
-from hf_teleport.isolation import Snapshot
-from hf_teleport.models import CNNConfig, CNNForImageClassification, MLPConfig, MLPForImageClassification
+from hf_teleport.lab.models import CNNConfig, CNNForImageClassification, MLPConfig, MLPForImageClassification
+from hf_teleport.weights.snapshot import Snapshot
 
 Batch = dict[str, Tensor]
 

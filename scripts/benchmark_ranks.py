@@ -23,9 +23,9 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 
-from hf_teleport.decomposition import null_spaces
-from hf_teleport.distributed import Ranks
-from hf_teleport.subspace import Representation
+from hf_teleport.layers.subspace import Representation
+from hf_teleport.methods.null_space.decomposition import null_spaces
+from hf_teleport.weights.ranks import Ranks
 
 # Inputs of one block: of q, k and v, of o, of gate and up (each read together), and of down, wider by 8/3.
 BLOCK = [1, 1, 1, 8 / 3]

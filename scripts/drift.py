@@ -8,7 +8,7 @@ from run_image_classification import build_model
 from transformers import set_seed
 
 from hf_teleport import TeleportConfig, Teleporter
-from hf_teleport.data import load_images
+from hf_teleport.lab.data import load_images
 
 
 def main() -> None:

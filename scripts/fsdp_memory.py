@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_teleport import TeleportConfig, Teleporter
-from hf_teleport.methods.null_space import NullSpace
+from hf_teleport.methods.null_space.method import NullSpace
 
 _STATUS = Path("/proc/self/status")
 

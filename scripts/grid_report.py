@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from hf_teleport.plots import scale_of
+from hf_teleport.reporting.plots import scale_of
 
 Runs = dict[str, pd.DataFrame]
 

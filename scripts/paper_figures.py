@@ -26,11 +26,12 @@ from benchmark_contestants import rows_of
 from torch import nn
 
 from hf_teleport import TeleportConfig
-from hf_teleport.experiments.runs import make_trainer
-from hf_teleport.experiments.settings import plan, read
-from hf_teleport.isolation import Snapshot, evaluation_mode, preserved_rng
+from hf_teleport.lab.runs import make_trainer
+from hf_teleport.lab.settings import plan, read
+from hf_teleport.layers.subspace import Representation
 from hf_teleport.methods import NullSpace
-from hf_teleport.subspace import Representation
+from hf_teleport.weights.isolation import evaluation_mode, preserved_rng
+from hf_teleport.weights.snapshot import Snapshot
 
 THRESHOLDS = [1.0, 0.999, 0.99, 0.9]
 ROLES = {"mlp": "C0", "conv": "C1", "q": "C2", "k": "C3", "v": "C4", "o": "C5", "head": "C6"}

@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 from grid_report import interval, markdown
 
-from hf_teleport.experiments.results import best_rates, curves, evaluations, final, paper_rate
-from hf_teleport.experiments.verdict import passage
-from hf_teleport.plots import scale_of
+from hf_teleport.lab.results import best_rates, curves, evaluations, final, paper_rate
+from hf_teleport.lab.verdict import passage
+from hf_teleport.reporting.plots import scale_of
 
 HEADER = ["data, optimizer", "rate", "baseline", "null space", "difference", "test, difference", "CPU time", "to baseline's loss"]
 ARMS = ["baseline", "null_space"]

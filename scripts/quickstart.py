@@ -17,7 +17,7 @@ import torch
 from run_image_classification import make_trainer, parse
 from transformers.utils import logging
 
-from hf_teleport.data import ImageTensors, load_images
+from hf_teleport.lab.data import ImageTensors, load_images
 
 MODELS = ["mlp", "cnn", "vit"]
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from hf_teleport import TeleportTrainer, TeleportTrainingArguments
-from hf_teleport.data import ImageTensors, load_images
-from hf_teleport.experiments.history import History
-from hf_teleport.experiments.keys import from_yaml
-from hf_teleport.models import CNNConfig, CNNForImageClassification, MLPConfig, MLPForImageClassification
+from hf_teleport.lab.data import ImageTensors, load_images
+from hf_teleport.lab.history import History
+from hf_teleport.lab.keys import from_yaml
+from hf_teleport.lab.models import CNNConfig, CNNForImageClassification, MLPConfig, MLPForImageClassification
 
 
 @dataclass

@@ -19,8 +19,8 @@ from torch.utils.data import Dataset, Subset
 from transformers import set_seed
 
 from hf_teleport import TeleportTrainer, TeleportTrainingArguments
-from hf_teleport.data import TensorRows
-from hf_teleport.experiments.history import History
+from hf_teleport.lab.data import TensorRows
+from hf_teleport.lab.history import History
 
 
 def evenly(rows: Any, count: int) -> Dataset:

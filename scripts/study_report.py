@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from grid_report import Runs, at_best, best_rate, interval, load, markdown, plot, rates_table
 
-from hf_teleport.experiments import verdict
+from hf_teleport.lab import verdict
 
 RUN = ["arm", "learning_rate", "seed"]
 

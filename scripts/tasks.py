@@ -19,7 +19,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_teleport.data import (
+from hf_teleport.lab.data import (
     TensorRows,
     Texts,
     language_model_rows,
@@ -29,7 +29,7 @@ from hf_teleport.data import (
     sentence_rows,
     word_tokenizer,
 )
-from hf_teleport.models import SeriesConfig, SeriesTransformer
+from hf_teleport.lab.models import SeriesConfig, SeriesTransformer
 
 
 @dataclass

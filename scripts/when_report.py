@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from grid_report import markdown
 
-from hf_teleport.experiments.verdict import Interval
+from hf_teleport.lab.verdict import Interval
 
 HEADER = ["task", "arm", "rate", "training loss", "at equal time", "time to baseline's loss", "test loss", "time", "verdict"]
 

@@ -25,12 +25,12 @@ from tqdm import tqdm
 from zoo_models import FAMILIES, NAMES, build, loss_fn
 
 from hf_teleport import TeleportConfig, Teleporter
-from hf_teleport.ascent import evaluate
-from hf_teleport.audit import audit
-from hf_teleport.direction import exact_direction, fast_direction
-from hf_teleport.isolation import evaluation_mode
+from hf_teleport.layers.audit import audit
+from hf_teleport.layers.point import evaluate
+from hf_teleport.layers.subspace import Representation, null_space
+from hf_teleport.methods.null_space.direction import exact_direction, fast_direction
 from hf_teleport.report import LayerReport
-from hf_teleport.subspace import Representation, null_space
+from hf_teleport.weights.isolation import evaluation_mode
 
 # Short names for the reasons, by how they begin.
 REASONS = ["elementwise", "embedding", "tied", "frozen", "the loss does not depend", "used by", "audit", "not selected"]

@@ -19,12 +19,13 @@ import transformers
 from tqdm import tqdm
 from zoo_models import FAMILIES, NAMES, build, loss_fn
 
-from hf_teleport.ascent import evaluate, norm
-from hf_teleport.isolation import evaluation_mode
-from hf_teleport.symmetry import find_symmetries
-from hf_teleport.symmetry.bases import Random, balance
-from hf_teleport.symmetry.turn import Turn
-from hf_teleport.trace import KeepDouble
+from hf_teleport.layers.double import KeepDouble
+from hf_teleport.layers.point import evaluate
+from hf_teleport.methods.basis.bases import Random, balance
+from hf_teleport.methods.basis.symmetries import find_symmetries
+from hf_teleport.methods.basis.turn import Turn
+from hf_teleport.weights.isolation import evaluation_mode
+from hf_teleport.weights.norms import norm
 
 HEADER = """# The symmetries of the zoo
 

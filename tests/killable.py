@@ -11,12 +11,13 @@ import transformers.modeling_utils
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
 
-from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer, TeleportTrainingArguments, direction
-from hf_teleport.isolation import Snapshot
-from hf_teleport.layers import Layer
+from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer, TeleportTrainingArguments
+from hf_teleport.layers.layer import Layer
 from hf_teleport.methods import BasisTurn, NullSpace
-from hf_teleport.optimizer_state import OptimizerState
-from hf_teleport.symmetry import turn
+from hf_teleport.methods.basis import turn
+from hf_teleport.methods.null_space import direction
+from hf_teleport.optimizers.state import OptimizerState
+from hf_teleport.weights.snapshot import Snapshot
 
 import forks
 

@@ -18,12 +18,12 @@ from PIL import Image
 
 from hf_teleport import TeleportConfig, html
 from hf_teleport.cli import main
-from hf_teleport.experiments import extras
-from hf_teleport.experiments.plot import figure
-from hf_teleport.experiments.report import FIGURE, NUMBERS, RECORD
-from hf_teleport.experiments.verdict import REFERENCE, Interval, Verdict
 from hf_teleport.html import render
 from hf_teleport.journal import JOURNAL, read
+from hf_teleport.lab import extras
+from hf_teleport.lab.plot import figure
+from hf_teleport.lab.report import FIGURE, NUMBERS, RECORD
+from hf_teleport.lab.verdict import REFERENCE, Interval, Verdict
 
 from tiny_runs import make, teleports
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from hf_teleport import TeleportConfig, Teleporter
-from hf_teleport.isolation import Snapshot
 from hf_teleport.journal import JOURNAL, Journal, read
+from hf_teleport.weights.snapshot import Snapshot
 
 from tiny_runs import flat, make, teleports
 

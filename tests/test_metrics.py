@@ -9,7 +9,7 @@ from torch import nn
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from hf_teleport import metrics
-from hf_teleport.data import TensorRows
+from hf_teleport.lab.data import TensorRows
 
 
 def test_the_metrics_are_those_of_numpy():
@@ -101,7 +101,7 @@ def test_an_unknown_measure_is_said():
 SCRIPT = """
 import multiprocessing
 import sys
-import hf_teleport, hf_teleport.data
+import hf_teleport, hf_teleport.lab.data
 assert "evaluate" not in sys.modules, "the package imports an extra"
 import numpy as np
 from hf_teleport.metrics import Accuracy

@@ -10,9 +10,9 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from hf_teleport import TeleportConfig, Teleporter
-from hf_teleport.isolation import Snapshot
+from hf_teleport.layers.trace import Trace
 from hf_teleport.methods import METHODS, Method, Move
-from hf_teleport.trace import Trace
+from hf_teleport.weights.snapshot import Snapshot
 
 from tiny_models import MODELS, build, loss_fn
 

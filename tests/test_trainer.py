@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from hf_teleport import TeleportConfig, TeleportMixin, TeleportTrainer, TeleportTrainingArguments
-from hf_teleport.data import load_images
-from hf_teleport.models import MLPConfig, MLPForImageClassification
+from hf_teleport.lab.data import load_images
+from hf_teleport.lab.models import MLPConfig, MLPForImageClassification
 
 
 def vit(dropout=0.1):

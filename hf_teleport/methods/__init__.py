@@ -2,9 +2,9 @@
 
 from hf_teleport.methods.base import Method, Move
 from hf_teleport.methods.basis import BasisTurn
-from hf_teleport.methods.group_action import GroupAction
 from hf_teleport.methods.level_set import LevelSet
 from hf_teleport.methods.null_space import NullSpace
+from hf_teleport.methods.symmetry import GroupAction
 
 METHODS: dict[str, type[Method]] = {"null_space": NullSpace, "basis": BasisTurn, "level_set": LevelSet, "symmetry": GroupAction}
 

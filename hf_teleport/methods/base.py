@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from hf_teleport.ascent import LossFn, Point, evaluate
 from hf_teleport.config import TeleportConfig
-from hf_teleport.distributed import ALONE, Ranks
-from hf_teleport.isolation import Snapshot
-from hf_teleport.reasons import NO_DIRECTION
-from hf_teleport.rehearsal import Rehearsal
+from hf_teleport.layers.point import LossFn, Point, evaluate
+from hf_teleport.methods.reasons import NO_DIRECTION
+from hf_teleport.optimizers.rehearsal import Rehearsal
 from hf_teleport.report import LayerReport, SymmetryReport
+from hf_teleport.weights.ranks import ALONE, Ranks
+from hf_teleport.weights.snapshot import Snapshot
 
 
 class Move:

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_teleport.ascent import LossFn, Point, evaluate, loss_at, norm
-from hf_teleport.audit import UNUSED, describe
 from hf_teleport.config import TeleportConfig
-from hf_teleport.distributed import ALONE, Ranks
-from hf_teleport.isolation import Snapshot
+from hf_teleport.layers.audit import UNUSED, describe
+from hf_teleport.layers.point import LossFn, Point, evaluate, loss_at
 from hf_teleport.methods.base import Method, Move
+from hf_teleport.weights.norms import norm
+from hf_teleport.weights.ranks import ALONE, Ranks
+from hf_teleport.weights.snapshot import Snapshot
 
 # Relative: the sine of the angle between q and the span of g, and the distance of a loss from its level. The authors' code takes
 # the same numbers as absolute ones, for ||t|| and for the loss.

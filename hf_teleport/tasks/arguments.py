@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from hf_teleport.experiments.keys import require_fit, require_known
-from hf_teleport.experiments.settings import read
+from hf_teleport.lab.keys import require_fit, require_known
+from hf_teleport.lab.settings import read
 
 
 @dataclass

@@ -7,7 +7,7 @@ import numpy as np
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction, set_seed
 
 from hf_teleport import TeleportTrainer, TeleportTrainingArguments
-from hf_teleport.data.rows import require_column
+from hf_teleport.lab.data.rows import require_column
 from hf_teleport.tasks.arguments import DataArguments, TextModelArguments, parse
 from hf_teleport.tasks.labels import Labels
 from hf_teleport.tasks.model import make_config, make_model, make_tokenizer, token_settings

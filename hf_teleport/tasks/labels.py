@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import ClassLabel
 
-from hf_teleport.data.rows import require_column
+from hf_teleport.lab.data.rows import require_column
 
 
 @dataclass(frozen=True)

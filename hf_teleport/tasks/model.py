@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
-from hf_teleport.data import word_tokenizer
-from hf_teleport.experiments.keys import from_yaml, require_known
+from hf_teleport.lab.data import word_tokenizer
+from hf_teleport.lab.keys import from_yaml, require_known
 from hf_teleport.tasks.arguments import ModelArguments, TextModelArguments
 
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from hf_teleport import TeleportArguments, TeleportMixin
-from hf_teleport.data.rows import require_column
+from hf_teleport.lab.data.rows import require_column
 from hf_teleport.tasks.arguments import DataArguments, TextModelArguments, parse
 from hf_teleport.tasks.model import make_config, make_model, make_tokenizer, token_settings
 from hf_teleport.tasks.run import run

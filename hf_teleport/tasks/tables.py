@@ -6,8 +6,8 @@ from typing import Any
 
 from datasets import DatasetDict, Value, load_dataset
 
-from hf_teleport.data.catalogue import Source
-from hf_teleport.data.rows import load_splits, require_column
+from hf_teleport.lab.data.catalogue import Source
+from hf_teleport.lab.data.rows import load_splits, require_column
 from hf_teleport.tasks.arguments import DataArguments
 
 _KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, Subset
 from transformers import EvalPrediction, PatchTSMixerForPrediction, PatchTSTForPrediction, set_seed
 
 from hf_teleport import TeleportTrainer, TeleportTrainingArguments
-from hf_teleport.data import Source, load_series
+from hf_teleport.lab.data import Source, load_series
 from hf_teleport.tasks.arguments import ModelArguments, parse
 from hf_teleport.tasks.model import make_config, make_model
 from hf_teleport.tasks.run import run

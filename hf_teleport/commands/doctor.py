@@ -1,0 +1,214 @@
+"""Whether all that teleportation needs is here: libraries, devices, processes, the Hub; and what it would do to a model."""
+
+import os
+import platform
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+import huggingface_hub
+import psutil
+import torch
+import torch.distributed as dist
+from huggingface_hub import constants
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from torch import nn
+
+from hf_teleport.config import TeleportConfig
+from hf_teleport.inspection import Inspection, inspect_model
+from hf_teleport.layers.point import LossFn
+from hf_teleport.teleporter import Teleporter
+
+_PACKAGE = "hf_teleport"
+_GIB = 2**30
+
+# For those who work on the package.
+_NOT_FOR_USERS = "dev"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        subject: what.
+        found: its version, or what is there; empty: nothing.
+        wanted: the versions that are supported; empty: any.
+        ok: whether it is there and supported.
+        required: whether nothing works without it.
+        advice: the way out, if it is not ok.
+    """
+
+    subject: str
+    found: str
+    wanted: str = ""
+    ok: bool = True
+    required: bool = False
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Prognosis:
+    """What teleportation would do to a model.
+
+    Attributes:
+        roles: a line for each role of weights: how many move on this batch, and why the others do not.
+        method: what method 'auto' comes to with AdamW.
+        why: why not 'basis', if it is not.
+    """
+
+    roles: list[str]
+    method: str
+    why: str
+
+
+def healthy(findings: Iterable[Finding]) -> bool:
+    """Whether all that is required is there and supported."""
+    return all(finding.ok for finding in findings if finding.required)
+
+
+def examine() -> list[Finding]:
+    """All that can be found out about this machine and its Python."""
+    return [*libraries(), *devices(), *backends(), hub()]
+
+
+def libraries() -> list[Finding]:
+    """Python, this package, and the libraries that its own metadata asks for; those of extras are optional."""
+    try:
+        about = metadata.metadata(_PACKAGE).json
+    except metadata.PackageNotFoundError:
+        advice = "run from where it is installed, or: pip install --editable path/to/the/clone"
+        return [Finding(_PACKAGE, "", ok=False, required=True, advice=advice)]
+    needed = SpecifierSet(str(about.get("requires_python", "")))
+    python = platform.python_version()
+    fits = needed.contains(python, prereleases=True)
+    advice = "" if fits else f"make a virtual environment with a Python {needed}"
+    found = [
+        Finding("python", python, str(needed), fits, True, advice),
+        Finding(_PACKAGE, metadata.version(_PACKAGE)),
+    ]
+    extras = [extra for extra in about.get("provides_extra", []) if extra != _NOT_FOR_USERS]
+    seen = set()
+    for line in metadata.requires(_PACKAGE) or []:
+        requirement = Requirement(line)
+        optional = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
+        asked_for = not optional or any(requirement.marker.evaluate({"extra": extra}) for extra in extras)  # type: ignore[union-attr]
+        if asked_for and requirement.name not in seen:
+            seen.add(requirement.name)
+            found.append(_library(requirement, optional))
+    return sorted(found, key=lambda finding: finding.subject not in ("python", _PACKAGE) and not finding.required)
+
+
+def _library(requirement: Requirement, optional: bool) -> Finding:
+    wanted = str(requirement.specifier)
+    try:
+        version = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        version = ""
+    ok = bool(version) and requirement.specifier.contains(version, prereleases=True)
+    advice = "" if ok else f"{'' if version else 'not installed; '}pip install '{requirement.name}{wanted}'"
+    return Finding(requirement.name, version, wanted, ok, not optional, advice)
+
+
+def devices() -> list[Finding]:
+    """Cores and memory, and accelerators with theirs."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = psutil.virtual_memory()
+    found = [
+        Finding("CPU", f"{cores} cores, {torch.get_num_threads()} threads used by torch"),
+        Finding("memory", f"{memory.available / _GIB:.1f} GiB free of {memory.total / _GIB:.1f} GiB"),
+    ]
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        found.append(Finding(f"cuda:{index}", f"{about.name}, {about.total_memory / _GIB:.1f} GiB"))
+    if torch.backends.mps.is_available():
+        found.append(Finding("mps", f"{torch.mps.recommended_max_memory() / _GIB:.1f} GiB"))
+    if len(found) == 2:
+        found.append(Finding("accelerator", "none: everything runs on the CPU"))
+    return found
+
+
+def backends() -> list[Finding]:
+    """What several processes can talk by."""
+    if not dist.is_available():
+        return [Finding("distributed", "", ok=False, advice="this build of torch runs in one process only")]
+    there = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
+    text = ", ".join(name for name, available in there.items() if available)
+    lacking = torch.cuda.device_count() > 1 and not there["nccl"]
+    advice = "several CUDA devices want nccl: install a build of torch that has it" if lacking else ""
+    return [Finding("distributed", text, ok=bool(text) and not lacking, advice=advice)]
+
+
+def hub(timeout: float = 5.0) -> Finding:
+    """Whether models and data can be fetched.
+
+    Args:
+        timeout: seconds to wait for an answer.
+    """
+    if huggingface_hub.is_offline_mode():
+        return Finding("Hub", "offline mode (HF_HUB_OFFLINE): only what is cached, and local files")
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=timeout)
+    except Exception as error:  # of whatever client library
+        advice = "local files and what is cached will do; HF_HUB_OFFLINE=1 saves waiting for it, HF_ENDPOINT names a mirror"
+        return Finding("Hub", f"{constants.ENDPOINT} does not answer ({type(error).__name__})", ok=False, advice=advice)
+    return Finding("Hub", f"{constants.ENDPOINT} answers")
+
+
+def foretell(model: nn.Module, batch: Any, loss_fn: LossFn) -> Prognosis:
+    """What teleportation would do to a model; its weights are afterwards what they were.
+
+    Args:
+        batch: whatever `loss_fn` takes.
+        loss_fn: gives the mean loss of a batch.
+
+    Raises:
+        ValueError: as `Teleporter.teleport`.
+    """
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    inspection = inspect_model(model, batch, loss_fn)
+    config, why = Teleporter(model, TeleportConfig(), optimizer=optimizer).choose(batch, loss_fn)
+    return Prognosis(_roles(inspection), config.method, why)
+
+
+def _roles(inspection: Inspection) -> list[str]:
+    """Of a reason what stands before its colon; `hf-teleport inspect` tells it whole, for each layer."""
+    lines = []
+    for role in dict.fromkeys(layer.role for layer in inspection.layers):
+        layers = [layer for layer in inspection.layers if layer.role == role]
+        reasons = Counter(layer.reason.partition(":")[0] for layer in layers if not layer.moved)
+        moved = len(layers) - reasons.total()
+        others = "".join(f"; {count} not: {reason}" for reason, count in reasons.most_common())
+        lines.append(f"{role:10} {moved} of {len(layers)} move{others}")
+    return lines
+
+
+def to_dict(findings: list[Finding], prognosis: Prognosis | None = None) -> dict[str, Any]:
+    """Everything as plain values, for JSON."""
+    told = {"ok": healthy(findings), "executable": sys.executable, "findings": [asdict(finding) for finding in findings]}
+    return told if prognosis is None else told | {"model": asdict(prognosis)}
+
+
+def sentences(findings: list[Finding], prognosis: Prognosis | None = None) -> list[str]:
+    """What to say of it, a line for each finding and each role."""
+    subjects, founds = (max((len(text) for text in column), default=0) for column in _columns(findings))
+    lines = []
+    for finding in findings:
+        mark = "ok" if finding.ok else "BAD" if finding.required else "-"
+        detail = f"{'needs' if finding.required else 'optional,'} {finding.wanted}" if finding.wanted else ""
+        row = f"{mark:3} {finding.subject:{subjects}}  {finding.found or 'missing':{founds}}  {detail}"
+        lines.append(row.rstrip() + (f"  -> {finding.advice}" if finding.advice else ""))
+    if prognosis is not None:
+        turn = "" if prognosis.method == "basis" else f" ({prognosis.why.rstrip('.')})"
+        lines += ["", *prognosis.roles, "", f"Method 'auto' with AdamW: {prognosis.method}{turn}."]
+    bad = [finding.subject for finding in findings if finding.required and not finding.ok]
+    return [*lines, "", f"Not as it should be: {', '.join(bad)}." if bad else "All that is required is here."]
+
+
+def _columns(findings: list[Finding]) -> tuple[list[str], list[str]]:
+    # Facts about devices are long, and would push every version's range to the right.
+    return [finding.subject for finding in findings], [finding.found for finding in findings if len(finding.found) < 20]

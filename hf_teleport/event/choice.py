@@ -1,0 +1,92 @@
+"""Method 'auto': which method suits a model and its optimizer, and how much of it a run can pay for.
+
+What it goes by is measured in docs/when.md: a change of basis shortens training where the optimizer looks at each coordinate
+alone and the model has features to turn; of the null space nobody knows beforehand, so it must show its worth each time.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from hf_teleport.config import TeleportConfig
+from hf_teleport.event.check import Check
+from hf_teleport.event.cost import event_passes
+from hf_teleport.optimizers.state import check_optimizer
+
+# The first gradients say little of the basis; after ten steps they say most of what they ever will.
+BASIS_STEP = 10
+
+# So many of the optimizer's steps are rehearsed before a null space event is kept.
+_REHEARSED = 8
+
+
+def choose(
+    config: TeleportConfig, optimizer: Any, check: Callable[[TeleportConfig], Check], basis_step: int = BASIS_STEP
+) -> tuple[TeleportConfig, str]:
+    """Settings with method 'basis' if something turns, else with 'null_space', kept only if a rehearsal lands lower with it.
+
+    Without an optimizer it is the paper's method.
+
+    Args:
+        config: the settings to start from.
+        optimizer: the one that trains the model.
+        check: what a teleport with other settings could do; `Teleporter.check` on a batch.
+        basis_step: before which step a basis is turned at the earliest.
+
+    Returns:
+        The settings, and why not 'basis'; empty: it is.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    if optimizer is None:
+        return replace(config, method="null_space"), "no optimizer is known"
+    # Tied embeddings stop the residual stream from turning unless the last norm's gain stays even until then: it costs nothing.
+    gains: Any = "hold" if config.blocking_gains == "leave" else config.blocking_gains
+    warmup = max(config.warmup_steps, basis_step)
+    basis = replace(config, method="basis", warmup_steps=warmup, blocking_gains=gains)
+    try:
+        check_optimizer(optimizer, reset=config.optimizer_state == "reset")
+    except ValueError as error:
+        why = str(error).rstrip(".")
+    else:
+        found = check(basis)
+        if any(not symmetry.reason for symmetry in found.symmetries):
+            return basis, ""
+        why = found.problem or "the model has no features to turn"
+    rehearsed = config.rehearsal_steps or _REHEARSED
+    # What was set by hand stays.
+    unset = config.energy_threshold == 1 and config.scope == "joint" and config.step_size == "relative"
+    tau = None if unset else config.energy_threshold
+    objective: Any = "lookahead" if config.objective == "grad_norm" else config.objective
+    chosen = replace(config, method="null_space", objective=objective, energy_threshold=tau, rehearsal_steps=rehearsed)
+    return chosen, why
+
+
+def afford(config: TeleportConfig, events: int, training_passes: float) -> TeleportConfig | None:
+    """Settings with so few steps and batches that all events take no more than `budget` of the run.
+
+    Counted in passes over a teleport batch and not in seconds, so that a run and its resumption come to the same. A change of
+    basis is not cut: with fewer batches it would know less.
+
+    Args:
+        events: how many the run has.
+        training_passes: what training takes, in passes over a teleport batch.
+
+    Returns:
+        None if not even the smallest event can be paid for.
+    """
+    if config.budget is None or config.method == "basis":
+        return config
+    steps, batches = config.steps_per_batch, config.num_batches
+    while True:
+        cut = replace(config, steps_per_batch=steps, num_batches=batches)
+        if events * event_passes(cut) <= config.budget * training_passes:
+            return cut
+        # Fewer steps on a batch first: a null space of more batches is safer for those not seen.
+        if steps > 2:
+            steps //= 2
+        elif batches > 1:
+            batches //= 2
+        else:
+            return None

@@ -1,0 +1,57 @@
+"""What an event will cost, judged before it runs from a pass over one teleport batch."""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from hf_teleport.config import TeleportConfig
+from hf_teleport.layers.point import Point
+from hf_teleport.methods import METHODS, Method
+
+# Of the run's time, up to which teleports are not worth a warning.
+LARGE_SHARE = 0.05
+
+
+def event_passes(config: TeleportConfig) -> int:
+    """Forward and backward passes over a teleport batch in one event, at most: those of its method, and of two rehearsals."""
+    return METHODS[config.method].passes(config) + 2 * config.rehearsal_steps
+
+
+@dataclass(frozen=True)
+class Cost:
+    """An estimate, from above.
+
+    Attributes:
+        pass_seconds: of a forward and backward over a teleport batch.
+        event_seconds: of an event: its passes and decompositions.
+        event_bytes: what an event holds beside the weights, the optimizer's state and a batch's activations.
+    """
+
+    pass_seconds: float = math.nan
+    event_seconds: float = math.nan
+    event_bytes: int = 0
+
+    @classmethod
+    def of(cls, method: Method, batch: Any, point: Point) -> "Cost":
+        """The cost of a method's event.
+
+        Args:
+            method: has surveyed the batch, which came to this point.
+        """
+        # The batch was evaluated before: the first forward of a run takes longer than those that follow.
+        start = time.perf_counter()
+        method.evaluate(batch, point.seed)
+        seconds = time.perf_counter() - start
+        decompositions = method.ranks.together(lambda: method.decomposition_seconds(point))
+        trained = sum(p.numel() * p.element_size() for p in method.model.parameters() if p.requires_grad)
+        event = event_passes(method.config) * seconds + decompositions
+        return cls(seconds, event, method.copies(method.config) * trained)
+
+    def __str__(self) -> str:
+        return f"{self.event_seconds:.2g} s and {self.event_bytes / 2**30:.2g} GiB beside a batch's activations"
+
+
+def share_of_run(event_seconds: float, training_passes: float, pass_seconds: float) -> float:
+    """The time of all events as a share of that of training, which is so many passes; infinite if nothing is left to train."""
+    return event_seconds / (training_passes * pass_seconds) if training_passes else math.inf

@@ -1,0 +1,80 @@
+"""The teleport data at one setting of the weights: what a guard compares before and after."""
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_teleport.layers.point import Point, evaluate, loss_at
+from hf_teleport.methods import Method
+from hf_teleport.weights.norms import norm
+
+
+@dataclass
+class Measurement:
+    """Loss and gradient norm of each batch, and the norm of the mean gradient of all."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    grad_norm: float
+
+    @property
+    def loss(self) -> float:
+        """The mean of all batches."""
+        return sum(self.losses) / len(self.losses)
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient are."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def measure(method: Method, batches: list[Any], see: Callable[[Point], None] = lambda point: None) -> Measurement:
+    """Evaluate a method on each batch in turn, and let `see` have each point. Ends at a batch that is not finite."""
+    losses, grad_norms = [], []
+    total: list[Tensor | None] = []
+    for i, batch in enumerate(batches):
+        point = method.evaluate(batch, method.config.seed + i)
+        losses.append(point.loss)
+        grad_norms.append(point.grad_norm)
+        method.ranks.together(partial(_add, total, point.gradients))
+        if not point.finite:
+            break
+        see(point)
+    return Measurement(losses, grad_norms, norm(total, method.ranks) / len(losses))
+
+
+def landing(method: Method, batches: list[Any], held_back: Any, forgotten: Collection[nn.Parameter] = ()) -> float | None:
+    """The loss on the batch held back after `rehearsal_steps` of the optimizer's next steps, on the teleport batches in turn.
+
+    Args:
+        forgotten: parameters of which the optimizer will remember nothing.
+
+    Returns:
+        None if that is not to be looked at, or cannot be: without an optimizer or such a batch.
+    """
+    rehearsal, config = method.rehearsal, method.config
+    if not config.rehearsal_steps or rehearsal is None or held_back is None:
+        return None
+    parameters = [p for p in method.model.parameters() if p.requires_grad]
+
+    def gradients(step: int) -> list[Tensor | None]:
+        i = step % len(batches)
+        seed = config.seed + i
+        return evaluate(method.model, method.loss_fn, batches[i], seed=seed, follow=[], ranks=method.ranks).gradients
+
+    with rehearsal.ahead(parameters, gradients, config.rehearsal_steps, forgotten):
+        return loss_at(method.model, method.loss_fn, held_back, seed=config.seed, ranks=method.ranks)
+
+
+def _add(total: list[Tensor | None], gradients: list[Tensor | None]) -> None:
+    """Add gradients to a total, parameter by parameter, so that no third list is held; None counts as zero."""
+    total.extend([None] * (len(gradients) - len(total)))
+    for i, gradient in enumerate(gradients):
+        known = total[i]
+        if gradient is not None:
+            # Not in place: autograd may hand out one tensor as two gradients.
+            total[i] = gradient.detach() if known is None else known + gradient.detach()

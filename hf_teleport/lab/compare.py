@@ -1,0 +1,262 @@
+"""Does a teleport help, against the same optimizer at its best learning rate? The protocol that answers it, docs/compare.md.
+
+Of an experiment's settings with an arm `baseline` that does not teleport:
+
+1. every arm at every learning rate with the first seed; an arm's best rate has the lowest final training loss;
+2. with all seeds the baseline at its best rate, every other arm at that rate and at its own best one, and the controls.
+
+Two keys are this module's own:
+
+    controls: some of 'warmup', 'random_move' and 'matched_rate'; default: all that suit the arms; []: none
+    clock: 'seconds' or 'cpu_seconds', by which time is compared; CPU time is for one process on a CPU that has other work
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from hf_teleport.arguments import TeleportTrainingArguments
+from hf_teleport.lab.plot import Choices
+from hf_teleport.lab.results import evaluations, final
+from hf_teleport.lab.runs import execute
+from hf_teleport.lab.settings import Experiment, Settings, plan
+from hf_teleport.lab.verdict import CLOCKS, Verdict, verdict
+
+BASELINE = "baseline"
+CONTROLS = ("warmup", "random_move", "matched_rate")
+
+AT_BASELINES, AT_OWN = "the baseline's best learning rate", "each arm's best learning rate"
+
+# Schedules that take no warm-up, and what takes their place.
+_WITH_WARMUP = {"constant": "constant_with_warmup", "reduce_lr_on_plateau": None}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What may have to be run.
+
+    Attributes:
+        whole: every arm and every control at every learning rate with every seed.
+        arms: without the controls, the baseline first.
+        rates, seeds: of the grid.
+        clock: the name of the column that time is read from.
+    """
+
+    whole: Experiment
+    arms: list[str]
+    rates: list[float]
+    seeds: list[int]
+    clock: str
+
+    def grid(self) -> Experiment:
+        """The first stage."""
+        return replace(self.whole, runs=[r for r in self.whole.runs if r.arm in self.arms and r.seed == self.seeds[0]])
+
+    def second(self, best: dict[str, float | None]) -> Experiment:
+        """Both stages, so that a bar over the runs counts all of them."""
+        chosen = {pair for rates in self.choices(best).values() for pair in rates.items()}
+        first = {(r.arm, r.learning_rate, r.seed) for r in self.grid().runs}
+        runs = [r for r in self.whole.runs if (r.arm, r.learning_rate) in chosen or (r.arm, r.learning_rate, r.seed) in first]
+        return replace(self.whole, runs=runs)
+
+    def choices(self, best: dict[str, float | None]) -> Choices:
+        """The learning rates at which arms are compared.
+
+        Args:
+            best: each arm's best rate, None for one that always diverged.
+        """
+        rate = best[BASELINE]
+        if rate is None:
+            raise ValueError(f"the baseline diverges at each of learning_rates = {self.rates}: give smaller ones.")
+        everything = dict.fromkeys(r.arm for r in self.whole.runs)
+        order = [*self.arms, *(arm for arm in everything if arm not in self.arms)]
+        return {
+            AT_BASELINES: dict.fromkeys(order, rate),
+            AT_OWN: {arm: own for arm, own in best.items() if own is not None},
+        }
+
+    def remarks(self, best: dict[str, float | None]) -> list[str]:
+        """What the grid of learning rates leaves open."""
+        return [f"{arm}: {remark}" for arm in self.arms if (remark := _remark(best[arm], self.rates))]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came of a protocol.
+
+    Attributes:
+        frame: as `results.evaluations`, of its runs alone.
+        best: each arm's best learning rate, None for one that always diverged.
+        choices: the learning rates at which arms are compared.
+        verdicts: one for each arm and rate, the baseline's own first.
+        remarks: what the grid of learning rates leaves open.
+    """
+
+    protocol: Protocol
+    frame: Any
+    best: dict[str, float | None]
+    choices: Choices
+    verdicts: list[Verdict]
+    remarks: list[str]
+
+
+def protocol(settings: Settings) -> Protocol:
+    """Checks all settings, those of the controls too.
+
+    Raises:
+        ValueError: as `settings.plan`; no baseline, or one that teleports; no other arm; runs that are not evaluated as they
+            go on; a control or a clock that there is not.
+        FileNotFoundError: as `Task`.
+    """
+    settings = {"eval_on_start": True, **settings}
+    experiment = plan(settings)
+    arms = {run.arm: run.training for run in experiment.runs}
+    _check_arms(arms)
+    clock = settings.get("clock", CLOCKS[0])
+    if clock not in CLOCKS:
+        raise ValueError(f"clock = {clock!r} is not allowed; allowed: one of {list(CLOCKS)}.")
+    training = arms[BASELINE]
+    if clock == "cpu_seconds" and (training.world_size > 1 or training.device.type != "cpu"):
+        raise ValueError("clock = 'cpu_seconds' is not allowed with several processes or an accelerator; allowed: 'seconds'.")
+    controls = _controls(settings.get("controls"), arms)
+    if taken := sorted(arms.keys() & controls.keys()):
+        raise ValueError(f"arm {taken[0]!r} is not allowed, for it is a control's name; allowed: another, or fewer controls.")
+    given = {name: own for name, own in settings["arms"].items() if own is not None}
+    changed = {name: {**given[arm], **own} for name, (arm, own) in controls.items()}
+    whole = plan({**settings, "arms": {BASELINE: given[BASELINE], **given, **changed}})
+    return Protocol(
+        replace(whole, settings=settings),
+        [BASELINE, *(arm for arm in arms if arm != BASELINE)],
+        list(dict.fromkeys(run.learning_rate for run in whole.runs)),
+        list(dict.fromkeys(run.seed for run in whole.runs)),
+        clock,
+    )
+
+
+def compare(made: Protocol) -> Comparison:
+    """Carry a protocol out, as far as it is not done yet, and judge the arms.
+
+    Raises:
+        FileNotFoundError, ValueError: as `runs.execute`; or the baseline diverges at every learning rate.
+        ModuleNotFoundError: a library of the experiments is not installed.
+    """
+    execute(made.grid())
+    best = _shared(lambda: best_rates(evaluations(made.whole.output), made))
+    second = made.second(best)
+    execute(second)
+    frame = _shared(lambda: _of(evaluations(made.whole.output), second))
+    choices = made.choices(best)
+    reference = (BASELINE, choices[AT_BASELINES][BASELINE])
+    pairs = dict.fromkeys(pair for rates in choices.values() for pair in rates.items())
+    verdicts = [verdict(frame, reference, pair, made.clock) for pair in pairs]
+    return Comparison(made, frame, best, choices, verdicts, made.remarks(best))
+
+
+def best_rates(frame: Any, made: Protocol) -> dict[str, float | None]:
+    """For each arm the learning rate with the lowest final training loss of the first seed; None if it diverged at all of them.
+
+    Args:
+        frame: as `results.evaluations`.
+    """
+    ends = final(_of(frame, made.grid()))
+    ends = ends[ends["train_loss"] < math.inf].set_index("learning_rate")
+    best: dict[str, float | None] = {}
+    for arm in made.arms:
+        losses = ends.loc[ends["arm"] == arm, "train_loss"]
+        best[arm] = float(losses.idxmin()) if len(losses) else None
+    return best
+
+
+def _of(frame: Any, experiment: Experiment) -> Any:
+    """The rows of an experiment's runs, without those of others in the same folder."""
+    kept = {(run.arm, run.learning_rate, run.seed) for run in experiment.runs}
+    return frame[[row in kept for row in zip(frame["arm"], frame["learning_rate"], frame["seed"], strict=True)]]
+
+
+def _shared(read: Any) -> Any:
+    """What the first process reads, for all of them: not every one may see its files."""
+    processes = PartialState()
+    found = [read() if processes.is_main_process else None]
+    broadcast_object_list(found)
+    return found[0]
+
+
+def _remark(best: float | None, rates: list[float]) -> str | None:
+    if best is None:
+        return "it diverges at every learning rate of the grid: give smaller ones."
+    if len(rates) == 1:
+        return f"the grid has one rate alone, {best:g}: give smaller and larger ones."
+    if best == min(rates):
+        return f"the best rate, {best:g}, is the lowest of the grid: give smaller ones."
+    if best == max(rates):
+        return f"the best rate, {best:g}, is the highest of the grid: give larger ones."
+    return None
+
+
+def _check_arms(arms: dict[str, TeleportTrainingArguments]) -> None:
+    if BASELINE not in arms:
+        raise ValueError(f"arms = {list(arms)} is not allowed; allowed: one of them is {BASELINE!r}, with teleport_epochs: 0.")
+    if _teleports(arms[BASELINE]):
+        raise ValueError(f"arm {BASELINE!r} teleports, which is not allowed; allowed: teleport_epochs: 0 and no teleport_steps.")
+    if len(arms) == 1:
+        raise ValueError(f"arms = {list(arms)} is not allowed; allowed: one more, to compare with {BASELINE!r}.")
+    for arm, training in arms.items():
+        given = {"eval_strategy": training.eval_strategy.value, "eval_on_start": training.eval_on_start}
+        if given["eval_strategy"] == "no" or not given["eval_on_start"]:
+            raise ValueError(
+                f"arm {arm!r} with {given} is not allowed; allowed: eval_strategy 'steps' or 'epoch' and eval_on_start true, for "
+                "arms are compared at equal times."
+            )
+
+
+def _teleports(training: TeleportTrainingArguments) -> bool:
+    config = training.teleport_config()
+    return bool(config.epochs if config.steps is None else config.steps)
+
+
+def _controls(wanted: Any, arms: dict[str, TeleportTrainingArguments]) -> dict[str, tuple[str, Settings]]:
+    """For each control the arm that it is made of, and the settings in which it differs from that one."""
+    chosen = list(CONTROLS) if wanted is None else [wanted] if isinstance(wanted, str) else wanted
+    if not isinstance(chosen, list) or any(name not in CONTROLS for name in chosen):
+        raise ValueError(f"controls = {wanted!r} is not allowed; allowed: some of {list(CONTROLS)}.")
+    found: dict[str, tuple[str, Settings]] = {"warmup": (BASELINE, _warmup(arms[BASELINE]))}
+    for arm, training in arms.items():
+        if _teleports(training):
+            found[f"{arm}.random_move"] = arm, _random_move(training)
+            found[f"{arm}.matched_rate"] = arm, _matched_rate(training)
+    found = {name: pair for name, pair in found.items() if pair[1] and name.rpartition(".")[2] in chosen}
+    if wanted is not None and (idle := [name for name in chosen if not any(n.endswith(name) for n in found)]):
+        raise ValueError(f"controls = {wanted!r} is not allowed: {idle[0]!r} suits none of the arms {list(arms)}; leave it out.")
+    return found
+
+
+def _warmup(baseline: TeleportTrainingArguments) -> Settings:
+    """A warm-up of a tenth of the run, or twice the one that there is."""
+    schedule = baseline.lr_scheduler_type.value
+    steps = 0 if schedule in _WITH_WARMUP else baseline.warmup_steps
+    schedule = _WITH_WARMUP.get(schedule, schedule)
+    longer = 2 * steps or 0.1
+    # Below 1 it is a share of the run, of which twice a half is all.
+    if schedule is None or steps < 1 <= longer:
+        return {}
+    return {"warmup_steps": longer, "lr_scheduler_type": schedule}
+
+
+def _random_move(training: TeleportTrainingArguments) -> Settings:
+    if training.teleport_method == "basis":
+        return {} if training.teleport_basis == "random" else {"teleport_basis": "random"}
+    return {"teleport_control": "random_move"} if _has_controls(training) else {}
+
+
+def _matched_rate(training: TeleportTrainingArguments) -> Settings:
+    # A change of basis leaves the norm of the gradient as it is.
+    return {"teleport_control": "matched_rate"} if _has_controls(training) else {}
+
+
+def _has_controls(training: TeleportTrainingArguments) -> bool:
+    """Whether `teleport_control` suits these settings, and is not what the arm itself is about."""
+    joint = training.teleport_method == "null_space" and training.teleport_scope == "joint"
+    return joint and not training.teleport_control

@@ -1,0 +1,28 @@
+"""Data sets as tensors that the Trainer can draw batches from."""
+
+from hf_teleport.lab.data.catalogue import CATALOGUE, Source
+from hf_teleport.lab.data.images import ImageTensors, load_images
+from hf_teleport.lab.data.pipelines import Pipeline, load
+from hf_teleport.lab.data.rows import TensorRows
+from hf_teleport.lab.data.sequences import load_sequences
+from hf_teleport.lab.data.series import SeriesWindows, load_series
+from hf_teleport.lab.data.text import Texts, language_model_rows, load_texts, sentence_rows, treebank_words, word_tokenizer
+
+__all__ = [
+    "CATALOGUE",
+    "ImageTensors",
+    "Pipeline",
+    "SeriesWindows",
+    "Source",
+    "TensorRows",
+    "Texts",
+    "language_model_rows",
+    "load",
+    "load_images",
+    "load_sequences",
+    "load_series",
+    "load_texts",
+    "sentence_rows",
+    "treebank_words",
+    "word_tokenizer",
+]

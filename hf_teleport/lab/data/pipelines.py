@@ -1,0 +1,161 @@
+"""From the name of a data set to what a Trainer draws its batches from, as the paper's experiments need it."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from hf_teleport.lab.data.catalogue import CATALOGUE, KINDS, Source, find
+from hf_teleport.lab.data.images import load_images
+from hf_teleport.lab.data.sequences import load_sequences
+from hf_teleport.lab.data.series import load_series
+from hf_teleport.lab.data.text import (
+    Texts,
+    language_model_rows,
+    load_text_roles,
+    saved_tokenizer,
+    sentence_rows,
+    splits_at_blanks,
+    treebank_words,
+    word_tokenizer,
+)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A data set, ready for a Trainer.
+
+    Attributes:
+        kind: 'image' (rows of `pixel_values` and `labels`), 'sequence' (`inputs` and `labels`), 'series' (`inputs` and `labels`),
+            or 'text' (`input_ids` and `labels`).
+        measure: what to report of such data: 'accuracy', 'mean_squared_error' or 'perplexity', by the names of
+            `hf_teleport.metrics`.
+        train: training rows.
+        test: test rows.
+        validation: rows held out for choices of settings, where the data have them.
+        tokenizer: of text.
+    """
+
+    kind: str
+    measure: str
+    train: Dataset
+    test: Dataset
+    validation: Dataset | None = None
+    tokenizer: PreTrainedTokenizerFast | None = None
+
+
+def load(source: str | Source, folder: str | Path | None = None, kind: str | None = None, **options: Any) -> Pipeline:
+    """A data set of the catalogue, of the Hub, or of a local folder, in the shape of its kind.
+
+    Args:
+        source: a name of the catalogue (mnist, fashion_mnist, cifar10, cifar100, tiny_imagenet, smnist, electricity, traffic,
+            ptb, and others), a Hub id, a local folder or file, or a `Source`.
+        folder: a local copy of what `source` names, with train and test (or validation) files, or one data.parquet of a series.
+        kind: 'image', 'sequence', 'series' or 'text'; default: the catalogue's.
+        options: of the kind:
+            image: image_size, image_column, label_column, as for `load_images`.
+            sequence: length, image_column, label_column, as for `load_sequences`.
+            series: context (7 x 24 steps), horizon (as long as the context), shift (24: the target is the window a day later),
+            shares (0.6 and 0.2, the rest for the test), columns, split, series_column, as for `load_series`.
+            text: text_column, label_column (default: the catalogue's; without one it is for a language model), length (256 tokens
+            in a row), vocabulary_size (default: every word of the training text), tokenizer (a folder or Hub id; default: one
+            made from the words of the training text).
+
+    Raises:
+        FileNotFoundError: the data are neither here nor within reach.
+        ValueError: no kind, an unknown option, or data that do not fit.
+    """
+    entry = find(source)
+    entry = replace(entry, kind=kind or entry.kind)
+    if entry.kind is None:
+        raise ValueError(
+            f"kind = None is not allowed for {entry.path!r}; allowed: one of {list(KINDS)}. Known are {list(CATALOGUE)}."
+        )
+    make = _PIPELINES[entry.kind]
+    allowed = list(inspect.signature(make).parameters)[2:]
+    if unknown := sorted(set(options) - set(allowed)):
+        raise ValueError(f"options {unknown} are not allowed; allowed for kind {entry.kind!r}: {allowed}.")
+    return make(entry, folder, **options)
+
+
+def _images(
+    source: Source,
+    folder: str | Path | None,
+    image_size: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Pipeline:
+    train, test = load_images(source, image_size, folder=folder, image_column=image_column, label_column=label_column)
+    return Pipeline("image", "accuracy", train, test)
+
+
+def _sequences(
+    source: Source,
+    folder: str | Path | None,
+    length: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Pipeline:
+    train, test = load_sequences(source, length, folder=folder, image_column=image_column, label_column=label_column)
+    return Pipeline("sequence", "accuracy", train, test)
+
+
+def _series(
+    source: Source,
+    folder: str | Path | None,
+    context: int = 7 * 24,
+    horizon: int | None = None,
+    shift: int | None = 24,
+    # Those of Lai et al. (arXiv 1703.07015), from whom most work has the electricity and traffic tables.
+    shares: tuple[float, float] = (0.6, 0.2),
+    columns: list[str] | None = None,
+    split: str | None = None,
+    series_column: str | None = None,
+) -> Pipeline:
+    train, validation, test = load_series(
+        source,
+        context,
+        horizon or context,
+        columns,
+        shift=shift,
+        shares=shares,
+        folder=folder,
+        split=split,
+        series_column=series_column,
+    )
+    return Pipeline("series", "mean_squared_error", train, test, validation)
+
+
+def _text(
+    source: Source,
+    folder: str | Path | None,
+    text_column: str = "sentence",
+    label_column: str | None = None,
+    length: int = 256,
+    vocabulary_size: int | None = None,
+    tokenizer: str | Path | None = None,
+) -> Pipeline:
+    label_column = label_column or source.label_column
+    parts = load_text_roles(source, text_column, label_column, folder=folder)
+    if tokenizer is not None and vocabulary_size is not None:
+        raise ValueError(f"vocabulary_size = {vocabulary_size} is not allowed; allowed: none, for the tokenizer has its own.")
+    tokens = None if tokenizer is None else saved_tokenizer(tokenizer)
+    # A tokenizer of words takes them between blanks; any other one finds them in the text as it is.
+    if tokens is None or splits_at_blanks(tokens):
+        parts = {role: Texts(treebank_words(texts.sentences), texts.labels) for role, texts in parts.items()}
+    tokens = tokens or word_tokenizer(parts["train"].sentences, vocabulary_size, masked=label_column is not None)
+
+    def rows(texts: Texts) -> Dataset:
+        if label_column is None:
+            return language_model_rows(texts.sentences, tokens, length)
+        return sentence_rows(texts, tokens, length)
+
+    measure = "perplexity" if label_column is None else "accuracy"
+    return Pipeline("text", measure, tokenizer=tokens, **{role: rows(texts) for role, texts in parts.items()})
+
+
+_PIPELINES: dict[str, Callable[..., Pipeline]] = {"image": _images, "sequence": _sequences, "series": _series, "text": _text}

@@ -1,0 +1,175 @@
+"""Text from the catalogue, the Hub or a local folder: a tokenizer made from it, rows for language models and classifiers."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from hf_teleport.lab.data.catalogue import Source
+from hf_teleport.lab.data.rows import TensorRows, class_labels, column, split_roles
+from hf_teleport.reporting.extras import require_extra
+
+PAD, UNKNOWN, END, START, MASK = "<pad>", "<unk>", "<eos>", "<cls>", "<mask>"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Sentences (N), and their classes (N,) if the data has any."""
+
+    sentences: list[str]
+    labels: Tensor | None = None
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes: the largest label and one; 0 without labels."""
+        return 0 if self.labels is None else int(self.labels.max()) + 1
+
+
+def load_texts(
+    source: str | Source,
+    text_column: str = "sentence",
+    label_column: str | None = None,
+    *,
+    folder: str | Path | None = None,
+) -> tuple[Texts, Texts]:
+    """Training and test texts; without a test split, the validation split is the test set.
+
+    Args:
+        source: a name of the catalogue, a Hub id, or a folder with train and test or validation files (parquet, csv, json).
+        text_column: where the text is.
+        label_column: where the class is, as a whole number from 0; None: the texts have no classes.
+        folder: a local copy of what `source` names.
+
+    Raises:
+        FileNotFoundError: the data are neither here nor within reach.
+        ValueError: a split or a column is missing, or a label is negative (unlabelled test sets have -1).
+    """
+    parts = load_text_roles(source, text_column, label_column, folder=folder)
+    return parts["train"], parts["test"]
+
+
+def load_text_roles(
+    source: str | Source,
+    text_column: str = "sentence",
+    label_column: str | None = None,
+    *,
+    folder: str | Path | None = None,
+) -> dict[str, Texts]:
+    """As `load_texts`: 'train', 'test', and 'validation' if there is such a split besides the one to test on."""
+    return {role: _texts(split, text_column, label_column) for role, split in split_roles(source, folder).items()}
+
+
+def _texts(split: Any, text_column: str, label_column: str | None) -> Texts:
+    return Texts(column(split, text_column), None if label_column is None else class_labels(split, label_column))
+
+
+def treebank_words(sentences: list[str]) -> list[str]:
+    """The sentences with a blank between the words that NLTK's `TreebankWordTokenizer` finds, for `word_tokenizer`.
+
+    Penn Treebank's <unk> stays one word, where the tokenizer takes angle brackets for words. Its N, for a number, is left alone.
+    As the tokenizer goes by single sentences, a full stop that ends one is a word of its own, in an abbreviation too.
+
+    Raises:
+        ModuleNotFoundError: NLTK is not installed.
+    """
+    tokenize = require_extra("nltk.tokenize").TreebankWordTokenizer().tokenize
+    apart = " ".join(tokenize(UNKNOWN))
+    return [" ".join(tokenize(sentence)).replace(apart, UNKNOWN) for sentence in sentences]
+
+
+def word_tokenizer(sentences: list[str], vocabulary_size: int | None, masked: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the most frequent words between blanks, special tokens counted in.
+
+    Args:
+        sentences: the training text.
+        vocabulary_size: at most so many tokens; None: one for every word.
+        masked: for BERT-like models: there is a <mask>, and a <cls> stands before every sentence.
+
+    Raises:
+        ValueError: a vocabulary that the special tokens fill.
+    """
+    special = {"pad_token": PAD, "unk_token": UNKNOWN, "eos_token": END}
+    if masked:
+        special |= {"cls_token": START, "mask_token": MASK}
+    vocabulary_size = sys.maxsize if vocabulary_size is None else vocabulary_size
+    if vocabulary_size <= len(special):
+        raise ValueError(
+            f"vocabulary_size = {vocabulary_size} is not allowed; allowed: more than the {len(special)} special tokens."
+        )
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    # Not `Whitespace`, which also cuts at punctuation and would take words such as N.Y. and <unk> apart.
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    reserved = list(special.values())
+    trainer = trainers.WordLevelTrainer(vocab_size=vocabulary_size, special_tokens=reserved, show_progress=False)
+    # A text that has a special token as a word (Penn Treebank's <unk>) must not give it a second number.
+    words = ([word for word in sentence.split() if word not in reserved] for sentence in sentences)
+    tokenizer.train_from_iterator((" ".join(kept) for kept in words), trainer)
+    if masked:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{START} $A", special_tokens=[(START, tokenizer.token_to_id(START))]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def saved_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder or a Hub id.
+
+    Raises:
+        ValueError: there is none that can be read, or it has no token for padding or for the end of a text.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"tokenizer = {str(source)!r} could not be read ({error}); allowed: a folder or a Hub id with a saved tokenizer."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.eos_token_id is None:
+        tokenizer.eos_token = tokenizer.sep_token
+    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer = {str(source)!r} has no token for padding or for the end of a text; allowed: one that has.")
+    return tokenizer
+
+
+def splits_at_blanks(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether its tokens are the words between blanks, as those of `word_tokenizer`."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and isinstance(backend.model, models.WordLevel)
+
+
+def language_model_rows(sentences: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> TensorRows:
+    """The sentences one after the other, <eos> after each, cut into blocks: `input_ids` and `labels` (N, length).
+
+    The labels are the inputs, for Transformers' models shift them. What does not fill the last block is left out.
+
+    Raises:
+        ValueError: the text is shorter than one block.
+    """
+    end = tokenizer.eos_token_id
+    encoded = tokenizer(sentences, add_special_tokens=False)["input_ids"]
+    stream = torch.tensor([token for sentence in encoded for token in (*sentence, end)])
+    count = len(stream) // length
+    if not count:
+        raise ValueError(f"length = {length} is not allowed; allowed: at most the {len(stream)} tokens that the text has.")
+    blocks = stream[: count * length].view(count, length)
+    return TensorRows(input_ids=blocks, labels=blocks)
+
+
+def sentence_rows(texts: Texts, tokenizer: PreTrainedTokenizerFast, length: int) -> TensorRows:
+    """A row for each sentence, padded or cut: `input_ids`, `attention_mask` (N, length), and `labels` (N,) if it has classes."""
+    encoded = tokenizer(
+        texts.sentences,
+        padding="max_length",
+        truncation=True,
+        max_length=length,
+        return_tensors="pt",
+        return_token_type_ids=False,
+    )
+    labels = {} if texts.labels is None else {"labels": texts.labels}
+    return TensorRows(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], **labels)

@@ -1,0 +1,134 @@
+"""What came of an experiment's runs, as tables: mean and standard deviation over the seeds."""
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from hf_teleport.arguments import TeleportTrainingArguments
+from hf_teleport.lab.keys import from_yaml
+from hf_teleport.lab.runs import ALL_SETTINGS, DONE, HISTORY, SETTINGS
+from hf_teleport.reporting.extras import require_extra
+
+# Of settings that a file does not name.
+_DEFAULTS = {setting.name: setting.default for setting in fields(TeleportTrainingArguments)}
+
+# Measures of the test set besides its loss, one for each kind of data.
+MEASURES = ("accuracy", "mse", "perplexity")
+
+
+def evaluations(output: str | Path) -> Any:
+    """A `DataFrame` with a row for each evaluation of each finished run.
+
+    Its columns are arm, learning_rate, seed, step, samples (of the training batches and of all teleports so far), seconds and
+    cpu_seconds (of training, teleports included), train_loss (in eval mode, of the rows that the settings name), test_loss,
+    measure (the name of one) and metric (its value on the test set). The loss of a run that diverged is infinite, so that means
+    do not pass over it.
+
+    Raises:
+        FileNotFoundError: there is no finished run.
+        ModuleNotFoundError: pandas is not installed.
+    """
+    pandas = require_extra("pandas")
+    rows: list[dict[str, Any]] = []
+    for done in sorted(Path(output).glob(f"*/lr*/seed*/{DONE}")):
+        settings = json.loads(done.with_name(SETTINGS).read_text())
+        run = {name: settings[name] for name in ("arm", "learning_rate", "seed")}
+        log = json.loads(done.with_name(HISTORY).read_text())
+        samples = _samples(settings, log)
+        rows += [run | row | {"samples": samples(row["step"])} for row in _by_step(log)]
+    if not rows:
+        raise FileNotFoundError(f"there is no finished run in {str(output)!r}: give the output_dir of an experiment.")
+    frame = pandas.DataFrame(rows)
+    losses = ["train_loss", "test_loss"]
+    return frame.assign(**{name: frame[name].fillna(float("inf")) for name in losses})
+
+
+def _by_step(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluations in a run's log: each is several rows of it, one for each data set."""
+    steps: dict[int, dict[str, Any]] = {}
+    for row in log:
+        if any(name in row for name in ("eval_train_loss", "eval_test_loss")):
+            steps.setdefault(row["step"], {}).update(row)
+    found = []
+    for step, row in steps.items():
+        measure = next((name for name in MEASURES if f"eval_test_{name}" in row), None)
+        values = {"train_loss": row.get("eval_train_loss"), "test_loss": row.get("eval_test_loss")}
+        values |= {"measure": measure, "metric": row.get(f"eval_test_{measure}")}
+        found.append({"step": step, "seconds": row["seconds"], "cpu_seconds": row["cpu_seconds"], **values})
+    return found
+
+
+def _samples(settings: dict[str, Any], log: list[dict[str, Any]]) -> Callable[[int], int]:
+    """How many samples a run has used when it has made so many steps.
+
+    A teleport uses those of its batches and of the one held back, however often it passes over them. It comes before the step
+    that it is named after, and after an evaluation there.
+    """
+
+    def value(name: str) -> Any:
+        return settings.get(name, _DEFAULTS[name])
+
+    batch = value("per_device_train_batch_size") * settings.get("processes", 1)
+    drawn = (value("teleport_num_batches") + 1) * (value("teleport_batch_size") or batch)
+    event = min(drawn, settings.get("train_rows") or drawn)
+    events = {row["step"] for row in log if any(name.startswith("teleport/") for name in row)}
+    return lambda step: step * batch * value("gradient_accumulation_steps") + event * sum(at < step for at in events)
+
+
+def curves(frame: Any) -> Any:
+    """Over the seeds of `evaluations`, for each arm, learning rate and step.
+
+    The columns are arm, learning_rate, step, seconds, cpu_seconds, samples, train_loss, train_loss_sd, test_loss, measure, metric
+    (means, but for the standard deviation, with one degree of freedom less than there are seeds) and seeds (how many).
+    """
+    groups = frame.groupby(["arm", "learning_rate", "step"], sort=False)
+    table = groups.agg(
+        seconds=("seconds", "mean"),
+        cpu_seconds=("cpu_seconds", "mean"),
+        samples=("samples", "mean"),
+        train_loss=("train_loss", "mean"),
+        train_loss_sd=("train_loss", "std"),
+        test_loss=("test_loss", "mean"),
+        measure=("measure", "first"),
+        metric=("metric", "mean"),
+        seeds=("seed", "nunique"),
+    )
+    return table.reset_index().sort_values(["arm", "learning_rate", "step"], ignore_index=True)
+
+
+def final(frame: Any) -> Any:
+    """The last evaluation of each run."""
+    return frame.sort_values("step").groupby(["arm", "learning_rate", "seed"]).tail(1)
+
+
+def best_rates(frame: Any) -> dict[str, float]:
+    """For each arm the learning rate with the lowest final training loss, mean over the seeds.
+
+    A rate that fewer seeds have run with than another, to see that it is no good, is left out.
+    """
+    runs = final(frame).groupby(["arm", "learning_rate"])["train_loss"].agg(["mean", "size"])
+    best = {}
+    for arm, rates in runs.groupby("arm"):
+        whole = rates[rates["size"] == rates["size"].max()]
+        best[arm] = float(whole["mean"].idxmin()[1])
+    return best
+
+
+def choices(frame: Any, paper_learning_rate: float | None) -> dict[str, dict[str, float]]:
+    """For each way to choose a learning rate: the rate of each arm that has it."""
+    best = {"best learning rate": best_rates(frame)}
+    if paper_learning_rate is None:
+        return best
+    arms = frame.loc[frame["learning_rate"] == paper_learning_rate, "arm"].unique()
+    return {"paper-like learning rate": dict.fromkeys(arms, paper_learning_rate), **best}
+
+
+def paper_rate(output: str | Path) -> float | None:
+    """The experiment's `paper_learning_rate`, if it has one."""
+    settings = Path(output, ALL_SETTINGS)
+    if not settings.exists():
+        return None
+    rate = from_yaml(settings.read_text(encoding="utf-8"), str(settings)).get("paper_learning_rate")
+    return None if rate is None else float(rate)

@@ -1,0 +1,292 @@
+"""What is trained on what: the data part and the model part of an experiment."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch.utils.data import Dataset, Subset
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTimeSeriesPrediction,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from hf_teleport.lab import models  # noqa: F401 - puts the paper's networks into Transformers' Auto classes
+from hf_teleport.lab.data import Pipeline, load
+from hf_teleport.lab.data.catalogue import KINDS, find
+from hf_teleport.lab.keys import require_known
+
+# What `data.load` takes for each kind of data.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "image": ("image_size", "image_column", "label_column"),
+    "sequence": ("length", "image_column", "label_column"),
+    "series": ("context", "horizon", "shift", "shares", "columns", "split", "series_column"),
+    "text": ("text_column", "label_column", "length", "vocabulary_size", "tokenizer"),
+}
+
+
+# Of a saved model: these must be at least what the data need, those exactly.
+_ROOM = ("vocab_size", "max_position_embeddings", "length")
+_EXACT = ("image_size", "num_channels", "input_size")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model of Transformers or one of the paper's, which are registered there.
+
+    Attributes:
+        kind: of the data that it takes.
+        model_type: the name of its config.
+        auto: the class that makes or loads it, by its config.
+        from_data: the settings of its config that the data decide.
+    """
+
+    kind: str
+    model_type: str
+    auto: Any
+    from_data: Callable[[Pipeline], dict[str, Any]]
+
+    @property
+    def classifies(self) -> bool:
+        """Whether its rows have one class each."""
+        return self.auto in (AutoModelForImageClassification, AutoModelForSequenceClassification)
+
+    def sizes(self) -> list[str]:
+        """Names of the settings of its config, from the inputs' to the labels'."""
+        bases = [base for base in CONFIG_MAPPING[self.model_type].__mro__ if issubclass(base, PreTrainedConfig)]
+        of_all = inspect.signature(PreTrainedConfig).parameters
+        names = dict.fromkeys(name for base in bases for name in inspect.signature(base).parameters)
+        return [name for name in names if name not in ("kwargs", *of_all)]
+
+    def config(self, **settings: Any) -> PreTrainedConfig:
+        """Its config.
+
+        Raises:
+            ValueError: a value that is not allowed.
+        """
+        # One setting has several names in Transformers, and the later of two would win.
+        names = CONFIG_MAPPING[self.model_type].attribute_map
+        try:
+            return AutoConfig.for_model(self.model_type, **{names.get(name, name): value for name, value in settings.items()})
+        except StrictDataclassError as error:
+            raise ValueError(f"sizes of {self.model_type!r}: {error}") from error
+
+
+def _image(data: Pipeline) -> dict[str, Any]:
+    return {"image_size": data.train[0]["pixel_values"].shape[-1], "num_labels": data.train.num_labels}  # type: ignore[attr-defined]
+
+
+def _image_and_channels(data: Pipeline) -> dict[str, Any]:
+    return {**_image(data), "num_channels": len(data.train[0]["pixel_values"])}
+
+
+def _classes(data: Pipeline) -> dict[str, Any]:
+    labels = data.train.columns["labels"]  # type: ignore[attr-defined]
+    return {"num_labels": int(labels.max()) + 1}
+
+
+def _sequence(data: Pipeline) -> dict[str, Any]:
+    return {**_series(data), **_classes(data)}
+
+
+def _series(data: Pipeline) -> dict[str, Any]:
+    length, channels = data.train[0]["inputs"].shape
+    return {"length": length, "input_size": channels}
+
+
+def _text(data: Pipeline) -> dict[str, Any]:
+    return {"length": len(data.train[0]["input_ids"]), "vocab_size": len(data.tokenizer)}  # type: ignore[arg-type]
+
+
+def _tokens(data: Pipeline) -> dict[str, Any]:
+    sizes, tokenizer = _text(data), data.tokenizer
+    return {
+        "vocab_size": sizes["vocab_size"],
+        "max_position_embeddings": sizes["length"],
+        "pad_token_id": tokenizer.pad_token_id,  # type: ignore[union-attr]
+    }
+
+
+def _next_token(data: Pipeline) -> dict[str, Any]:
+    end = data.tokenizer.eos_token_id  # type: ignore[union-attr]
+    return {**_tokens(data), "bos_token_id": end, "eos_token_id": end, "use_cache": False}
+
+
+def _sentence(data: Pipeline) -> dict[str, Any]:
+    return {**_tokens(data), **_classes(data)}
+
+
+_IMAGES, _TEXTS, _WORDS = AutoModelForImageClassification, AutoModelForSequenceClassification, AutoModelForCausalLM
+
+NETWORKS: dict[str, Network] = {
+    "mlp": Network("image", "teleport-mlp", _IMAGES, _image_and_channels),
+    "cnn": Network("image", "teleport-cnn", _IMAGES, _image),
+    "residual_cnn": Network("image", "teleport-residual-cnn", _IMAGES, _image),
+    "transformer_classifier": Network("sequence", "teleport-sequence-classifier", _TEXTS, _sequence),
+    "transformer_regressor": Network("series", "teleport-sequence-regressor", AutoModelForTimeSeriesPrediction, _series),
+    "transformer_lm": Network("text", "teleport-causal-lm", _WORDS, _text),
+    "llama": Network("text", "llama", _WORDS, _next_token),
+    "gpt2": Network("text", "gpt2", _WORDS, _next_token),
+    "bert": Network("text", "bert", _TEXTS, _sentence),
+    "vit": Network("image", "vit", _IMAGES, _image_and_channels),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set, a network for it, and how much of both.
+
+    Args:
+        dataset: a name of the catalogue, a Hub id, or a local folder, as for `data.load`.
+        model: one of the paper's, 'mlp', 'cnn', 'residual_cnn', 'transformer_classifier', 'transformer_regressor' and
+            'transformer_lm', or of Transformers, 'llama', 'gpt2', 'bert' (which classifies) and 'vit'.
+        folder: a local copy of what `dataset` names.
+        kind: of the data; default: the catalogue's.
+        options: of `data.load`, those in `OPTIONS`.
+        sizes: settings of the network's config, whose defaults are the paper's, and those of Transformers (large ones) for its
+            models. Image size, classes, length, channels, vocabulary and special tokens come from the data. A BERT far narrower
+            than 768 wants a larger `initializer_range` than 0.02, 0.02 * (768 / hidden_size) ** 0.5: else it does not learn.
+        pretrained: a folder with a saved model, `model` in that of a run with `save_model`: start from its weights and sizes, and
+            for text with its tokenizer. A classifier for another number of classes is made anew.
+        train_rows: train on so many rows, evenly spread over the training set; default: all.
+        test_rows: test on so many rows, evenly spread; default: all.
+        train_loss_rows: measure the training loss on so many of the training rows, evenly spread.
+
+    Raises:
+        ValueError: a model that there is not, that does not take such data, or that is another one than the saved model; an
+            option or a size that there is not.
+        FileNotFoundError: `pretrained` has no saved model.
+    """
+
+    dataset: str
+    model: str
+    folder: str | None = None
+    kind: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=dict)
+    pretrained: str | None = None
+    train_rows: int | None = None
+    test_rows: int | None = None
+    train_loss_rows: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.model not in NETWORKS:
+            raise ValueError(f"model = {self.model!r} is not allowed; allowed: one of {list(NETWORKS)}.")
+        if self.kind not in (None, *KINDS):
+            raise ValueError(f"kind = {self.kind!r} is not allowed; allowed: one of {list(KINDS)}.")
+        network, kind = self.network, self.kind or find(self.dataset).kind
+        if kind != network.kind:
+            suited = [name for name, other in NETWORKS.items() if other.kind == kind]
+            raise ValueError(
+                f"model = {self.model!r} takes data of kind {network.kind!r}, but those of dataset = {self.dataset!r} are of "
+                f"kind {kind!r}; allowed: {suited or f'a kind, one of {list(KINDS)}'}."
+            )
+        for name in self.options:
+            require_known(name, OPTIONS[kind], f"data of kind {kind!r}")
+        if not isinstance(self.sizes, dict):
+            raise ValueError(f"sizes = {self.sizes!r} is not allowed; allowed: a mapping from the network's settings to values.")
+        for name in self.sizes:
+            require_known(name, network.sizes(), f"sizes of model {self.model!r}")
+        network.config(**self.sizes)
+        if kind == "text":
+            self._check_classes()
+        if self.pretrained is not None:
+            self._check_pretrained()
+        for name in ("train_rows", "test_rows", "train_loss_rows"):
+            rows = getattr(self, name)
+            if rows is not None and (not isinstance(rows, int) or rows < 1):
+                raise ValueError(f"{name} = {rows!r} is not allowed; allowed: a whole number from 1.")
+
+    def _check_classes(self) -> None:
+        column = self.options.get("label_column") or find(self.dataset).label_column
+        if self.network.classifies and not column:
+            raise ValueError(f"model = {self.model!r} classifies texts, but label_column = None; allowed: the column of classes.")
+        if column and not self.network.classifies:
+            raise ValueError(
+                f"model = {self.model!r} reads running text, but label_column = {column!r}; allowed: None. For the text of "
+                f"dataset = {self.dataset!r} without its classes give its folder or Hub id as dataset, and kind: text."
+            )
+
+    def _check_pretrained(self) -> None:
+        folder = Path(str(self.pretrained))
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"pretrained = {self.pretrained!r} has no saved model: a run with save_model: true leaves one in the folder "
+                "'model' of its own."
+            )
+        found = AutoConfig.from_pretrained(folder).model_type
+        if found != self.network.model_type:
+            raise ValueError(
+                f"model = {self.model!r} is not allowed; allowed: a {found!r}, which pretrained = {self.pretrained!r} is."
+            )
+        if self.network.kind == "text" and "tokenizer" not in self.options and not (folder / "tokenizer_config.json").is_file():
+            raise ValueError(
+                f"pretrained = {self.pretrained!r} has no tokenizer, without which its embeddings mean nothing: save the one of "
+                "pretraining there, or name it as tokenizer."
+            )
+
+    @property
+    def network(self) -> Network:
+        """Of `model`."""
+        return NETWORKS[self.model]
+
+    @cached_property
+    def data(self) -> Pipeline:
+        """What `load` gives, loaded once."""
+        return self.load()
+
+    def load(self) -> Pipeline:
+        """The data, all rows of them.
+
+        Raises:
+            FileNotFoundError, ValueError: as `data.load`.
+        """
+        trained = {"tokenizer": self.pretrained} if self.pretrained and self.network.kind == "text" else {}
+        return load(self.dataset, self.folder, self.kind, **{**trained, **self.options})
+
+    def make_model(self, data: Pipeline) -> PreTrainedModel:
+        """A fresh model, with random weights from torch's generator; or the saved one, with a head that fits the data.
+
+        Raises:
+            ValueError: the saved model does not suit the data or the sizes.
+        """
+        decided = self.network.from_data(data)
+        if self.pretrained is None:
+            return self.network.auto.from_config(self.network.config(**{**decided, **self.sizes}))
+        config = AutoConfig.from_pretrained(self.pretrained)
+        for name in decided:
+            has, needed = getattr(config, name), decided[name]
+            if (name in _ROOM and has < needed) or (name in _EXACT and has != needed):
+                raise ValueError(f"{name} = {needed} of the data is not allowed; allowed: {has}, that of {self.pretrained!r}.")
+        before = config.num_labels
+        for name, value in self.sizes.items():
+            setattr(config, name, value)
+        if self.network.classifies:
+            config.num_labels = decided["num_labels"]
+        model, loaded = self.network.auto.from_pretrained(
+            self.pretrained, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        for name, saved, fresh in sorted(loaded["mismatched_keys"]):
+            if (saved[0], *fresh) != (before, config.num_labels, *saved[1:]):
+                raise ValueError(
+                    f"{name} has the shape {list(fresh)} by sizes = {self.sizes}, which is not allowed; allowed: "
+                    f"{list(saved)}, that of {self.pretrained!r}. Leave such sizes out."
+                )
+        return model
+
+
+def evenly(rows: Any, count: int | None) -> Dataset:
+    """So many rows, evenly spread over the set; all of them if there are not more, or without a count."""
+    if count is None or count >= len(rows):
+        return rows
+    return Subset(rows, [i * len(rows) // count for i in range(count)])

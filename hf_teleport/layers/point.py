@@ -1,0 +1,241 @@
+"""The loss and its gradient on a batch, where the weights are: by a forward and backward, or by a backward alone.
+
+After a move that changes no activation, the graph of an earlier forward is as good as a new one, but for the weights in it.
+Autograd hands these back where they are now, if it is told to keep them as they are.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hf_teleport.layers.double import keeping_double
+from hf_teleport.layers.layer import bias_error, weight_error
+from hf_teleport.layers.trace import Trace
+from hf_teleport.weights.isolation import forget_caches, seed_everything
+from hf_teleport.weights.norms import norm
+from hf_teleport.weights.ranks import ALONE, Ranks
+from hf_teleport.weights.shards import Shards
+
+_T = TypeVar("_T")
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+"""`loss_fn(model, batch)`: the mean loss of the batch, a scalar."""
+
+
+@dataclass
+class Point:
+    """The loss on one batch at the current weights, and what came of its forward and backward.
+
+    Where several processes share the batch, loss and gradients are the means over all of them; `own_gradients` and the trace are
+    of this process's share.
+
+    Attributes:
+        loss: the mean loss.
+        gradients: one for each parameter, None where the loss does not depend on it.
+        grad_norm: `||∇_W L||` over all trainable parameters.
+        trace: the uses of the parameters, with D.
+        graph: the loss with its graph, if that was kept for `evaluate_again`.
+        errors: where the weights stay sharded, in place of `own_gradients`: for each followed weight how far what the followed
+            uses make of its gradient is from that, and for biases likewise.
+    """
+
+    batch: Any
+    seed: int
+    loss: float
+    parameters: list[nn.Parameter]
+    gradients: list[Tensor | None]
+    own_gradients: list[Tensor | None]
+    grad_norm: float
+    trace: Trace
+    graph: Tensor | None = None
+    errors: dict[nn.Parameter, float] = field(default_factory=dict)
+
+    @property
+    def by_parameter(self) -> dict[nn.Parameter, Tensor]:
+        """The gradients of the parameters that the loss depends on."""
+        pairs = zip(self.parameters, self.gradients, strict=True)
+        return {parameter: gradient.detach() for parameter, gradient in pairs if gradient is not None}
+
+    def reaches(self, parameter: nn.Parameter) -> bool:
+        """Whether the loss on this process's share depends on a parameter."""
+        return parameter in self.errors or parameter in self._own
+
+    def error(self, parameter: nn.Parameter, judge: Callable[[Tensor], float]) -> float:
+        """What a judge of its own gradient says, or said when that was there."""
+        return self.errors[parameter] if parameter in self.errors else judge(self._own[parameter])
+
+    @cached_property
+    def _own(self) -> dict[nn.Parameter, Tensor]:
+        return {p: g.detach() for p, g in zip(self.parameters, self.own_gradients, strict=False) if g is not None}
+
+    def release(self) -> None:
+        """Let the gradients go: of the memory of a step, the largest part."""
+        self.gradients, self.own_gradients = [], []
+        self.__dict__.pop("_own", None)
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient are."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def evaluate(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Any,
+    *,
+    seed: int,
+    differentiable_gradients: bool = False,
+    keep_graph: bool = False,
+    follow: Iterable[nn.Parameter] | None = None,
+    ranks: Ranks = ALONE,
+) -> Point:
+    """One forward and backward at the current weights, followed by a `Trace`. `.grad` is not touched.
+
+    Args:
+        batch: with several processes, this one's share of it.
+        seed: for models that draw random numbers in eval mode: each forward on this batch draws the same.
+        differentiable_gradients: keep the graph of the gradients, for `exact_direction`.
+        keep_graph: keep the graph of the loss, for `evaluate_again`, unless backward reads copies of weights in some process.
+        follow: the parameters whose uses are traced; default: all that are trained.
+        ranks: the processes that share the batch.
+
+    Raises:
+        ValueError: the loss is not a scalar, or depends on no trainable parameter.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    trace = Trace(parameters if follow is None else follow)
+    saved = _Saved()
+    start_afresh(model, seed)
+    with ExitStack() as around:
+        around.enter_context(keeping_double(model.parameters()))
+        if differentiable_gradients:
+            # Fused attention kernels have no second derivative; the plain one does.
+            around.enter_context(sdpa_kernel([SDPBackend.MATH]))
+        if keep_graph:
+            around.enter_context(saved)
+
+        def forward() -> Tensor:
+            with torch.enable_grad(), trace:
+                loss = loss_fn(model, batch)
+            _check_loss(loss)
+            return loss
+
+        if ranks.shards is not None:
+            point = Point(batch, seed, math.nan, parameters, [], [], math.nan, trace)
+            return _evaluate_on_shards(point, forward, ranks.shards, ranks)
+
+        def forward_and_backward() -> tuple[Tensor, list[Tensor | None]]:
+            loss = forward()
+            found = torch.autograd.grad(
+                loss, parameters, allow_unused=True, create_graph=differentiable_gradients, retain_graph=keep_graph or None
+            )
+            return loss, list(found)
+
+        own_loss, own = ranks.together(forward_and_backward)
+    gradients = ranks.mean_tensors(own, parameters)
+    again = keep_graph and saved.covers(trace)
+    loss, length, agreed = ranks.mean([float(own_loss.detach()), norm(gradients), float(again)])
+    return Point(batch, seed, loss, parameters, gradients, own, length, trace, own_loss if agreed == 1 else None)
+
+
+def _evaluate_on_shards(point: Point, forward: Callable[[], Tensor], shards: Shards, ranks: Ranks) -> Point:
+    """Fill in a point of weights that stay sharded: its gradients are this process's parts of the means."""
+    trace = point.trace
+
+    def see(parameter: nn.Parameter, gradient: Tensor) -> None:
+        if parameter in trace.uses:
+            point.errors[parameter] = weight_error(parameter, trace.uses[parameter], gradient)
+        else:
+            point.errors[parameter] = bias_error(trace.with_bias(parameter), gradient)
+
+    def forward_and_backward() -> float:
+        with shards.running():
+            loss = forward()
+            point.gradients = shards.gradients(loss, point.parameters, see)
+            return float(loss.detach())
+
+    own = ranks.together(forward_and_backward)
+    point.loss, point.grad_norm = ranks.mean([own])[0], norm(point.gradients, ranks)
+    return point
+
+
+class _Saved(torch.autograd.graph.saved_tensors_hooks):
+    """What autograd saves inside is handed to backward as it is by then; without hooks it refuses weights that have moved."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+        super().__init__(self._keep, lambda saved: saved)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        self._seen.add(id(tensor if tensor._base is None else tensor._base))
+        # A node that holds its own output holds itself, out of reach of the garbage collector.
+        return tensor.detach()
+
+    def covers(self, trace: Trace) -> bool:
+        """Whether backward reads the followed weights themselves: an einsum may save a copy, and so does offloading."""
+        return all(
+            id(weight) in self._seen
+            for weight, parts in trace.uses.items()
+            if any(use.reached for calls in parts.values() for use in calls)
+        )
+
+
+def evaluate_again(point: Point, ranks: Ranks = ALONE) -> Point:
+    """The point after a move of the weights that changed no activation, by a backward alone.
+
+    The activations and the loss are those of the forward that `point` came from; the weights through which backward passes are
+    read where they are now. The new point takes the place of the old one, whose D it overwrites.
+
+    Raises:
+        ValueError: the point was made without `keep_graph`.
+    """
+    if point.graph is None:
+        raise ValueError("this point has no graph; evaluate() it with keep_graph=True.")
+    graph = point.graph
+
+    def backward() -> list[Tensor | None]:
+        point.trace.forget_gradients()
+        return list(torch.autograd.grad(graph, point.parameters, allow_unused=True, retain_graph=True))
+
+    own = ranks.together(backward)
+    gradients = ranks.mean_tensors(own, point.parameters)
+    length = ranks.mean([norm(gradients)])[0]
+    return replace(point, gradients=gradients, own_gradients=own, grad_norm=length)
+
+
+def loss_at(model: nn.Module, loss_fn: LossFn, batch: Any, *, seed: int, ranks: Ranks = ALONE) -> float:
+    """The loss on a batch at the current weights, by one forward."""
+    start_afresh(model, seed)
+    with torch.no_grad(), keeping_double(model.parameters()):
+        return ranks.mean([ranks.together(lambda: float(running(ranks, lambda: loss_fn(model, batch))))])[0]
+
+
+def running(ranks: Ranks, forward: Callable[[], _T]) -> _T:
+    """What a forward returns, which runs on weights that may stay sharded."""
+    with nullcontext() if ranks.shards is None else ranks.shards.running():
+        return forward()
+
+
+def start_afresh(model: nn.Module, seed: int) -> None:
+    """Before a forward: nothing cached from other weights, and the random numbers of this seed."""
+    forget_caches(model)
+    seed_everything(seed)
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"loss_fn must return the mean loss as a scalar tensor, but returned {got}.")
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss depends on no trainable parameter: check that parameters have requires_grad=True and that "
+            "loss_fn computes the loss with gradients enabled and does not detach it."
+        )

@@ -1,0 +1,240 @@
+"""Choices of basis: from what a few batches show, an orthogonal matrix for each block of features.
+
+Adam scales each coordinate by its own second moment, so it works best where those of different coordinates are uncorrelated: in
+the eigenvectors of the gradient's second moment (arXiv 2409.11321 refreshes them all along, arXiv 2410.19964 measures what a
+basis does to Adam).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from hf_teleport.layers.point import Point
+from hf_teleport.layers.subspace import converging
+from hf_teleport.methods.basis.features import effective
+from hf_teleport.methods.basis.symmetries import Fold, Part, Symmetry
+from hf_teleport.methods.basis.turn import folded, slices
+from hf_teleport.weights.ranks import Ranks
+
+
+class Basis(ABC):
+    """Observe some batches, then choose a basis for each symmetry.
+
+    Args:
+        symmetries: those that will be turned.
+    """
+
+    def __init__(self, symmetries: list[Symmetry], seed: int):
+        self.symmetries = symmetries
+        self.seed = seed
+        self._gains: dict[Fold, Tensor] = {fold: effective(fold.norm) for s in symmetries for fold in s.folds}
+
+    def observe(self, point: Point) -> None:
+        """Take in one batch."""
+        self.see(folded(self._gains, point.by_parameter), point)
+
+    @abstractmethod
+    def see(self, gradients: dict[nn.Parameter, Tensor], point: Point) -> None:
+        """Take in one batch's gradients, as they are with the gains folded."""
+
+    def merge(self, ranks: Ranks) -> None:  # noqa: B027  (the gradients are the mean of all processes already)
+        """Every batch was seen: take in what other processes saw of their shares."""
+
+    @abstractmethod
+    def matrices(self, symmetry: Symmetry) -> Tensor:
+        """Orthogonal matrices (H, k, k): row i of Q is the new coordinate i. `choose` restricts them to where a mean is kept."""
+
+    def choose(self, symmetry: Symmetry) -> Tensor:
+        """The matrices to turn a symmetry by, (H, k, k) in float64."""
+        return self.matrices(symmetry)
+
+    def misalignment(self, symmetry: Symmetry) -> float | None:
+        """Share of the second moment's squares off the diagonal, in the present basis. None: this basis measures none."""
+        return None
+
+
+class _SecondMoment(Basis):
+    """Eigenvectors of a sum of second moments (H, k, k), each with trace one."""
+
+    def __init__(self, symmetries: list[Symmetry], seed: int):
+        super().__init__(symmetries, seed)
+        self._moments: dict[Symmetry, Tensor] = {}
+
+    def _add(self, symmetry: Symmetry, moment: Tensor) -> None:
+        """Add a second moment (H, k, k), brought to trace one."""
+        trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(moment.dtype).tiny)
+        moment = moment / trace[:, None, None]
+        known = self._moments.get(symmetry)
+        self._moments[symmetry] = moment if known is None else known.add_(moment.to(known.device))
+
+    def matrices(self, symmetry: Symmetry) -> Tensor:
+        moment = self._moments.get(symmetry)
+        if moment is None:
+            return torch.eye(symmetry.size, dtype=torch.float64).expand(symmetry.blocks, -1, -1)
+        moment = moment.double()
+        if not symmetry.centred:
+            return _eigenvectors(moment)
+        inside = mean_free(symmetry.size, moment)
+        return _with_mean(_eigenvectors(inside.mT @ moment @ inside), inside)
+
+    def misalignment(self, symmetry: Symmetry) -> float | None:
+        moment = self._moments.get(symmetry)
+        if moment is None:
+            return None
+        total = moment.square().sum()
+        return float(1 - moment.diagonal(dim1=-2, dim2=-1).square().sum() / total) if total > 0 else 0.0
+
+
+class GradientMoment(_SecondMoment):
+    """Eigenvectors of the gradients' second moments, summed over all axes and batches."""
+
+    def see(self, gradients: dict[nn.Parameter, Tensor], point: Point) -> None:
+        for symmetry in self.symmetries:
+            for part in symmetry.parts:
+                if part.parameter in gradients:
+                    rows = slices(gradients[part.parameter], part)  # (H, r, k, n)
+                    rows = rows.transpose(1, 2).flatten(2)
+                    self._add(symmetry, rows @ rows.mT)
+
+
+class ActivationCovariance(_SecondMoment):
+    """Eigenvectors of the second moments of what the weights read. Spaces that no weight reads (query-key) stay."""
+
+    def __init__(self, symmetries: list[Symmetry], seed: int):
+        super().__init__(symmetries, seed)
+        self._sums: dict[tuple[Symmetry, int], Tensor] = {}
+
+    def see(self, gradients: dict[nn.Parameter, Tensor], point: Point) -> None:
+        factors = {(p, dim): (gain, elements) for fold, gain in self._gains.items() for p, dim, elements in fold.readers}
+        for symmetry, i, part in self._readers():
+            for region, uses in point.trace.uses.get(part.parameter, {}).items():
+                if sorted(region.shape) != sorted(part.parameter.shape):
+                    continue  # a part of a fused weight, with other inputs than its neighbour
+                for use in uses:
+                    rows = use.call.projector.rows(use.call.input.detach()).flatten(0, 1)
+                    if (part.parameter, part.dim) in factors:
+                        gain, elements = factors[part.parameter, part.dim]
+                        rows = rows / gain[elements.to(gain.device)].to(rows)
+                    own = rows[:, part.positions.flatten().to(rows.device)].mT
+                    own = own.reshape(*part.positions.shape, -1).transpose(1, 2).flatten(2)
+                    self._sums[symmetry, i] = self._sums.get((symmetry, i), 0) + own @ own.mT
+
+    def merge(self, ranks: Ranks) -> None:
+        readers = list(self._readers())
+        like = (p.parameter.new_empty(s.blocks, s.size, s.size) for s, _, p in readers)
+        means = ranks.mean_tensors([self._sums.get((symmetry, i)) for symmetry, i, _ in readers], like)
+        for (symmetry, _, _), moment in zip(readers, means, strict=True):
+            if moment is not None:
+                self._add(symmetry, moment)
+
+    def _readers(self) -> Iterator[tuple[Symmetry, int, Part]]:
+        """Every part that reads its features, with its number in its symmetry."""
+        for symmetry in self.symmetries:
+            yield from ((symmetry, i, part) for i, part in enumerate(symmetry.parts) if part.reads)
+
+
+class PredictedDecrease(Basis):
+    """A rotation that climbs what a sign-like optimizer expects to gain from a step, `||g||_1`.
+
+    `Q <- polar(sign(Q G) Gᵀ)` never lowers the sum of absolute values of Q G: it maximises the tangent of a convex function. Each
+    symmetry is climbed with the others at rest.
+    """
+
+    _ITERATIONS = 20
+
+    def __init__(self, symmetries: list[Symmetry], seed: int):
+        super().__init__(symmetries, seed)
+        self._sums: dict[nn.Parameter, Tensor] = {}
+
+    def see(self, gradients: dict[nn.Parameter, Tensor], point: Point) -> None:
+        for parameter in {part.parameter for symmetry in self.symmetries for part in symmetry.parts}:
+            if parameter in gradients:
+                known = self._sums.get(parameter)
+                self._sums[parameter] = gradients[parameter].clone() if known is None else known.add_(gradients[parameter])
+
+    def matrices(self, symmetry: Symmetry) -> Tensor:
+        rows = [
+            slices(self._sums[p.parameter], p).transpose(1, 2).flatten(2) for p in symmetry.parts if p.parameter in self._sums
+        ]
+        if not rows:
+            return torch.eye(symmetry.size, dtype=torch.float64).expand(symmetry.blocks, -1, -1)
+        gradient = torch.cat(rows, -1).double()  # (H, k, n)
+        inside = mean_free(symmetry.size, gradient) if symmetry.centred else torch.eye(symmetry.size).to(gradient)
+        matrix = torch.eye(symmetry.size).to(gradient).expand(symmetry.blocks, -1, -1)
+        for _ in range(self._ITERATIONS):
+            left, _, right = converging(torch.linalg.svd, inside.mT @ (matrix @ gradient).sign() @ gradient.mT @ inside)
+            matrix = _with_mean(left @ right, inside) if symmetry.centred else left @ right
+        return matrix
+
+
+class Identity(Basis):
+    """No rotation: the control for what an event does beside turning, folding gains and resetting the optimizer's state."""
+
+    def see(self, gradients: dict[nn.Parameter, Tensor], point: Point) -> None:
+        """Nothing is needed of a batch."""
+
+    def matrices(self, symmetry: Symmetry) -> Tensor:
+        return torch.eye(symmetry.size, dtype=torch.float64).expand(symmetry.blocks, -1, -1)
+
+
+class Random(Identity):
+    """A random rotation: the control for the choice of basis."""
+
+    def matrices(self, symmetry: Symmetry) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed + self.symmetries.index(symmetry))
+        size = symmetry.size - symmetry.centred
+        normal = torch.randn(symmetry.blocks, size, size, dtype=torch.float64, generator=generator)
+        matrix, triangle = torch.linalg.qr(normal)
+        matrix = matrix * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # uniform over all rotations
+        return _with_mean(matrix, mean_free(symmetry.size, matrix)) if symmetry.centred else matrix
+
+
+def _eigenvectors(matrix: Tensor) -> Tensor:
+    """Those of symmetric matrices (H, k, k), as rows, each with the sign that makes its product with one fixed vector positive.
+
+    Which sign a decomposition gives is decided by rounding, and so by how the data is split over processes.
+    """
+    rows = converging(torch.linalg.eigh, matrix)[1].mT
+    fixed = 2 + torch.cos(torch.arange(rows.shape[-1], dtype=rows.dtype, device=rows.device))
+    return torch.where(rows @ fixed < 0, -1, 1).unsqueeze(-1) * rows
+
+
+def mean_free(size: int, like: Tensor) -> Tensor:
+    """An orthonormal basis (size, size - 1) of the vectors whose mean is zero, each as near to a coordinate as can be.
+
+    It is the reflection that takes the last coordinate to the vector of ones, without its last column.
+    """
+    ones = torch.full((size,), size**-0.5, dtype=torch.float64)
+    normal = -ones.clone()
+    normal[-1] += 1
+    reflection = torch.eye(size, dtype=torch.float64) - 2 * torch.outer(normal, normal) / normal.square().sum().clamp_min(1e-300)
+    return reflection[:, :-1].to(like)
+
+
+def _with_mean(inside: Tensor, basis: Tensor) -> Tensor:
+    """A rotation of the mean-free vectors (H, k - 1, k - 1), and the vector of ones kept: (H, k, k)."""
+    size = basis.shape[0]
+    return basis @ inside @ basis.mT + torch.full((size, size), 1 / size, dtype=basis.dtype, device=basis.device)
+
+
+BASES: dict[str, type[Basis]] = {
+    "gradient": GradientMoment,
+    "predicted_decrease": PredictedDecrease,
+    "activation": ActivationCovariance,
+    "random": Random,
+    "identity": Identity,
+}
+
+
+def balance(symmetry: Symmetry) -> Tensor:
+    """The factors (H, 1, 1) of single features that make what writes each as long as what reads it."""
+    writes, reads = (_squares(symmetry, reads=side) for side in (False, True))
+    return torch.where((writes > 0) & (reads > 0), (reads / writes).pow(0.25), 1.0)[:, None, None]
+
+
+def _squares(symmetry: Symmetry, *, reads: bool) -> Tensor:
+    """For each feature (H,) the squared length of what reads it, or of what writes it."""
+    parts = [part for part in symmetry.parts if part.reads is reads]
+    return sum((slices(p.parameter.detach(), p).double().square().sum((1, 2, 3)) for p in parts), torch.zeros(symmetry.blocks))

@@ -1,0 +1,202 @@
+"""Basis teleportation: turn the model's exact symmetries to where the optimizer works best.
+
+A rotation of features that no output depends on leaves the loss and the gradient's norm as they are, for every input. SGD does
+not see it; Adam, which scales each coordinate alone, does. docs/basis.md has the derivation and the measurements.
+"""
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_teleport.config import TeleportConfig
+from hf_teleport.layers.audit import describe
+from hf_teleport.layers.point import LossFn, Point
+from hf_teleport.methods.base import Method, Move
+from hf_teleport.methods.basis.bases import BASES, Basis, balance
+from hf_teleport.methods.basis.symmetries import Symmetry, find_symmetries
+from hf_teleport.methods.basis.turn import Turn
+from hf_teleport.methods.reasons import SAME_IN_ANY_BASIS
+from hf_teleport.optimizers.state import OptimizerState, check_optimizer
+from hf_teleport.report import SymmetryReport
+from hf_teleport.weights.norms import norm
+from hf_teleport.weights.ranks import ALONE, Ranks
+from hf_teleport.weights.snapshot import Snapshot
+
+logger = logging.getLogger(__name__)
+
+# Relative difference up to which a gradient after a turn is the turned gradient from before, by the precision of the weights.
+_AGREEMENT = {torch.float32: 1e-2, torch.float64: 1e-5}
+
+
+class BasisTurn(Method):
+    """One change of basis, exact for every input."""
+
+    once = True
+    at_rest = SAME_IN_ANY_BASIS
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, config: TeleportConfig, optimizer: object = None, ranks: Ranks = ALONE):
+        super().__init__(model, loss_fn, config, optimizer, ranks)
+        self.turn = Turn({})
+        self._found: dict[Symmetry, SymmetryReport] = {}
+        self._basis: Basis = BASES[config.basis]([], config.seed)
+        self._first: dict[nn.Parameter, Tensor] = {}
+        self._squares: dict[tuple[nn.Parameter, int], Tensor] = {}
+        self._state: OptimizerState | None = None
+        if optimizer is not None:
+            reset = config.optimizer_state == "reset"
+            check_optimizer(optimizer, reset=reset)
+            self._state = None if reset else OptimizerState(optimizer)
+
+    @staticmethod
+    def passes(config: TeleportConfig) -> int:
+        return 2 * config.num_batches
+
+    @property
+    def used(self) -> list[Symmetry]:
+        """The symmetries that will be turned."""
+        return [symmetry for symmetry in self._found if not symmetry.reason]
+
+    @property
+    def movable(self) -> list[nn.Parameter]:
+        return list(dict.fromkeys(parameter for symmetry in self.used for parameter in symmetry.parameters))
+
+    @property
+    def written(self) -> list[Tensor]:
+        state = self._state
+        kept = [] if state is None else [t for parameter in self.in_order() for t in state.tensors(parameter).values()]
+        return super().written + kept
+
+    @property
+    def blocking(self) -> list[nn.Parameter]:
+        return [gain for symmetry in self.used for gain in symmetry.blocking]
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self.movable, None if self._state is None else self._state.optimizer.state)
+
+    def survey(self, point: Point) -> None:
+        if not self.reports:
+            self.ranks.together(lambda: self._find(point))
+            self._agree()
+            self._basis = BASES[self.config.basis](self.used, self.config.seed)
+            self._first = point.by_parameter
+        self.ranks.together(lambda: self._basis.observe(point))
+
+    def _find(self, point: Point) -> None:
+        self.reports = describe(self.model, point, self.config)
+        immovable = {parameter: report.reason for parameter, report in self.reports.items() if report.reason}
+        round_gains = self.config.blocking_gains == "round"
+        symmetries, reasons = find_symmetries(self.model, self.loss_fn, point.batch, immovable, round_gains=round_gains)
+        for symmetry in symmetries:
+            if not symmetry.reason and symmetry.kind not in self.config.symmetries:
+                symmetry.reason = f"{symmetry.kind} is not among the chosen symmetries"
+            self._found[symmetry] = SymmetryReport(
+                symmetry.kind, symmetry.name, symmetry.blocks, symmetry.size, len(symmetry.parameters), reason=symmetry.reason
+            )
+        self.symmetries = list(self._found.values())
+        left_out = {p: symmetry.reason for symmetry in symmetries if symmetry.reason for p in symmetry.parameters}
+        for parameter, report in self.reports.items():
+            report.reason = report.reason or left_out.get(parameter) or reasons.get(parameter, "")
+        for parameter in self.movable:
+            self.reports[parameter].movable, self.reports[parameter].reason = True, ""
+
+    def _agree(self) -> None:
+        """Leave out a symmetry that another process did not find with its data, so that all turn the same."""
+        if self.ranks.size == 1:
+            return
+        own = {symmetry: self._signature(symmetry) for symmetry in self.used}
+        everywhere = set.intersection(*map(set, self.ranks.gather(list(own.values()))))
+        for symmetry, signature in own.items():
+            if signature not in everywhere:
+                self._leave_out(symmetry, "another process did not find it with its share of the data")
+
+    def _signature(self, symmetry: Symmetry) -> tuple[Any, ...]:
+        """The same in all processes for the same features of the same weights."""
+        number = {parameter: i for i, parameter in enumerate(self.model.parameters())}
+        parts = tuple((number[part.parameter], part.dim, *map(int, part.positions.flatten())) for part in symmetry.parts)
+        return symmetry.kind, symmetry.name, symmetry.blocks, symmetry.size, hash(parts)
+
+    def _leave_out(self, symmetry: Symmetry, reason: str) -> None:
+        symmetry.reason = self._found[symmetry].reason = reason
+        still = set(self.movable)
+        for parameter in symmetry.parameters:
+            if parameter not in still:
+                self.reports[parameter].movable, self.reports[parameter].reason = False, reason
+
+    def fit(self) -> None:
+        self._basis.merge(self.ranks)
+        used = sorted(self.used, key=self._signature)  # in the same order in all processes
+        owners = self.ranks.spread([symmetry.blocks * symmetry.size**3 for symmetry in used])
+        rotations = self.ranks.together(
+            lambda: {s: self._chosen(s, owner == self.ranks.rank) for s, owner in zip(used, owners, strict=True)}
+        )
+        for (symmetry, matrices), owner in zip(rotations.items(), owners, strict=True):
+            self._found[symmetry].misalignment = self._basis.misalignment(symmetry)
+            self.ranks.broadcast([matrices], source=owner)
+            if not matrices.isfinite().all():
+                self._leave_out(symmetry, "its second moment could not be decomposed: the algorithm did not converge")
+        self.turn = Turn({symmetry: rotations[symmetry] for symmetry in self.used})
+
+    def _chosen(self, symmetry: Symmetry, own: bool) -> Tensor:
+        """The matrices to turn a symmetry by; NaN where another process chooses them, or none are found."""
+        try:
+            if own:
+                return balance(symmetry) if symmetry.kind == "scaling" else self._basis.choose(symmetry)
+        except torch.linalg.LinAlgError as error:
+            logger.warning(
+                "%s of %s stays as it is (%s); the others turn. If it is so in every teleport, see whether the gradients are "
+                "finite, or leave it out of symmetries.",
+                symmetry.kind,
+                symmetry.name,
+                error,
+            )
+        size = 1 if symmetry.kind == "scaling" else symmetry.size
+        return torch.full((symmetry.blocks, size, size), math.nan, dtype=torch.float64)
+
+    def propose(self, point: Point | None = None) -> Move | None:
+        measured = [s.misalignment for s in self._found.values() if s.misalignment is not None]
+        if self.config.min_misalignment and max(measured, default=0.0) < self.config.min_misalignment:
+            return None
+        return Move(lambda fraction: self.turn.carry_out(self._state), self.snapshot)
+
+    def review(self, point: Point) -> None:
+        self.ranks.together(lambda: self._look_again(point))
+
+    def _look_again(self, point: Point) -> None:
+        gradients = point.by_parameter
+        if point.seed == self.config.seed and self.turn.exact:
+            self._compare(self.turn.gradients(self._first), gradients)
+        if self.config.second_moment == "measure":
+            for parameter, dim in self._turned_axes():
+                if parameter in gradients:
+                    others = [d for d in range(parameter.dim()) if d != dim]
+                    squares = gradients[parameter].square().double()
+                    self._squares[parameter, dim] = self._squares.get((parameter, dim), 0) + (
+                        squares.sum(others) if others else squares
+                    )
+
+    def _turned_axes(self) -> list[tuple[nn.Parameter, int]]:
+        return list(dict.fromkeys((part.parameter, part.dim) for symmetry in self.used for part in symmetry.parts))
+
+    def _compare(self, expected: dict[nn.Parameter, Tensor], found: dict[nn.Parameter, Tensor]) -> None:
+        """A symmetry turns the gradient as it turns the weights: what does not was none."""
+        total = norm(expected.values())
+        for parameter, gradient in expected.items():
+            other = found.get(parameter, torch.zeros_like(gradient))
+            error = norm([other - gradient]) / max(norm([gradient]) + 1e-3 * total, 1e-30)
+            if not error <= _AGREEMENT[parameter.dtype]:
+                self.objection = "not_a_symmetry"
+                self.reports[parameter].reason = f"its gradient did not turn with it: off by {error:.1e}"
+                return
+
+    def accept(self) -> None:
+        if self._state is None:
+            return
+        shares: dict[nn.Parameter, dict[int, Tensor]] = {}
+        for (parameter, dim), squares in self._squares.items():
+            if squares.sum() > 0:
+                shares.setdefault(parameter, {})[dim] = squares / squares.sum()
+        for parameter, own in shares.items():
+            self._state.put_shares(parameter, own)

@@ -1,0 +1,1 @@
+"""What an optimizer keeps for each weight: turned, reset, and rehearsed on copies."""

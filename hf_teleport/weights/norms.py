@@ -1,0 +1,40 @@
+"""Euclidean norms of lists of tensors, of whole weights and of shards."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from hf_teleport.weights.ranks import ALONE, Ranks
+
+# Norms between these need no float64.
+_SMALLEST_NORM, _LARGEST_NORM = 1e-14, 1e18
+
+
+def norm(tensors: Iterable[Tensor | None], ranks: Ranks = ALONE) -> float:
+    """Euclidean norm of all the numbers in a list of tensors; of weights that stay sharded, with those of other processes."""
+    return math.hypot(*norms((t for t in tensors if t is not None), ranks))
+
+
+def norms(tensors: Iterable[Tensor], ranks: Ranks = ALONE) -> list[float]:
+    """The norm of each tensor."""
+    present = [t.detach() for t in tensors]
+    if ranks.shards is not None:
+        return [square**0.5 for square in ranks.shards.total([_wide_norm(t) ** 2 for t in present])]
+    own = [norm_of(t) for t in present]
+    found = torch.stack([n.to(own[0].device) for n in own]).tolist() if own else []
+    # Outside these bounds the squares of float32 underflow or overflow.
+    inside = [_SMALLEST_NORM < n < _LARGEST_NORM or not t.any() for n, t in zip(found, present, strict=True)]
+    return [n if fits else _wide_norm(t) for n, fits, t in zip(found, inside, present, strict=True)]
+
+
+def _wide_norm(tensor: Tensor) -> float:
+    return float(norm_of(tensor.to(torch.promote_types(tensor.dtype, torch.float64))))
+
+
+def norm_of(tensor: Tensor) -> Tensor:
+    """Euclidean norm, a float64 scalar: of each row in its own precision, which is fast, and of the rows' norms in float64."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    rows = torch.linalg.vector_norm(real, dim=-1, dtype=torch.promote_types(real.dtype, torch.float32)) if real.dim() else real
+    return torch.linalg.vector_norm(rows, dtype=torch.float64)

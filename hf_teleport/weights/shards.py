@@ -1,0 +1,247 @@
+"""Weights that FSDP2 spreads over the processes, in an event that leaves them so: whole only while their module runs.
+
+Each such weight has a `Shard` for its stand-in in the model. Its values are this process's part, and so are those of all that
+an event makes of them, elementwise: copies to return to, gradients, moves, shifted weights. While the FSDP module that it belongs
+to runs, forwards or backwards, the same object is the whole weight. What came to a whole weight meanwhile (its gradient, or
+another product of its layer's inputs) is averaged over the processes when it is closed, each keeping its own part.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import Shard as Split
+from torch.nn import functional as F
+
+from hf_teleport.weights.ranks import Ranks
+from hf_teleport.weights.region import Region
+
+Arrived = Callable[[nn.Parameter], Tensor | None]
+"""What has come to a whole weight, of its shape; None: nothing."""
+
+
+class Shard(nn.Parameter):
+    """A parameter whose values are a part of the weight, or, as long as its module runs, all of it.
+
+    Attributes:
+        whole: a tensor without values of the whole weight's shape, strides and dtype.
+    """
+
+    whole: Tensor
+
+    @classmethod
+    def of(cls, stored: Any) -> "Shard":
+        """A stand-in for a sharded parameter: its own memory if that is in float32 or more, else a copy in float32."""
+        own = stored.to_local().detach()
+        own = own.to(torch.promote_types(own.dtype, torch.float32))
+        shard = cls(own, stored.requires_grad)
+        shard.whole = torch.empty_strided(stored.shape, stored.stride(), dtype=own.dtype, device="meta")
+        return shard
+
+
+def whole_of(parameter: Tensor) -> Tensor:
+    """A tensor with the shape and the strides of the whole parameter."""
+    return parameter.whole if isinstance(parameter, Shard) else parameter
+
+
+def can_stay_sharded(model: nn.Module, size: int) -> bool:
+    """Whether every weight is dealt out over all processes by its first axis, and all will be of one precision."""
+    parameters: list[Any] = list(model.parameters())
+    return len({torch.promote_types(p.dtype, torch.float32) for p in parameters}) == 1 and all(
+        isinstance(p, DTensor) and p.placements == (Split(0),) and p.device_mesh.size() == size for p in parameters
+    )
+
+
+class Shards:
+    """The weights of a model that stay sharded in an event.
+
+    Args:
+        ranks: the processes.
+        model: its parameters are shards.
+        mesh: the processes in the order of their parts.
+    """
+
+    def __init__(self, ranks: Ranks, model: nn.Module, mesh: DeviceMesh):
+        self._ranks = ranks
+        self._mesh = mesh
+        self._around: dict[nn.Parameter, tuple[nn.Module, ...]] = {}  # the FSDP modules that a weight is in, outermost first
+        self._place(model, ())
+        self._units = list(dict.fromkeys([(model,), *self._around.values()]))
+        self._parts: dict[nn.Parameter, Tensor] = {}  # of those that are whole now
+        self._open: list[tuple[nn.Module, ...]] = []
+        self._arrived: Arrived | None = None
+        self._means: dict[nn.Parameter, Tensor] = {}
+        self._hooks = []
+        for unit in self._units[1:]:
+            self._hooks.append(unit[-1].register_forward_pre_hook(lambda *_, unit=unit: self._make_whole(unit)))
+            self._hooks.append(unit[-1].register_forward_hook(lambda *_, unit=unit: self._close(unit)))
+        for parameter, unit in self._around.items():
+            if parameter.requires_grad:
+                # A gradient wants room, also if backward needed no weight of its module.
+                self._hooks.append(parameter.register_hook(lambda _, unit=unit: self._make_whole(unit)))
+
+    def _place(self, module: nn.Module, around: tuple[nn.Module, ...]) -> None:
+        if isinstance(module, FSDPModule) or not around:
+            around = (*around, module)
+        for parameter in module.parameters(recurse=False):
+            known = self._around.get(parameter, around)
+            # A tied weight belongs to the innermost module that all its users are in.
+            self._around[parameter] = tuple(a for a, b in zip(known, around, strict=False) if a is b)
+        for child in module.children():
+            self._place(child, around)
+
+    def release(self) -> None:
+        """The event is over."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def total(self, values: list[float]) -> list[float]:
+        """The sum over all processes of each value."""
+        return [mean * self._ranks.size for mean in self._ranks.mean(values)]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around a forward, and its backward: weights become whole as they are needed. An error leaves none of them whole."""
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+                self._make_whole(self._units[0])
+                yield
+                for unit in reversed(self._open.copy()):
+                    self._close(unit)
+        finally:
+            for parameter, part in self._parts.items():
+                parameter.data = part
+            self._parts, self._open = {}, []
+
+    @contextmanager
+    def averaging(self, arrived: Arrived) -> Iterator[dict[nn.Parameter, Tensor]]:
+        """Inside `running`, before it ends: what has come to weights until they are closed is averaged.
+
+        Yields:
+            This process's part of the mean for each weight that something came to in some process; complete in the end.
+        """
+        self._arrived, self._means = arrived, {}
+        try:
+            yield self._means
+            self._average([p for p in self._around if p.requires_grad])
+        finally:
+            self._arrived = None
+
+    def gradients(
+        self, loss: Tensor, parameters: list[nn.Parameter], see: Callable[[nn.Parameter, Tensor], None]
+    ) -> list[Tensor | None]:
+        """The loss's gradients, this process's parts of their means over the processes; None where no process has any.
+
+        Args:
+            see: gets each weight's own gradient of this process, whole, before it is averaged.
+        """
+
+        def arrived(parameter: nn.Parameter) -> Tensor | None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                see(parameter, gradient)
+            return gradient
+
+        with self.averaging(arrived) as means:
+            loss.backward(inputs=parameters)
+        return [means.get(parameter) for parameter in parameters]
+
+    def _make_whole(self, unit: tuple[nn.Module, ...]) -> None:
+        if unit in self._open:
+            return
+        for other in [other for other in self._open if other != unit[: len(other)]]:
+            self._close(other)  # backward has passed it
+        self._ranks.agree(on=1 + self._units.index(unit))
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            parameters = self._of(unit)
+            for parameter, whole in zip(parameters, self._gathered(parameters), strict=True):
+                self._parts[parameter] = parameter.data
+                parameter.data = whole
+        self._open.append(unit)
+
+    def _close(self, unit: tuple[nn.Module, ...]) -> None:
+        if unit not in self._open:
+            return
+        if self._arrived is not None:
+            self._average([parameter for parameter in self._of(unit) if parameter.requires_grad])
+        with torch._C.DisableTorchFunction():
+            for parameter in self._of(unit):
+                parameter.data = self._parts.pop(parameter)
+        self._open.remove(unit)
+
+    def _of(self, unit: tuple[nn.Module, ...]) -> list[Any]:
+        return [parameter for parameter, around in self._around.items() if around == unit]
+
+    def _average(self, parameters: list[Any]) -> None:
+        """Average what has arrived at these weights, and keep a part of it."""
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            values = [self._arrived(parameter) for parameter in parameters]  # type: ignore[misc]
+            self._ranks.agree(on=1 + len(self._units) + len(parameters))
+            present = torch.tensor([value is not None for value in values], dtype=torch.uint8, device=self._ranks.device)
+            dist.all_reduce(present, dist.ReduceOp.MAX)
+            some = [(p, value) for p, value, here in zip(parameters, values, present.tolist(), strict=True) if here]
+            for parameter, part in self._scattered(dict(some)):
+                known = self._means.get(parameter)
+                self._means[parameter] = part if known is None else known.add_(part)
+
+    def _gathered(self, parameters: list[Any]) -> list[Tensor]:
+        """The whole values of sharded weights, by one message."""
+        if not parameters:
+            return []
+        rooms = [self._room(parameter) for parameter in parameters]
+        own = torch.cat([_padded(parameter.data, room) for parameter, room in zip(parameters, rooms, strict=True)])
+        everybodys = DTensor.from_local(own, self._mesh, [Split(0)], run_check=False).full_tensor()
+        columns = everybodys.view(self._ranks.size, -1).split(rooms, dim=1)
+        return [
+            column.reshape(-1)[: parameter.whole.numel()].view(parameter.whole.shape)
+            for parameter, column in zip(parameters, columns, strict=True)
+        ]
+
+    def _scattered(self, values: dict[Any, Tensor | None]) -> list[tuple[Any, Tensor]]:
+        """This process's parts of the means of whole values, by one message. None stands for zeros."""
+        if not values:
+            return []
+        size, rooms = self._ranks.size, [self._room(parameter) for parameter in values]
+        wholes = [
+            _padded(parameter.data.new_zeros(0) if value is None else value, size * room).view(size, room)
+            for (parameter, value), room in zip(values.items(), rooms, strict=True)
+        ]
+        everybodys = DTensor.from_local(torch.cat(wholes, dim=1).flatten(), self._mesh, [Partial()], run_check=False)
+        own = everybodys.redistribute(placements=[Split(0)]).to_local() / size
+        shapes = [self._parts.get(parameter, parameter.data).shape for parameter in values]
+        return [
+            (parameter, part[: shape.numel()].view(shape))
+            for parameter, part, shape in zip(values, own.split(rooms), shapes, strict=True)
+        ]
+
+    def _room(self, parameter: Shard) -> int:
+        """How many elements of a weight a process has at most, as rows are dealt out by `torch.chunk`."""
+        return -(-len(parameter.whole) // self._ranks.size) * parameter.whole[:1].numel()
+
+    def _pack(self, tensor: Tensor) -> Any:
+        """For backward: of a whole weight, or a view of it, only which one it is."""
+        with torch._C.DisableTorchFunction():
+            storage = tensor.untyped_storage().data_ptr()
+            for parameter in self._parts:
+                if storage and parameter.untyped_storage().data_ptr() == storage:
+                    return parameter, Region.of(tensor, parameter)
+            # A node that holds its own output holds itself, out of reach of the garbage collector.
+            return tensor.detach()
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        parameter, region = packed
+        self._make_whole(self._around[parameter])
+        with torch._C.DisableTorchFunction():
+            return region.view(parameter.detach())
+
+
+def _padded(values: Tensor, size: int) -> Tensor:
+    return F.pad(values.flatten(), (0, size - values.numel()))

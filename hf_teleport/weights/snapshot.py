@@ -1,0 +1,79 @@
+"""Copies of weights, and of what an optimizer keeps for them, to return to."""
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_teleport.weights.ranks import ALONE, Ranks
+
+
+class Snapshot:
+    """A copy of parameters to return to, and of what an optimizer keeps for them.
+
+    Args:
+        state: the optimizer's `state`, if it is to be restored too.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], state: dict[Any, Any] | None = None):
+        self._saved = [(parameter, parameter.detach().clone()) for parameter in parameters]
+        self._state = state
+        self._kept = {} if state is None else {p: copy.deepcopy(state[p]) for p, _ in self._saved if p in state}
+
+    def restore(self) -> None:
+        """Put the copied values back, bit for bit."""
+        with torch.no_grad():
+            for parameter, saved in self._saved:
+                parameter.copy_(saved)
+        for parameter, kept in self._kept.items():
+            # Without new memory, which may be why this is called.
+            now = self._state.setdefault(parameter, {})  # type: ignore[union-attr]
+            for name, value in kept.items():
+                if isinstance(value, Tensor) and isinstance(now.get(name), Tensor) and now[name].shape == value.shape:
+                    now[name].detach().copy_(value)
+                else:
+                    now[name] = value
+
+    def halve(self) -> None:
+        """Take the parameters half the way back."""
+        with torch.no_grad():
+            for parameter, saved in self._saved:
+                parameter.lerp_(saved, 0.5)
+
+    def moved(self) -> dict[nn.Parameter, Tensor]:
+        """How far each parameter is from its copy."""
+        return {parameter: parameter.detach() - saved for parameter, saved in self._saved}
+
+    def changed(self, ranks: Ranks = ALONE) -> dict[nn.Parameter, float | None]:
+        """The parameters W that differ from their copy W0, and by how much: ||W - W0|| / ||W0||, None if that is not finite.
+
+        One after the other, so that no second copy of all of them is held.
+
+        Args:
+            ranks: the processes that hold these parameters, whole or in parts.
+        """
+        found = ranks.together(lambda: [_difference(parameter, saved) for parameter, saved in self._saved])
+        if ranks.shards is not None:
+            squares = iter(ranks.shards.total([value * value for each in found for value in each]))
+            found = [(each, next(squares) ** 0.5, next(squares) ** 0.5) for each in squares]
+        return {
+            parameter: _share(distance, length)
+            for (parameter, _), (differs, distance, length) in zip(self._saved, found, strict=True)
+            if differs
+        }
+
+
+@torch.no_grad()
+def _difference(parameter: Tensor, saved: Tensor) -> tuple[float, float, float]:
+    """Whether they differ, by how much, and the norm of the copy, which is also wanted if other parts of the weight differ."""
+    differs = not torch.equal(parameter, saved)
+    distance = float(torch.linalg.vector_norm(parameter - saved)) if differs else 0.0
+    return float(differs), distance, float(torch.linalg.vector_norm(saved))
+
+
+def _share(distance: float, length: float) -> float | None:
+    relative = distance / length if length else math.inf
+    return relative if math.isfinite(relative) else None
