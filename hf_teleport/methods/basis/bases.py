@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from hf_teleport.layers.point import Point
 from hf_teleport.layers.subspace import converging
 from hf_teleport.methods.basis.features import effective
+from hf_teleport.methods.basis.moments import Moments, misalignment, shares, turned
+from hf_teleport.methods.basis.smallest import smallest_turn
 from hf_teleport.methods.basis.symmetries import Fold, Part, Symmetry
 from hf_teleport.methods.basis.turn import folded, slices
 from hf_teleport.weights.ranks import Ranks
@@ -33,11 +35,11 @@ class Basis(ABC):
 
     def observe(self, point: Point) -> None:
         """Take in one batch."""
-        self.see(folded(self._gains, point.by_parameter), point)
+        self.see(point.by_parameter, point)
 
     @abstractmethod
     def see(self, gradients: dict[nn.Parameter, Tensor], point: Point) -> None:
-        """Take in one batch's gradients, as they are with the gains folded."""
+        """Take in one batch's gradients, as they are before the gains are folded."""
 
     def merge(self, ranks: Ranks) -> None:  # noqa: B027  (the gradients are the mean of all processes already)
         """Every batch was seen: take in what other processes saw of their shares."""
@@ -52,6 +54,10 @@ class Basis(ABC):
 
     def misalignment(self, symmetry: Symmetry) -> float | None:
         """Share of the second moment's squares off the diagonal, in the present basis. None: this basis measures none."""
+        return None
+
+    def shares(self, symmetry: Symmetry, matrices: Tensor) -> Tensor | None:
+        """The share of each coordinate in the second moment once the symmetry is turned, (H, k). None: likewise."""
         return None
 
 
@@ -75,28 +81,35 @@ class _SecondMoment(Basis):
             return torch.eye(symmetry.size, dtype=torch.float64).expand(symmetry.blocks, -1, -1)
         moment = moment.double()
         if not symmetry.centred:
-            return _eigenvectors(moment)
+            return smallest_turn(moment)
         inside = mean_free(symmetry.size, moment)
-        return _with_mean(_eigenvectors(inside.mT @ moment @ inside), inside)
+        return _with_mean(smallest_turn(inside.mT @ moment @ inside), inside)
 
     def misalignment(self, symmetry: Symmetry) -> float | None:
         moment = self._moments.get(symmetry)
-        if moment is None:
-            return None
-        total = moment.square().sum()
-        return float(1 - moment.diagonal(dim1=-2, dim2=-1).square().sum() / total) if total > 0 else 0.0
+        return None if moment is None else misalignment(moment)
+
+    def shares(self, symmetry: Symmetry, matrices: Tensor) -> Tensor | None:
+        """The share of each coordinate in the second moment once the symmetry is turned, (H, k); None: nothing was seen."""
+        moment = self._moments.get(symmetry)
+        return None if moment is None else shares(turned(moment, matrices))
 
 
 class GradientMoment(_SecondMoment):
-    """Eigenvectors of the gradients' second moments, summed over all axes and batches."""
+    """Eigenvectors of the gradients' second moments, summed over all axes and batches.
+
+    Args:
+        moments: gathered during training; default: gathered from the batches of the event.
+    """
+
+    def __init__(self, symmetries: list[Symmetry], seed: int, moments: Moments | None = None):
+        super().__init__(symmetries, seed)
+        self._own = Moments(symmetries) if moments is None else None
+        self._moments = (moments or self._own).values  # type: ignore[union-attr]
 
     def see(self, gradients: dict[nn.Parameter, Tensor], point: Point) -> None:
-        for symmetry in self.symmetries:
-            for part in symmetry.parts:
-                if part.parameter in gradients:
-                    rows = slices(gradients[part.parameter], part)  # (H, r, k, n)
-                    rows = rows.transpose(1, 2).flatten(2)
-                    self._add(symmetry, rows @ rows.mT)
+        if self._own is not None:
+            self._own.look(gradients)
 
 
 class ActivationCovariance(_SecondMoment):
@@ -149,6 +162,7 @@ class PredictedDecrease(Basis):
         self._sums: dict[nn.Parameter, Tensor] = {}
 
     def see(self, gradients: dict[nn.Parameter, Tensor], point: Point) -> None:
+        gradients = folded(self._gains, gradients)
         for parameter in {part.parameter for symmetry in self.symmetries for part in symmetry.parts}:
             if parameter in gradients:
                 known = self._sums.get(parameter)
@@ -189,16 +203,6 @@ class Random(Identity):
         matrix, triangle = torch.linalg.qr(normal)
         matrix = matrix * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # uniform over all rotations
         return _with_mean(matrix, mean_free(symmetry.size, matrix)) if symmetry.centred else matrix
-
-
-def _eigenvectors(matrix: Tensor) -> Tensor:
-    """Those of symmetric matrices (H, k, k), as rows, each with the sign that makes its product with one fixed vector positive.
-
-    Which sign a decomposition gives is decided by rounding, and so by how the data is split over processes.
-    """
-    rows = converging(torch.linalg.eigh, matrix)[1].mT
-    fixed = 2 + torch.cos(torch.arange(rows.shape[-1], dtype=rows.dtype, device=rows.device))
-    return torch.where(rows @ fixed < 0, -1, 1).unsqueeze(-1) * rows
 
 
 def mean_free(size: int, like: Tensor) -> Tensor:

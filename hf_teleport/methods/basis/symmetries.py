@@ -5,9 +5,9 @@
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from hf_teleport.methods.basis.features import Axis, Facts, Norm, components, ef
 from hf_teleport.methods.basis.follow import Follow
 from hf_teleport.methods.basis.norms import recognised_norms
 from hf_teleport.methods.basis.rules import RULES
+
+# Why a symmetry is left out that another batch may free.
+UNUSED = "was not used on the teleport data"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +84,22 @@ class Symmetry:
         """Gains that let the symmetry pass only because they are uniform, and would not let it if they were trained."""
         folded = {fold.norm.gain for fold in self.folds}
         return [gain for gain in self.gains if gain not in folded]
+
+    def of(self, stand_in: Callable[[nn.Parameter], nn.Parameter]) -> "Symmetry":
+        """The same symmetry of parameters that stand in for its own."""
+
+        def of_norm(fold: Fold) -> Fold:
+            bias = fold.norm.bias
+            norm = replace(fold.norm, gain=stand_in(fold.norm.gain), bias=None if bias is None else stand_in(bias))
+            return Fold(norm, [(stand_in(parameter), dim, elements) for parameter, dim, elements in fold.readers])
+
+        return replace(
+            self,
+            parts=[replace(part, parameter=stand_in(part.parameter)) for part in self.parts],
+            gains=[stand_in(gain) for gain in self.gains],
+            folds=[of_norm(fold) for fold in self.folds],
+            rounded=[stand_in(gain) for gain in self.rounded],
+        )
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -164,7 +183,7 @@ class Solver:
                 continue
             for parameter, name in self.names.items():
                 if parameter not in known and parameter.dim() > 1 and len(root[features].unique()) in parameter.shape:
-                    self.facts.note_fixed(features, f"{name}, which may belong to it, was not used on the teleport data")
+                    self.facts.note_fixed(features, f"{name}, which may belong to it, {UNUSED}")
 
     def _pass_norms(self) -> list[Fold]:
         """Decide for each norm whether a rotation passes: its gain is folded, is uniform, or stops it."""
