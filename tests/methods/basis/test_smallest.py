@@ -45,10 +45,10 @@ def test_a_small_rotation_is_undone_and_nothing_else():
 
 
 def test_equal_eigenvalues_are_not_turned_among_themselves():
-    """The middle three are equal to within the noise: their space is known, and inside it nothing is."""
+    """The middle three are equal to within the tolerance: their space is known, and inside it nothing is."""
     turn = rotation(5, angle=0.1)
-    values = [10.0, 1.02, 1.0, 0.98, 0.1]
-    found = smallest_turn(moment(values, turn)[None], noise=0.1)[0]
+    values = [10.0, 1.02, 1.0, 0.98, 0.1]  # three within 0.001 * 5 * 10
+    found = smallest_turn(moment(values, turn)[None], tolerance=0.001)[0]
     torch.testing.assert_close(found @ found.T, torch.eye(5).double(), atol=1e-10, rtol=0)
     inside = found[1:4]
     # It is the same space, and within it the nearest to the coordinates: the product is symmetric (Procrustes).
@@ -57,9 +57,18 @@ def test_equal_eigenvalues_are_not_turned_among_themselves():
     assert (found - torch.eye(5)).norm() < (smallest_turn(moment(values, turn)[None])[0] - torch.eye(5)).norm()
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.2])
-def test_blocks_are_turned_one_by_one(noise):
+def test_what_no_gradient_reaches_stays():
+    """Gradients in two directions say nothing of the other four."""
+    rows = rotation(6, seed=3)[:2]
+    found = smallest_turn((rows.T @ torch.diag(torch.tensor([2.0, 1.0]).double()) @ rows)[None])[0]
+    rest = found - torch.eye(6)
+    # The turn is the identity on vectors that are orthogonal to both the two directions and the coordinates they move to.
+    assert torch.linalg.matrix_rank(rest, atol=1e-8) <= 4
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.2])
+def test_blocks_are_turned_one_by_one(tolerance):
     matrices = torch.stack([moment([1, 2, 3], rotation(3, seed=i)) for i in range(4)])
-    found = smallest_turn(matrices, noise)
+    found = smallest_turn(matrices, tolerance)
     for matrix, turn in zip(matrices, found, strict=True):
-        assert torch.equal(smallest_turn(matrix[None], noise)[0], turn)
+        assert torch.equal(smallest_turn(matrix[None], tolerance)[0], turn)
