@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from hf_teleport.layers.point import Point, evaluate, loss_at
 from hf_teleport.methods import Method
-from hf_teleport.weights.norms import norm
 
 
 @dataclass
@@ -44,7 +43,7 @@ def measure(method: Method, batches: list[Any], see: Callable[[Point], None] = l
         if not point.finite:
             break
         see(point)
-    return Measurement(losses, grad_norms, norm(total, method.ranks) / len(losses))
+    return Measurement(losses, grad_norms, method.weights.norm(total) / len(losses))
 
 
 def landing(method: Method, batches: list[Any], held_back: Any, forgotten: Collection[nn.Parameter] = ()) -> float | None:
@@ -64,10 +63,10 @@ def landing(method: Method, batches: list[Any], held_back: Any, forgotten: Colle
     def gradients(step: int) -> list[Tensor | None]:
         i = step % len(batches)
         seed = config.seed + i
-        return evaluate(method.model, method.loss_fn, batches[i], seed=seed, follow=[], ranks=method.ranks).gradients
+        return evaluate(method.model, method.loss_fn, batches[i], seed=seed, follow=[], weights=method.weights).gradients
 
     with rehearsal.ahead(parameters, gradients, config.rehearsal_steps, forgotten):
-        return loss_at(method.model, method.loss_fn, held_back, seed=config.seed, ranks=method.ranks)
+        return loss_at(method.model, method.loss_fn, held_back, seed=config.seed, weights=method.weights)
 
 
 def _add(total: list[Tensor | None], gradients: list[Tensor | None]) -> None:

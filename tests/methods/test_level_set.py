@@ -17,9 +17,10 @@ from PIL import Image
 from torch import nn
 
 from hf_teleport import TeleportConfig, Teleporter
+from hf_teleport.layers.hessian import hessian_vector_product
 from hf_teleport.layers.point import evaluate
 from hf_teleport.methods import METHODS, LevelSet, Move
-from hf_teleport.methods.level_set import hessian_vector_product, linearised_step, merit
+from hf_teleport.methods.level_set import linearised_step, merit
 
 from tiny_models import build, loss_fn
 from tiny_runs import flat, gpt2, make, teleports
