@@ -133,8 +133,8 @@ class TeleportConfig:
         "For method 'basis', which symmetries to turn: 'stream' (residual stream), 'value_output' and 'query_key' (in each "
         "head), 'chain' (two weights with nothing between, LoRA's for instance), 'scaling' (balance gated and ReLU units).",
     )
-    second_moment: Literal["turn", "measure"] = _setting(
-        "turn",
+    second_moment: Literal["factors", "turn", "keep", "measure"] = _setting(
+        "factors",
         "For method 'basis', the optimizer's averages of squared gradients: 'turn' them by the squared rotation, or 'measure' "
         "them on the teleport batches.",
     )

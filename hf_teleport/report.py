@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+_OF_SYMMETRIES = ("misalignment", "misalignment_after", "angle")
+
 
 @dataclass
 class LayerReport:
@@ -46,7 +48,9 @@ class SymmetryReport:
         name: the weight that writes its features.
         blocks, size: that many rotations of that many features.
         weights: how many parameters it turns.
-        misalignment: share of the gradients' second moment, in squares, that was off the diagonal; None if it was not measured.
+        misalignment, misalignment_after: share of the gradients' second moment, in squares, that lies off the diagonal, before
+            and after the turn; None if it was not measured.
+        angle: mean angle by which the turn moves a coordinate, in degrees; None likewise.
         reason: why it was left out; empty if it was turned.
     """
 
@@ -57,6 +61,8 @@ class SymmetryReport:
     weights: int
     misalignment: float | None = None
     reason: str = ""
+    misalignment_after: float | None = None
+    angle: float | None = None
 
 
 @dataclass
@@ -90,8 +96,21 @@ class TeleportReport:
 
     @property
     def misalignment(self) -> float | None:
-        """Mean over the measured symmetries, each block counting once."""
-        measured = [(s.misalignment, s.blocks) for s in self.symmetries if s.misalignment is not None]
+        """Before the turn: the mean over the measured symmetries, each block counting once."""
+        return self._mean("misalignment")
+
+    @property
+    def misalignment_after(self) -> float | None:
+        """After the turn, likewise."""
+        return self._mean("misalignment_after")
+
+    @property
+    def angle(self) -> float | None:
+        """By how many degrees a coordinate turned, likewise."""
+        return self._mean("angle")
+
+    def _mean(self, name: str) -> float | None:
+        measured = [(value, s.blocks) for s in self.symmetries if (value := getattr(s, name)) is not None]
         return sum(value * blocks for value, blocks in measured) / sum(blocks for _, blocks in measured) if measured else None
 
     @property
@@ -124,7 +143,7 @@ class TeleportReport:
             "stopped_because": self.stopped_because,
             "rolled_back": self.rolled_back,
             **({} if self.matched_rate == 1 else {"matched_rate": self.matched_rate}),
-            **({} if self.misalignment is None else {"misalignment": self.misalignment}),
+            **{name: value for name in _OF_SYMMETRIES if (value := getattr(self, name)) is not None},
         }
 
     def summary(self) -> str:
@@ -139,7 +158,7 @@ class TeleportReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values. A number that is not finite becomes None, for JSON has no NaN."""
-        derived = {name: getattr(self, name) for name in ("null_dim", "moved_share", "misalignment")}
+        derived = {name: getattr(self, name) for name in ("null_dim", "moved_share", *_OF_SYMMETRIES)}
         return _json_safe({**asdict(self), **derived})
 
 

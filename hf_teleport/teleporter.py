@@ -25,7 +25,8 @@ from hf_teleport.event.guard import Guard
 from hf_teleport.event.measurement import Measurement, landing, measure
 from hf_teleport.event.reasons import NO_STEP, explain, why_unmoved
 from hf_teleport.layers.point import LossFn, loss_at
-from hf_teleport.methods import METHODS, ClimbingMethod, TurningMethod
+from hf_teleport.methods import METHODS, BasisTurn, ClimbingMethod, TurningMethod
+from hf_teleport.methods.basis.tracker import Tracker
 from hf_teleport.optimizers.rehearsal import Rehearsal
 from hf_teleport.optimizers.state import forget, unwrapped
 from hf_teleport.report import TeleportReport
@@ -50,6 +51,7 @@ class Teleporter:
         optimizer: the one that trains the model. A change of basis turns its state along; without it only the weights turn.
             Objectives about its next step need it.
         progress: called after each step with the number of steps taken and the most there can be.
+        tracker: gathers second moments from training steps for method 'basis'; default: a new one, that looks when it is told to.
         max_grad_norm, rates: of training, as `Rehearsal` takes them, for what looks at the optimizer's next steps.
 
     Example:
@@ -64,12 +66,14 @@ class Teleporter:
         optimizer: Any = None,
         max_grad_norm: float | None = None,
         rates: Callable[[int], list[float]] | None = None,
+        tracker: Tracker | None = None,
     ):
         self.model = extract_model_from_parallel(model, keep_torch_compile=False)
         self.config = config or TeleportConfig()
         self.optimizer = optimizer
         self._max_grad_norm = max_grad_norm
         self._rates = rates
+        self.tracker = tracker or Tracker()
         self._guard = Guard(self.config)
         self._progress = progress or (lambda step, total: None)
         self._ranks = Ranks(next((p.device for p in model.parameters()), "cpu"))
@@ -291,6 +295,8 @@ class Teleporter:
 
     def _method(self, loss_fn: LossFn, weights: Weights) -> _Method:
         method = self._kind(self.model, loss_fn, self.config, self.optimizer, weights)
+        if isinstance(method, BasisTurn):
+            method.tracker = self.tracker
         if self.optimizer is not None:
             method.rehearsal = Rehearsal(self.optimizer, weights.origin, self._max_grad_norm, self._rates, self._ranks)
         return method

@@ -34,10 +34,24 @@ class OptimizerState:
     def _state(self) -> dict[Any, Any]:
         return self.optimizer.state
 
-    def turn(self, part: Any, matrices: Tensor, turn_axis: Callable[[Tensor, Any, Tensor], Tensor]) -> None:
-        """Turn what is remembered of a part's parameter; `turn_axis(tensor, part, matrices)` works in place."""
+    def turn(
+        self,
+        part: Any,
+        matrices: Tensor,
+        turn_axis: Callable[[Tensor, Any, Tensor], Tensor],
+        squares: Callable[[Tensor, Any], None] | None = None,
+    ) -> None:
+        """Turn what is remembered of a part's parameter; `turn_axis(tensor, part, matrices)` works in place.
+
+        Args:
+            squares: `squares(tensor, part)` is done with averages of squares; default: they turn by the squared matrices.
+        """
         for tensor, dim, is_square in self._tensors(part.parameter, part.dim):
-            turn_axis(tensor, _At(dim, part.positions), matrices.square() if is_square else matrices)
+            at = _At(dim, part.positions)
+            if is_square and squares is not None:
+                squares(tensor, at)
+            else:
+                turn_axis(tensor, at, matrices.square() if is_square else matrices)
 
     def scale(self, parameter: nn.Parameter, dim: int, factors: Tensor) -> None:
         """The parameter's gradients are multiplied by factors along an axis."""

@@ -87,7 +87,7 @@ def resample(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
     if rate == wanted:
         return samples
     try:
-        from scipy.signal import resample_poly  # type: ignore[import-untyped]
+        from scipy.signal import resample_poly
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"the sounds have {rate} Hz and the model takes {wanted} Hz; to convert them: pip install 'hf_teleport[audio]'."

@@ -42,6 +42,10 @@ class Weights:
         """The stored parameter of one that stands in for it; a parameter that needs no stand-in is its own."""
         return self._stored.get(parameter, parameter)
 
+    def stand_in(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What stands in for a stored parameter; one that needs no stand-in is its own."""
+        return next((working for working, stored in self._stored.items() if stored is parameter), parameter)
+
     @torch.no_grad()
     def round(self) -> bool:
         """Round to what will be stored, to see what will come of it. Returns whether anything is stored in less precision."""

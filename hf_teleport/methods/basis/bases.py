@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_teleport.layers.point import Point
 from hf_teleport.layers.subspace import converging
 from hf_teleport.methods.basis.features import effective
-from hf_teleport.methods.basis.moments import Moments, misalignment, shares, turned
+from hf_teleport.methods.basis.moments import Moments
 from hf_teleport.methods.basis.smallest import smallest_turn
 from hf_teleport.methods.basis.symmetries import Fold, Part, Symmetry
 from hf_teleport.methods.basis.turn import folded, slices
@@ -26,9 +26,10 @@ class Basis(ABC):
 
     Args:
         symmetries: those that will be turned.
+        moments: the gradients' second moments, gathered elsewhere.
     """
 
-    def __init__(self, symmetries: list[Symmetry], seed: int):
+    def __init__(self, symmetries: list[Symmetry], seed: int, moments: Moments | None = None):
         self.symmetries = symmetries
         self.seed = seed
         self._gains: dict[Fold, Tensor] = {fold: effective(fold.norm) for s in symmetries for fold in s.folds}
@@ -52,20 +53,12 @@ class Basis(ABC):
         """The matrices to turn a symmetry by, (H, k, k) in float64."""
         return self.matrices(symmetry)
 
-    def misalignment(self, symmetry: Symmetry) -> float | None:
-        """Share of the second moment's squares off the diagonal, in the present basis. None: this basis measures none."""
-        return None
-
-    def shares(self, symmetry: Symmetry, matrices: Tensor) -> Tensor | None:
-        """The share of each coordinate in the second moment once the symmetry is turned, (H, k). None: likewise."""
-        return None
-
 
 class _SecondMoment(Basis):
     """Eigenvectors of a sum of second moments (H, k, k), each with trace one."""
 
-    def __init__(self, symmetries: list[Symmetry], seed: int):
-        super().__init__(symmetries, seed)
+    def __init__(self, symmetries: list[Symmetry], seed: int, moments: Moments | None = None):
+        super().__init__(symmetries, seed, moments)
         self._moments: dict[Symmetry, Tensor] = {}
 
     def _add(self, symmetry: Symmetry, moment: Tensor) -> None:
@@ -85,25 +78,12 @@ class _SecondMoment(Basis):
         inside = mean_free(symmetry.size, moment)
         return _with_mean(smallest_turn(inside.mT @ moment @ inside), inside)
 
-    def misalignment(self, symmetry: Symmetry) -> float | None:
-        moment = self._moments.get(symmetry)
-        return None if moment is None else misalignment(moment)
-
-    def shares(self, symmetry: Symmetry, matrices: Tensor) -> Tensor | None:
-        """The share of each coordinate in the second moment once the symmetry is turned, (H, k); None: nothing was seen."""
-        moment = self._moments.get(symmetry)
-        return None if moment is None else shares(turned(moment, matrices))
-
 
 class GradientMoment(_SecondMoment):
-    """Eigenvectors of the gradients' second moments, summed over all axes and batches.
-
-    Args:
-        moments: gathered during training; default: gathered from the batches of the event.
-    """
+    """Eigenvectors of the gradients' second moments, of those gathered elsewhere or of those of the batches."""
 
     def __init__(self, symmetries: list[Symmetry], seed: int, moments: Moments | None = None):
-        super().__init__(symmetries, seed)
+        super().__init__(symmetries, seed, moments)
         self._own = Moments(symmetries) if moments is None else None
         self._moments = (moments or self._own).values  # type: ignore[union-attr]
 
@@ -115,8 +95,8 @@ class GradientMoment(_SecondMoment):
 class ActivationCovariance(_SecondMoment):
     """Eigenvectors of the second moments of what the weights read. Spaces that no weight reads (query-key) stay."""
 
-    def __init__(self, symmetries: list[Symmetry], seed: int):
-        super().__init__(symmetries, seed)
+    def __init__(self, symmetries: list[Symmetry], seed: int, moments: Moments | None = None):
+        super().__init__(symmetries, seed, moments)
         self._sums: dict[tuple[Symmetry, int], Tensor] = {}
 
     def see(self, gradients: dict[nn.Parameter, Tensor], point: Point) -> None:
@@ -157,8 +137,8 @@ class PredictedDecrease(Basis):
 
     _ITERATIONS = 20
 
-    def __init__(self, symmetries: list[Symmetry], seed: int):
-        super().__init__(symmetries, seed)
+    def __init__(self, symmetries: list[Symmetry], seed: int, moments: Moments | None = None):
+        super().__init__(symmetries, seed, moments)
         self._sums: dict[nn.Parameter, Tensor] = {}
 
     def see(self, gradients: dict[nn.Parameter, Tensor], point: Point) -> None:

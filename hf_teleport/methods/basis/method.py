@@ -16,7 +16,10 @@ from hf_teleport.layers.audit import describe
 from hf_teleport.layers.point import Point
 from hf_teleport.methods.base import TurningMethod
 from hf_teleport.methods.basis.bases import BASES, Basis, balance
+from hf_teleport.methods.basis.moments import Moments, misalignment, shares, turned
+from hf_teleport.methods.basis.smallest import mean_angle
 from hf_teleport.methods.basis.symmetries import Symmetry, find_symmetries
+from hf_teleport.methods.basis.tracker import Tracker
 from hf_teleport.methods.basis.turn import Turn
 from hf_teleport.optimizers.state import OptimizerState, check_optimizer
 from hf_teleport.report import SymmetryReport
@@ -30,15 +33,23 @@ _AGREEMENT = {torch.float32: 1e-2, torch.float64: 1e-5}
 
 
 class BasisTurn(TurningMethod):
-    """One change of basis, exact for every input."""
+    """One change of basis, exact for every input.
+
+    Attributes:
+        tracker: what the run knows of its symmetries and of training's gradients. The teleport batches tell what it does not.
+    """
 
     def __init__(self, *given: Any, **named: Any):
         super().__init__(*given, **named)
         self.turn = Turn({})
+        self.tracker = Tracker()
         self._found: dict[Symmetry, SymmetryReport] = {}
+        self._tracked: dict[Symmetry, Symmetry] = {}  # those of the tracker for those of this event
+        self._moments = Moments([])
         self._basis: Basis = BASES[self.config.basis]([], self.config.seed)
         self._first: dict[nn.Parameter, Tensor] = {}
         self._squares: dict[tuple[nn.Parameter, int], Tensor] = {}
+        self._after: dict[Symmetry, Tensor] = {}  # second moments once turned
         self._state: OptimizerState | None = None
         if self.optimizer is not None:
             reset = self.config.optimizer_state == "reset"
@@ -75,15 +86,22 @@ class BasisTurn(TurningMethod):
         if not self.reports:
             self.ranks.together(lambda: self._find(point))
             self._agree()
-            self._basis = BASES[self.config.basis](self.used, self.config.seed)
+            self._take_up()
             self._first = point.by_parameter
-        self.ranks.together(lambda: self._basis.observe(point))
+        self.ranks.together(lambda: self._look(point))
 
     def _find(self, point: Point) -> None:
         self.reports = describe(self.model, point, self.config)
         immovable = {parameter: report.reason for parameter, report in self.reports.items() if report.reason}
-        round_gains = self.config.blocking_gains == "round"
-        symmetries, reasons = find_symmetries(self.model, self.loss_fn, point.batch, immovable, round_gains=round_gains)
+        self._immovable = frozenset(map(self.weights.origin, immovable))
+        if known := self.tracker.known(self._immovable):
+            self._tracked = {symmetry.of(self.weights.stand_in): symmetry for symmetry in known}
+            symmetries = list(self._tracked)
+            reasons = {self.weights.stand_in(parameter): reason for parameter, reason in self.tracker.reasons.items()}
+        else:
+            round_gains = self.config.blocking_gains == "round"
+            symmetries, reasons = find_symmetries(self.model, self.loss_fn, point.batch, immovable, round_gains=round_gains)
+        self._reasons = reasons
         for symmetry in symmetries:
             if not symmetry.reason and symmetry.kind not in self.config.symmetries:
                 symmetry.reason = f"{symmetry.kind} is not among the chosen symmetries"
@@ -96,6 +114,28 @@ class BasisTurn(TurningMethod):
             report.reason = report.reason or left_out.get(parameter) or reasons.get(parameter, "")
         for parameter in self.movable:
             self.reports[parameter].movable, self.reports[parameter].reason = True, ""
+
+    def _take_up(self) -> None:
+        """Use what was gathered during training; what was found now is what training is looked at for from now on."""
+        if not self._tracked:
+            self._tracked = {symmetry: symmetry.of(self.weights.origin) for symmetry in self._found}
+            reasons = {self.weights.origin(parameter): reason for parameter, reason in self._reasons.items()}
+            self.tracker.begin(list(self._tracked.values()), reasons, self._immovable)
+        self._moments = Moments(self.used)
+        if self.tracker.seen:
+            gathered = self.tracker.values
+            self._moments.values = {s: gathered[own] for s, own in self._tracked.items() if own in gathered}
+            self.ranks.broadcast([self._moments.values[s] for s in self._ordered() if s in self._moments.values])
+        self._basis = BASES[self.config.basis](self.used, self.config.seed, self._moments)
+
+    def _look(self, point: Point) -> None:
+        if not self.tracker.seen:
+            self._moments.look(point.by_parameter)
+        self._basis.observe(point)
+
+    def _ordered(self) -> list[Symmetry]:
+        """The symmetries that will be turned, in the same order in all processes."""
+        return sorted(self.used, key=self._signature)
 
     def _agree(self) -> None:
         """Leave out a symmetry that another process did not find with its data, so that all turn the same."""
@@ -123,17 +163,28 @@ class BasisTurn(TurningMethod):
     def fit(self) -> None:
         self._basis.merge(self.ranks)
         rotations = self._rotations()
-        self.turn = Turn({symmetry: rotations[symmetry] for symmetry in self.used})
+        rotations = {symmetry: rotations[symmetry] for symmetry in self.used}
+        self._after = {s: turned(self._moments.values[s], q) for s, q in rotations.items() if self._is_turned(s)}
+        for symmetry, moment in self._after.items():
+            report = self._found[symmetry]
+            report.misalignment = misalignment(self._moments.values[symmetry])
+            report.misalignment_after = misalignment(moment)
+            report.angle = mean_angle(rotations[symmetry])
+        squares: Any = "turn" if self.config.second_moment == "measure" else self.config.second_moment
+        self.turn = Turn(rotations, squares, {symmetry: shares(moment) for symmetry, moment in self._after.items()})
+
+    def _is_turned(self, symmetry: Symmetry) -> bool:
+        """Whether it is rotated, and its second moment is known."""
+        return symmetry.kind != "scaling" and symmetry in self._moments.values
 
     def _rotations(self) -> dict[Symmetry, Tensor]:
         """The matrices to turn each symmetry by. One for which they are not found is left out of those that turn."""
-        used = sorted(self.used, key=self._signature)  # in the same order in all processes
+        used = self._ordered()
         owners = self.ranks.spread([symmetry.blocks * symmetry.size**3 for symmetry in used])
         rotations = self.ranks.together(
             lambda: {s: self._chosen(s, owner == self.ranks.rank) for s, owner in zip(used, owners, strict=True)}
         )
         for (symmetry, matrices), owner in zip(rotations.items(), owners, strict=True):
-            self._found[symmetry].misalignment = self._basis.misalignment(symmetry)
             self.ranks.broadcast([matrices], source=owner)
             if not matrices.isfinite().all():
                 self._leave_out(symmetry, "its second moment could not be decomposed: the algorithm did not converge")
@@ -190,10 +241,12 @@ class BasisTurn(TurningMethod):
             error = norm([other - gradient]) / max(norm([gradient]) + 1e-3 * total, 1e-30)
             if not error <= _AGREEMENT[parameter.dtype]:
                 self.objection = "not_a_symmetry"
+                self.tracker.forget()
                 self.reports[parameter].reason = f"its gradient did not turn with it: off by {error:.1e}"
                 return
 
     def accept(self) -> None:
+        self.tracker.turned({self._tracked[symmetry]: moment for symmetry, moment in self._after.items()})
         if self._state is None:
             return
         shares: dict[nn.Parameter, dict[int, Tensor]] = {}

@@ -61,12 +61,6 @@ class Moments:
             known.copy_(torch.where(finite, self.decay * known + new, known))
         self.looks += 1
 
-    def turn(self, rotations: Mapping[Symmetry, Tensor]) -> None:
-        """The model was turned: `C <- Q C Qᵀ`."""
-        for symmetry, matrices in rotations.items():
-            if symmetry in self.values and matrices.shape[-1] == symmetry.size:
-                self.values[symmetry] = turned(self.values[symmetry], matrices)
-
 
 def turned(moment: Tensor, matrices: Tensor) -> Tensor:
     """A second moment (H, k, k) in the basis whose coordinates are the rows of `matrices`, (H, k, k)."""

@@ -29,6 +29,11 @@ def smallest_turn(moment: Tensor, tolerance: float = _ROUNDING) -> Tensor:
     return torch.stack([_placed(*pair, tolerance * moment.shape[-1]) for pair in zip(values, vectors.mT, strict=True)])
 
 
+def mean_angle(matrices: Tensor) -> float:
+    """How far orthogonal matrices (H, k, k) turn the coordinates: the mean angle to where each was, in degrees."""
+    return float(torch.rad2deg(matrices.diagonal(dim1=-2, dim2=-1).clamp(-1, 1).acos().mean()))
+
+
 def _placed(values: Tensor, rows: Tensor, tolerance: float) -> Tensor:
     """Eigenvectors (k, k), rows in ascending order of their eigenvalues, in the places of coordinates."""
     _, places = linear_sum_assignment(rows.square().cpu().numpy(), maximize=True)

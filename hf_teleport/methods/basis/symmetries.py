@@ -23,6 +23,9 @@ from hf_teleport.methods.basis.rules import RULES
 # Why a symmetry is left out that another batch may free.
 UNUSED = "was not used on the teleport data"
 
+# A gain that is folded is divided by.
+SMALLEST_GAIN = 1e-3
+
 
 @dataclass(frozen=True, eq=False)
 class Part:
@@ -78,6 +81,12 @@ class Symmetry:
     folds: list[Fold] = field(default_factory=list)
     rounded: list[nn.Parameter] = field(default_factory=list)
     reason: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing that training does to gains has ended what was found when they were others."""
+        uneven = any(not uniform(gain) for gain in self.blocking)
+        return not uneven and all(bool((effective(fold.norm).abs() >= SMALLEST_GAIN).all()) for fold in self.folds)
 
     @property
     def blocking(self) -> list[nn.Parameter]:
@@ -222,7 +231,7 @@ class Solver:
     ) -> Fold | None:
         """The readers that can take a gain: all that touches the norm's output multiplies it with a weight."""
         roots = root[norm.outputs].tolist()
-        if len(set(roots)) < len(roots) or set(roots) & stopped or bool((effective(norm).abs() < 1e-3).any()):
+        if len(set(roots)) < len(roots) or set(roots) & stopped or bool((effective(norm).abs() < SMALLEST_GAIN).any()):
             return None
         element = {r: i for i, r in enumerate(roots)}
         readers = []

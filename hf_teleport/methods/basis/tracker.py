@@ -29,22 +29,32 @@ class Tracker:
         self.moments: Moments | None = None
         self.reasons: dict[nn.Parameter, str] = {}
         self._all: list[Symmetry] = []
+        self._immovable: frozenset[nn.Parameter] = frozenset()
         self._loaded: dict[str, Tensor] = {}
 
-    @property
-    def symmetries(self) -> list[Symmetry]:
-        """Those that were found, with those that are left out. Empty: they must be looked for, or looked for again."""
-        return [] if any(UNUSED in symmetry.reason for symmetry in self._all) else self._all
+    def known(self, immovable: frozenset[nn.Parameter]) -> list[Symmetry]:
+        """The symmetries that were found, with those that are left out. Empty: they must be looked for, or looked for again.
+
+        Args:
+            immovable: parameters that must stay; others than last time may free a symmetry, or stop one.
+        """
+        holds = immovable == self._immovable and all(UNUSED not in symmetry.reason for symmetry in self._all)
+        return self._all if holds and all(symmetry.reason or symmetry.holds for symmetry in self._all) else []
 
     @property
     def seen(self) -> bool:
         """Whether a step was looked at."""
         return self.moments is not None and self.moments.looks > 0
 
-    def begin(self, symmetries: list[Symmetry], reasons: dict[nn.Parameter, str]) -> None:
+    @property
+    def values(self) -> dict[Symmetry, Tensor]:
+        """The second moments, (H, k, k), of the symmetries that were looked at."""
+        return {} if self.moments is None else self.moments.values
+
+    def begin(self, symmetries: list[Symmetry], reasons: dict[nn.Parameter, str], immovable: frozenset[nn.Parameter]) -> None:
         """Take in the symmetries of a model. What was gathered for those that are the same is kept."""
-        known = self.state_dict() if self.moments is not None else self._loaded
-        self._all, self.reasons = symmetries, reasons
+        known = self.state_dict()
+        self._all, self.reasons, self._immovable = symmetries, reasons, immovable
         self.moments = Moments([symmetry for symmetry in symmetries if not symmetry.reason], _DECAY)
         self._fill(known)
 
@@ -55,8 +65,13 @@ class Tracker:
             self.moments.look({p: p.grad for p in parameters if p.grad is not None})
 
     def forget(self) -> None:
-        """What was taken for a symmetry was none: look for them again at the next event."""
+        """Look for the symmetries again: what was taken for one was none."""
         self._all = []
+
+    def turned(self, moments: Mapping[Symmetry, Tensor]) -> None:
+        """The model was turned, and these second moments with it."""
+        if self.seen:
+            self.values.update(moments)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs to go on as if it had not stopped."""

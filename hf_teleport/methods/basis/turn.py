@@ -4,8 +4,9 @@ A rotation x -> Q x of some features turns each axis that holds them: `W <- Q W`
 them, which on a tensor's axis is one and the same sum. The gradient turns as the weights do, and so does every average of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from hf_teleport.methods.basis.features import effective
 from hf_teleport.methods.basis.symmetries import Fold, Part, Symmetry
 from hf_teleport.optimizers.state import OptimizerState
 
+Squares = Callable[[Tensor, Any], None]
+"""`squares(tensor, part)`: what becomes of an average of squares along a part's axis, in place."""
+
 
 @dataclass
 class Turn:
@@ -21,9 +25,14 @@ class Turn:
 
     Attributes:
         rotations: for each symmetry its orthogonal matrices (H, k, k); for one of kind 'scaling' positive factors (H, 1, 1).
+        squares: what becomes of the optimizer's averages of squares along a turned axis. 'turn': `v <- (Q∘Q) v`; 'keep': they
+            stay; 'factors': their sum over the axis stays, and each coordinate gets its share of it.
+        shares: for 'factors' the share of each coordinate, (H, k), for each symmetry; one that has none is turned.
     """
 
     rotations: dict[Symmetry, Tensor]
+    squares: Literal["turn", "keep", "factors"] = "turn"
+    shares: dict[Symmetry, Tensor] = field(default_factory=dict)
     _gains: dict[Fold, Tensor] = field(default_factory=dict)
     _rounded: dict[nn.Parameter, Tensor] = field(default_factory=dict)
 
@@ -46,8 +55,8 @@ class Turn:
             rounded.fill_(float(rounded.mean()))
         for fold, gain in self._gains.items():
             _scale_gain(fold, gain, state)
-        for part, matrix in self._steps():
-            _turn(part, matrix, state)
+        for symmetry, part, matrix in self._steps():
+            _turn(part, matrix, state, self._rule(symmetry))
         for symmetry in self.rotations:
             for gain in symmetry.gains:
                 if state is not None:
@@ -56,7 +65,7 @@ class Turn:
     @torch.no_grad()
     def take_back(self, state: OptimizerState | None = None) -> None:
         """The inverse. Second moments, which a turn mixes, do not come back."""
-        for part, matrix in reversed(list(self._steps())):
+        for _, part, matrix in reversed(list(self._steps())):
             scaling = matrix.shape[-1] == 1
             _turn(part, 1 / matrix if scaling else matrix.mT, state)
         for fold, gain in reversed(list(self._gains.items())):
@@ -67,18 +76,25 @@ class Turn:
     def gradients(self, gradients: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         """The gradients as they are after the turn; those of norm gains, which do not turn, are left out."""
         turned = folded(self._gains, gradients)
-        for part, matrix in self._steps():
+        for _, part, matrix in self._steps():
             if part.parameter in turned:
                 scaled = 1 / matrix if matrix.shape[-1] == 1 else matrix
                 turned[part.parameter] = turn_axis(turned[part.parameter].clone(), part, scaled)
         gains = {gain for symmetry in self.rotations for gain in symmetry.gains}
         return {parameter: gradient for parameter, gradient in turned.items() if parameter not in gains}
 
-    def _steps(self) -> Iterator[tuple[Part, Tensor]]:
+    def _steps(self) -> Iterator[tuple[Symmetry, Part, Tensor]]:
         for symmetry, matrices in self.rotations.items():
             for part in symmetry.parts:
                 reciprocal = symmetry.kind == "scaling" and part.reads
-                yield part, 1 / matrices if reciprocal else matrices
+                yield symmetry, part, 1 / matrices if reciprocal else matrices
+
+    def _rule(self, symmetry: Symmetry) -> Squares | None:
+        """What becomes of averages of squares; None: they turn by the squared matrices."""
+        if self.squares == "keep" and symmetry.kind != "scaling":
+            return lambda tensor, part: None
+        own = self.shares.get(symmetry)
+        return None if self.squares != "factors" or own is None else lambda tensor, part: share_out(tensor, part, own)
 
 
 def folded(gains: dict[Fold, Tensor], gradients: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
@@ -109,12 +125,23 @@ def turn_axis(tensor: Tensor, part: Part, matrices: Tensor) -> Tensor:
     return tensor
 
 
-def _turn(part: Part, matrices: Tensor, state: OptimizerState | None) -> None:
+def share_out(tensor: Tensor, part: Part, shares: Tensor) -> None:
+    """Spread a tensor's sum over the features of each block and copy by their shares (H, k), in place.
+
+    Eigenvectors of the gradient's second moment have these shares in it, whatever the values were in the old basis.
+    """
+    rows = slices(tensor, part).to(torch.promote_types(tensor.dtype, torch.float32))
+    spread = rows.sum(2, keepdim=True) * shares.to(rows)[:, None, :, None]
+    view = tensor.movedim(part.dim, 0)
+    view[part.positions.flatten().to(tensor.device)] = spread.to(tensor.dtype).reshape(-1, *view.shape[1:])
+
+
+def _turn(part: Part, matrices: Tensor, state: OptimizerState | None, squares: Squares | None = None) -> None:
     turn_axis(part.parameter.data, part, matrices)
     if state is not None:
         # A scaled weight has the reciprocally scaled gradient; a turned one's turns alike.
         of_gradient = 1 / matrices if matrices.shape[-1] == 1 else matrices
-        state.turn(part, of_gradient, turn_axis)
+        state.turn(part, of_gradient, turn_axis, squares)
 
 
 def _scale_gain(fold: Fold, gain: Tensor, state: OptimizerState | None) -> None:

@@ -312,7 +312,8 @@ def test_the_trainers_own_optimizer_is_turned(tmp_path):
 
 def test_symmetries_are_in_the_report_as_json():
     report = Teleporter(llama(), basis()).teleport(batches(), loss_fn).to_dict()
-    assert {"kind", "name", "blocks", "size", "weights", "misalignment", "reason"} == set(report["symmetries"][0])
+    names = {"kind", "name", "blocks", "size", "weights", "misalignment", "misalignment_after", "angle", "reason"}
+    assert names == set(report["symmetries"][0])
     assert report["misalignment"] > 0
 
 
