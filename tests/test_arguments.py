@@ -52,9 +52,7 @@ def test_a_bad_value_is_said_with_the_name_of_the_argument(name):
 
 
 def test_a_setting_that_the_method_does_not_read_is_said_with_the_name_of_the_argument():
-    with pytest.raises(
-        ValueError, match="^teleport_scope = 'batch' is not read by method 'basis'; methods that read it: null_space"
-    ):
+    with pytest.raises(ValueError, match=r"^teleport_scope = 'batch' is not read by method 'basis'; methods"):
         TeleportTrainingArguments(output_dir="x", teleport_method="basis", teleport_scope="batch")
 
 
