@@ -25,6 +25,7 @@ SYMMETRIES = ("stream", "value_output", "query_key", "chain", "scaling")
 
 _FROM_ZERO = within(integer, lambda n: n >= 0, "0 or more")
 _COUNT = within(integer, lambda n: n >= 1, "1 or more")
+_COUNT_OR_NONE = within(or_none(integer), lambda n: n is None or n >= 1, "1 or more, or None")
 _POSITIVE = within(number, lambda x: x > 0, "a positive number")
 _POSITIVE_LIMIT = within(limit, lambda x: x is None or x > 0, "a positive number, or None")
 
@@ -55,13 +56,13 @@ class CommonSettings:
     every_steps: int | None = setting(
         None,
         "From the first teleport on, teleport again after this many optimizer steps. None: do not.",
-        or_none(_COUNT),
+        _COUNT_OR_NONE,
     )
     num_batches: int = setting(8, "Teleport batches in one event (the paper's b, 32 there).", _COUNT)
     batch_size: int | None = setting(
         None,
         "Samples in a teleport batch (the paper's n). Default: the training batch size of one device.",
-        or_none(_COUNT),
+        _COUNT_OR_NONE,
     )
     method: Literal["auto", "null_space", "basis", "level_set", "symmetry", "null_space+basis"] = setting(
         "auto",
