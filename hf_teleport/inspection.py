@@ -12,6 +12,7 @@ from hf_teleport.layers.audit import audit
 from hf_teleport.layers.point import LossFn, evaluate
 from hf_teleport.layers.subspace import Representation, core_dims, rank_tolerance
 from hf_teleport.report import LayerReport, share
+from hf_teleport.settings.groups import reads
 from hf_teleport.teleporter import Teleporter
 from hf_teleport.weights.isolation import evaluation_mode, full_precision, preserved_rng
 from hf_teleport.weights.snapshot import Snapshot
@@ -80,7 +81,8 @@ def inspect_model(model: nn.Module, batch: Any, loss_fn: LossFn, config: Telepor
     config = config or TeleportConfig()
     snapshot = Snapshot(model.parameters())
     cost = Teleporter(model, config).check(batch, loss_fn).cost
-    report = Teleporter(model, TeleportConfig(**{**config.to_dict(), **_ONE_STEP})).teleport([batch], loss_fn)
+    one_step = {name: value for name, value in _ONE_STEP.items() if reads(config.method, name)}
+    report = Teleporter(model, TeleportConfig(**{**config.to_dict(), **one_step})).teleport([batch], loss_fn)
     snapshot.restore()
     inspected = {layer.name: InspectedLayer(**asdict(layer)) for layer in report.layers}
     with preserved_rng(), evaluation_mode(model), full_precision(model):

@@ -278,14 +278,15 @@ class TeleportMixin(_Base):
         teleporter = self._teleporter(self.teleport_config)
         chosen, why = teleporter.choose(batch, self._teleport_loss, basis_step)
         steps = teleport_steps(chosen, steps_per_epoch, max_steps)
-        affordable = afford(chosen, len(steps), self._passes(max_steps))
+        budget = self.teleport_config.budget
+        affordable = afford(chosen, budget, len(steps), self._passes(max_steps))
         self._settled = affordable or chosen
         self._teleport_steps = {} if affordable is None else steps
         if why and self.is_world_process_zero():
             outcome = (
                 f"'null_space' instead, kept if the next {chosen.rehearsal_steps} steps land lower with it."
                 if affordable
-                else f"no teleports, for even one takes more than {chosen.budget:.0%} of so short a run (teleport_budget)."
+                else f"no teleports, for even one takes more than {budget:.0%} of so short a run (teleport_budget)."
             )
             line = f"Method 'auto': no change of basis ({why}); {outcome}"
             self._tell(line) if affordable else logger.warning(line)

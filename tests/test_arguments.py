@@ -51,6 +51,21 @@ def test_a_bad_value_is_said_with_the_name_of_the_argument(name):
         TeleportTrainingArguments(output_dir="x", **{f"teleport_{name}": {"target_modules": "("}.get(name, "-1")})
 
 
+def test_a_setting_that_the_method_does_not_read_is_said_with_the_name_of_the_argument():
+    with pytest.raises(ValueError, match=r"^teleport_scope = 'batch' is not read by method 'basis'; methods"):
+        TeleportTrainingArguments(output_dir="x", teleport_method="basis", teleport_scope="batch")
+
+
+def test_help_lists_settings_by_the_methods_that_read_them(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    told = capsys.readouterr().out
+    order = [
+        told.index(f"--teleport_{name} ") for name in ("epochs", "seed", "steps_per_batch", "scope", "hessian", "basis", "budget")
+    ]
+    assert order == sorted(order)
+
+
 def test_help_can_be_printed(capsys):
     with pytest.raises(SystemExit):
         parse("--help")

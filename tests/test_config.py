@@ -1,9 +1,13 @@
+import html
+import json
 import re
 
 import numpy as np
 import pytest
 
 from hf_teleport import TeleportConfig
+from hf_teleport.html import render
+from hf_teleport.journal import JOURNAL
 
 
 @pytest.mark.parametrize(
@@ -15,8 +19,8 @@ from hf_teleport import TeleportConfig
         ({"learning_rate": "fast"}, "a finite number"),
         ({"num_batches": 0}, "num_batches"),
         ({"steps_per_batch": 0}, "steps_per_batch"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"grad_norm_cap": 0}, "grad_norm_cap"),
+        ({"batch_size": 0}, "batch_size = 0 is not allowed; allowed: 1 or more, or None"),
+        ({"grad_norm_cap": 0}, "grad_norm_cap = 0.0 is not allowed; allowed: a positive number, or None"),
         ({"max_growth": 1}, "above 1"),
         ({"max_loss_change": -0.1}, "max_loss_change"),
         ({"warmup_steps": -1}, "warmup_steps"),
@@ -89,6 +93,56 @@ def test_each_method_of_a_combination_has_its_own_settings():
     config = TeleportConfig(method="null_space+basis", num_batches=3)
     assert [(c.method, c.num_batches) for c in config.each_method()] == [("null_space", 3), ("basis", 3)]
     assert TeleportConfig(method="basis").each_method() == [TeleportConfig(method="basis")]
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "readers"),
+    [
+        ("basis", {"scope": "batch"}, "null_space, level_set"),
+        ("basis", {"steps_per_batch": 4}, "null_space, level_set, symmetry"),
+        ("symmetry", {"scope": "batch"}, "null_space, level_set"),
+        ("level_set", {"hessian": "exact"}, "null_space"),
+        ("null_space", {"symmetries": ["stream"]}, "basis"),
+        ("null_space+basis", {"budget": 0.1}, "auto"),
+    ],
+)
+def test_a_setting_that_the_method_does_not_read_is_refused(method, setting, readers):
+    ((name, value),) = setting.items()
+    said = (
+        f"{name} = {value!r} is not read by method {method!r}; methods that read it: {readers}. "
+        "Leave it out, or choose one of these."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        TeleportConfig(method=method, **setting)
+    for other in readers.split(", "):
+        assert getattr(TeleportConfig(method=other, **setting), name) == value
+    default = getattr(TeleportConfig(), name)
+    assert getattr(TeleportConfig(method=method, **{name: default}), name) == default
+
+
+@pytest.mark.parametrize("method", ["auto", "null_space+basis"])
+def test_methods_that_come_to_others_read_what_those_read(method):
+    config = TeleportConfig(method=method, scope="batch", hessian="exact", second_moment="measure", num_batches=3)
+    null_space, basis = (config.for_method(name) for name in ("null_space", "basis"))
+    assert null_space == TeleportConfig(method="null_space", scope="batch", hessian="exact", num_batches=3)
+    assert basis == TeleportConfig(method="basis", second_moment="measure", num_batches=3)
+    assert config.method == method
+
+
+def test_for_a_method_that_there_is_not():
+    with pytest.raises(ValueError, match="method = 'magic' is not allowed"):
+        TeleportConfig().for_method("magic")
+
+
+def test_a_report_of_a_run_with_settings_that_are_refused_today(tmp_path):
+    """`hf-teleport report` shows what an older run was given, and does not judge it."""
+    config = {**TeleportConfig(method="basis").to_dict(), "scope": "batch", "hessian": "exact"}
+    about = {"model": "M", "versions": {}, "config": config, "settled": None, "training": {}}
+    event = {"step": 0, "seconds": 0.1, "method": "basis", "loss_before": 1.0, "loss_after": 1.0}
+    (tmp_path / JOURNAL).write_text(json.dumps({**about, "events": [event]}))
+    text = html.unescape(render(tmp_path))
+    assert "method='basis'" in text
+    assert "scope='batch'" in text
 
 
 def test_yaml_numbers_written_without_a_dot_are_numbers():

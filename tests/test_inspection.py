@@ -1,5 +1,6 @@
 import torch
 
+from hf_teleport import TeleportConfig
 from hf_teleport.inspection import inspect_model
 
 from tiny_models import build, loss_fn
@@ -23,6 +24,12 @@ def test_every_layer_has_dimensions_and_a_verdict():
         if layer.movable:
             assert layer.null_dims["1"] == layer.null_dim
             assert layer.tokens > 0
+
+
+def test_with_settings_of_a_change_of_basis():
+    model, batch = build("llama")
+    found = inspect_model(model, batch, loss_fn, TeleportConfig(method="basis", symmetries=["value_output"]))
+    assert {layer.name.rsplit(".", 1)[-1] for layer in found.layers if layer.moved} == {"v_proj", "o_proj"}
 
 
 def test_under_autocast_and_with_buffers():

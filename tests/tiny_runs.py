@@ -94,7 +94,7 @@ METHODS = ["null_space", "basis"]
 
 def teleports(method="null_space+basis", **settings):
     """Settings of one small event, before the third step."""
-    few = {"steps": [2], "num_batches": 2, "batch_size": 1, "steps_per_batch": 2}
+    few = {"steps": [2], "num_batches": 2, "batch_size": 1} | ({} if method == "basis" else {"steps_per_batch": 2})
     return TeleportConfig(method=method, **{**few, **settings})
 
 

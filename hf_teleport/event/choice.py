@@ -40,11 +40,11 @@ def choose(
         ValueError: as `check`.
     """
     if optimizer is None:
-        return replace(config, method="null_space"), "no optimizer is known"
+        return config.for_method("null_space"), "no optimizer is known"
     # Tied embeddings stop the residual stream from turning unless the last norm's gain stays even until then: it costs nothing.
     gains: Any = "hold" if config.blocking_gains == "leave" else config.blocking_gains
     warmup = max(config.warmup_steps, basis_step)
-    basis = replace(config, method="basis", warmup_steps=warmup, blocking_gains=gains)
+    basis = replace(config.for_method("basis"), warmup_steps=warmup, blocking_gains=gains)
     try:
         check_optimizer(optimizer, reset=config.optimizer_state == "reset")
     except ValueError as error:
@@ -59,29 +59,31 @@ def choose(
     unset = config.energy_threshold == 1 and config.scope == "joint" and config.step_size == "relative"
     tau = None if unset else config.energy_threshold
     objective: Any = "lookahead" if config.objective == "grad_norm" else config.objective
-    chosen = replace(config, method="null_space", objective=objective, energy_threshold=tau, rehearsal_steps=rehearsed)
+    chosen = replace(config.for_method("null_space"), objective=objective, energy_threshold=tau, rehearsal_steps=rehearsed)
     return chosen, why
 
 
-def afford(config: TeleportConfig, events: int, training_passes: float) -> TeleportConfig | None:
-    """Settings with so few steps and batches that all events take no more than `budget` of the run.
+def afford(config: TeleportConfig, budget: float | None, events: int, training_passes: float) -> TeleportConfig | None:
+    """Settings with so few steps and batches that all events take no more than a budget.
 
     Counted in passes over a teleport batch and not in seconds, so that a run and its resumption come to the same. A change of
     basis is not cut: with fewer batches it would know less.
 
     Args:
+        config: as `choose` returns it.
+        budget: share of the run that teleports may take; None: no limit.
         events: how many the run has.
         training_passes: what training takes, in passes over a teleport batch.
 
     Returns:
         None if not even the smallest event can be paid for.
     """
-    if config.budget is None or config.method == "basis":
+    if budget is None or config.method == "basis":
         return config
     steps, batches = config.steps_per_batch, config.num_batches
     while True:
         cut = replace(config, steps_per_batch=steps, num_batches=batches)
-        if events * event_passes(cut) <= config.budget * training_passes:
+        if events * event_passes(cut) <= budget * training_passes:
             return cut
         # Fewer steps on a batch first: a null space of more batches is safer for those not seen.
         if steps > 2:

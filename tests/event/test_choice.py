@@ -82,8 +82,8 @@ def test_without_an_optimizer_it_is_the_papers_method():
 )
 def test_what_is_afforded_is_within_the_budget(batches, steps, events, passes, rehearsal_steps):
     common = {"method": "null_space", "objective": "lookahead", "rehearsal_steps": rehearsal_steps}
-    config = TeleportConfig(num_batches=batches, steps_per_batch=steps, budget=0.05, **common)
-    cut = afford(config, events, passes)
+    config = TeleportConfig(num_batches=batches, steps_per_batch=steps, **common)
+    cut = afford(config, 0.05, events, passes)
     if cut is None:
         smallest = TeleportConfig(num_batches=1, steps_per_batch=min(2, steps), **common)
         assert events * event_passes(smallest) > 0.05 * passes or steps == 1
@@ -96,8 +96,9 @@ def test_what_is_afforded_is_within_the_budget(batches, steps, events, passes, r
 
 
 def test_neither_a_basis_nor_a_run_without_a_budget_is_cut():
-    for config in (TeleportConfig(method="basis"), TeleportConfig(budget=None)):
-        assert afford(config, 5, 1) is config
+    for method, budget in (("basis", 0.05), ("null_space", None)):
+        config = TeleportConfig(method=method)
+        assert afford(config, budget, 5, 1) is config
 
 
 def train(tmp_path, model, trainer_class=TeleportTrainer, resume=None, teleport_config=None, **settings):

@@ -42,7 +42,7 @@ def trainer(folder, **settings):
 
 @pytest.mark.parametrize("method", ["null_space", "basis", "level_set"])
 def test_an_estimate_is_of_passes_decompositions_and_copies(method):
-    model, config = llama(), TeleportConfig(method=method, num_batches=3, steps_per_batch=2)
+    model, config = llama(), TeleportConfig(num_batches=3, steps_per_batch=2).for_method(method)
     cost = Teleporter(model, config).check({"input_ids": ROWS[:4], "labels": ROWS[:4]}, loss_fn).cost
     assert cost.pass_seconds > 0
     assert cost.event_seconds >= METHODS[method].passes(config) * cost.pass_seconds

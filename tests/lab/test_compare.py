@@ -42,7 +42,10 @@ DEFAULTS = {
     "sizes": {"hidden_sizes": [24, 24]},
     "train_rows": 96,
     "test_rows": 40,
-    "arms": {"baseline": {"teleport_epochs": 0}, "null_space": {"teleport_method": "null_space", "teleport_epochs": 1}},
+    "arms": {
+        "baseline": {"teleport_epochs": 0},
+        "null_space": {"teleport_method": "null_space", "teleport_epochs": 1, "teleport_steps_per_batch": 2},
+    },
     "learning_rates": [0.1, 0.3, 0.5],
     "seeds": [0, 1],
     "num_train_epochs": 1,
@@ -58,7 +61,6 @@ DEFAULTS = {
     "disable_tqdm": True,
     "teleport_num_batches": 2,
     "teleport_batch_size": 8,
-    "teleport_steps_per_batch": 2,
 }
 
 

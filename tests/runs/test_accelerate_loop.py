@@ -27,7 +27,7 @@ def trained(method, processes, precision=None):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     loader = DataLoader(Texts(8 * processes).rows, batch_size=1, collate_fn=pad)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    teleporter = Teleporter(model, TeleportConfig(method=method, steps_per_batch=2), optimizer=optimizer)
+    teleporter = Teleporter(model, TeleportConfig(steps_per_batch=2).for_method(method), optimizer=optimizer)
     report, step, losses = None, 0, []
     for batch in loader:
         if step == 2 and report is None:

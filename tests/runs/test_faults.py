@@ -82,7 +82,7 @@ class Scene:
         if dtype != torch.float32 and method != "basis":
             for batch in (*self.batches, self.held_back):
                 batch["x"] = batch["x"].to(dtype)
-        self.config = TeleportConfig(method=method, **{"steps_per_batch": 2, "max_growth": None, **settings})
+        self.config = TeleportConfig(**{"steps_per_batch": 2, "max_growth": None, **settings}).for_method(method)
         self.optimizer = optim.AdamW(self.model.parameters(), lr=1e-3, eps=1e-4)  # float16 has no 1e-8
         self.train()
         self.train()

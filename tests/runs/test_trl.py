@@ -62,7 +62,7 @@ def settings(folder, **others):
 
 
 def event(method="null_space", steps=(3,)):
-    return TeleportConfig(method=method, steps=list(steps), num_batches=2, batch_size=1, steps_per_batch=2)
+    return TeleportConfig(steps=list(steps), num_batches=2, batch_size=1, steps_per_batch=2).for_method(method)
 
 
 def rows():

@@ -74,7 +74,8 @@ def teleported(name, rank, size, on_shards=False):
     # Experts that a process's tokens never reach get no gradient there: each process trains alike only without optimizer.
     # What is compared is the event: all come to it from the same weights.
     optimizer = None if make is mixtral else trained(model, 0, 1)
-    config = TeleportConfig(**{"method": "null_space", "steps_per_batch": 2, **settings})
+    method = settings.get("method", "null_space")
+    config = TeleportConfig(**{"steps_per_batch": 2, **settings, "method": "auto"}).for_method(method)
     report = Teleporter(model, config, optimizer=optimizer).teleport(tokens(rank, size), loss_fn)
     assert report.steps > 0, name
     after = flat(model)
@@ -227,7 +228,7 @@ def faults(rank, size):
                 model = llama(torch.float32)
                 optimizer = trained(model, rank, size)
                 before = flat(model)
-                config = TeleportConfig(method=method, scope="batch", steps_per_batch=2)
+                config = TeleportConfig(scope="batch", steps_per_batch=2).for_method(method)
                 teleporter = Teleporter(model, config, optimizer=optimizer)
                 try:
                     report = teleporter.teleport(tokens(rank, size), Fault(rank, kind, at))

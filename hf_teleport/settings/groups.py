@@ -1,0 +1,245 @@
+"""The settings in groups, by the methods that read them; `TeleportConfig` is made of these.
+
+A setting has its type, default, help text and reader here and nowhere else. One that a method begins to read, or no longer
+reads, moves to another group.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from hf_teleport.settings.values import (
+    integer,
+    limit,
+    modules,
+    none_if_empty,
+    number,
+    or_none,
+    parse_epochs,
+    parse_steps,
+    setting,
+    within,
+    words,
+)
+
+SYMMETRIES = ("stream", "value_output", "query_key", "chain", "scaling")
+
+_FROM_ZERO = within(integer, lambda n: n >= 0, "0 or more")
+_COUNT = within(integer, lambda n: n >= 1, "1 or more")
+_COUNT_OR_NONE = within(or_none(integer), lambda n: n is None or n >= 1, "1 or more, or None")
+_POSITIVE = within(number, lambda x: x > 0, "a positive number")
+_POSITIVE_LIMIT = within(limit, lambda x: x is None or x > 0, "a positive number, or None")
+
+
+@dataclass
+class CommonSettings:
+    """When to teleport, on what, which weights, and how far an event may go: every method reads these."""
+
+    epochs: list[int] | int | str = setting(
+        1,
+        "Before which epochs to teleport: a count N of first epochs (the paper: 5), or a list of epoch "
+        "indices from 0. On the command line a list is written '0,2,4'. 0 or an empty list: never. A stream without "
+        "length is one epoch.",
+        lambda _, value: parse_epochs(value),
+    )
+    warmup_steps: int = setting(
+        0,
+        "Optimizer steps to train before the first teleport may happen (the paper: 40 for CNNs). A scheduled "
+        "epoch that begins earlier teleports at this step instead of at its first; one that also ends earlier does not.",
+        _FROM_ZERO,
+    )
+    steps: list[int] | None = setting(
+        None,
+        "Before which optimizer steps to teleport, counted from 0, instead of before `epochs`. On the command line "
+        "'10' or '10,100'. A change of basis wants a few steps of training first: 10.",
+        lambda _, value: parse_steps(value),
+    )
+    every_steps: int | None = setting(
+        None,
+        "From the first teleport on, teleport again after this many optimizer steps. None: do not.",
+        _COUNT_OR_NONE,
+    )
+    num_batches: int = setting(8, "Teleport batches in one event (the paper's b, 32 there).", _COUNT)
+    batch_size: int | None = setting(
+        None,
+        "Samples in a teleport batch (the paper's n). Default: the training batch size of one device.",
+        _COUNT_OR_NONE,
+    )
+    method: Literal["auto", "null_space", "basis", "level_set", "symmetry", "null_space+basis"] = setting(
+        "auto",
+        "'null_space': climb inside the null space of every layer's inputs (the paper). 'basis': turn the model's exact "
+        "symmetries to where Adam works best. 'auto': 'basis' where it suits model and optimizer; else 'null_space' with "
+        "objective 'lookahead', within `budget`, and kept only if a rehearsal of the next steps lands lower (why: "
+        "docs/when.md); without an optimizer plain 'null_space'. 'level_set': climb "
+        "in all weights along the level set of the losses, kept to first order and guarded by a line search (arXiv 2403.03362). "
+        "'symmetry': climb over groups that act on adjacent layers of an MLP whose activation has an inverse (arXiv 2205.10637). "
+        "'null_space+basis': one after the other.",
+    )
+    max_loss_change: float | None = setting(
+        0.01,
+        "Largest relative change of the loss on the teleport data. A step beyond it is halved, then undone; "
+        "an event that ends beyond it is undone. None or inf: no limit, as in the paper.",
+        _POSITIVE_LIMIT,
+    )
+    rehearsal_steps: int = setting(
+        0,
+        "Keep an event only if so many of the optimizer's next steps, rehearsed on the teleport batches, end at a lower loss on "
+        "the batch held back than they do without it. 0: keep it unseen.",
+        _FROM_ZERO,
+    )
+    optimizer_state: Literal["keep", "reset"] = setting(
+        "keep",
+        "What the optimizer remembers of the weights that a teleport may move: 'keep' it (a change of basis turns it along), or "
+        "'reset' it, as for new weights.",
+    )
+    target_modules: list[str] | str | None = setting(
+        None,
+        "Layers that may move, by PEFT's conventions: a list of names or name endings, a regular expression that "
+        "matches the whole name, or 'all-linear' (everything but the output head). Default: all.",
+        modules,
+    )
+    exclude_modules: list[str] | str | None = setting(
+        None,
+        "Layers that may not move: a list of names or name endings, or a regular expression.",
+        modules,
+    )
+    seed: int = setting(0, "Seed of the teleport batches. Training's own random numbers are not touched.", integer)
+
+
+@dataclass
+class ClimbSettings:
+    """How long to climb on each teleport batch: for methods that make step after step."""
+
+    steps_per_batch: int = setting(8, "Ascent steps on each teleport batch (the paper's t).", _COUNT)
+    learning_rate: float = setting(
+        0.02, "Length of an ascent step (the paper's eta); what it multiplies is set by `step_size`.", _POSITIVE
+    )
+    step_size: Literal["relative", "fixed"] = setting(
+        "relative",
+        "'relative': each step is `learning_rate` times the norm of the weights that move. "
+        "'fixed': each step is `learning_rate` times the projected gradient, as in the paper.",
+    )
+    grad_norm_cap: float | None = setting(
+        None,
+        "Go on to the next teleport batch when the gradient norm on this one passes this value (the paper's CAP). None: never.",
+        _POSITIVE_LIMIT,
+    )
+    max_growth: float | None = setting(
+        2.0,
+        "Go on to the next teleport batch when the gradient norm on this one has grown by this factor. None or inf: never.",
+        within(limit, lambda x: x is None or x > 1, "a number above 1, or None"),
+    )
+
+
+@dataclass
+class ScopeSettings:
+    """Which teleport batches a step keeps the loss of."""
+
+    scope: Literal["joint", "batch"] = setting(
+        "joint",
+        "'joint': one null space, of all teleport batches together. 'batch': a new null space for each "
+        "batch, as in the paper; later batches then break what earlier ones kept.",
+    )
+
+
+@dataclass
+class NullSpaceSettings:
+    """What only method 'null_space' reads."""
+
+    energy_threshold: float | None = setting(
+        1.0,
+        "Share tau in (0, 1] of a layer's input energy whose directions are kept untouched. "
+        "1: the exact null space, the loss on the teleport data does not change. None: the lowest of 0.99, 0.999, 0.9999 and 1 "
+        "at which a random move as long as a step changes the loss by no more than max_loss_change (scope 'joint').",
+        limit,
+    )
+    objective: Literal["grad_norm", "predicted_decrease", "lookahead", "sharpness", "curvature"] = setting(
+        "grad_norm",
+        "What method 'null_space' climbs. 'grad_norm': half the squared gradient norm (the paper). 'predicted_decrease': the "
+        "decrease of the loss that the optimizer's own next step predicts. 'lookahead': minus another batch's loss after that "
+        "step; needs no cap, and stops by itself. 'sharpness': minus the mean loss around the weights; 'curvature': minus the "
+        "curvature along the gradient. All but the first shorten a step until it gains, and end a batch's turn when none does.",
+    )
+    hessian: Literal["fast", "exact"] = setting(
+        "fast",
+        "'fast': Hessian-vector products by one forward at shifted weights. 'exact': by double backward, the reference.",
+    )
+    radius: float = setting(
+        0.05,
+        "How far the objectives 'sharpness' and 'curvature' look around, as a share of the norm of the weights.",
+        _POSITIVE,
+    )
+    control: Literal["random_move", "matched_rate"] | None = setting(
+        None,
+        "Instead of the teleport, what a sceptic would try. 'random_move': in each layer's null space a random move as long as "
+        "the teleport's. 'matched_rate': the weights stay, and until the next epoch the learning rate is multiplied by what the "
+        "teleport would have multiplied the gradient norm by.",
+        none_if_empty,
+    )
+
+
+@dataclass
+class BasisSettings:
+    """What only method 'basis' reads."""
+
+    basis: Literal["gradient", "predicted_decrease", "activation", "random", "identity"] = setting(
+        "gradient",
+        "For method 'basis', where to turn: 'gradient': eigenvectors of the gradients' second moment; 'predicted_decrease': a "
+        "rotation that climbs ||g||_1; 'activation': eigenvectors of what the weights read; 'random', 'identity': controls.",
+    )
+    symmetries: list[str] = setting(
+        ["stream", "value_output", "query_key", "chain"],
+        "For method 'basis', which symmetries to turn: 'stream' (residual stream), 'value_output' and 'query_key' (in each "
+        "head), 'chain' (two weights with nothing between, LoRA's for instance), 'scaling' (balance gated and ReLU units).",
+        within(words, lambda kinds: bool(kinds) and set(kinds) <= set(SYMMETRIES), f"some of {', '.join(SYMMETRIES)}"),
+    )
+    second_moment: Literal["turn", "measure"] = setting(
+        "turn",
+        "For method 'basis', the optimizer's averages of squared gradients: 'turn' them by the squared rotation, or 'measure' "
+        "them on the teleport batches.",
+    )
+    blocking_gains: Literal["leave", "hold", "round"] = setting(
+        "leave",
+        "For method 'basis', what to do about a norm's gain that stops the residual stream from turning because it can't be "
+        "folded (tied embeddings, post-norm), once training has made it uneven: 'leave' the stream (with method 'auto': hold); "
+        "'hold' such gains untrained until the first teleport; 'round' them to their mean at the teleport, a change of the loss, "
+        "under `max_loss_change`.",
+    )
+    min_misalignment: float = setting(
+        0.0,
+        "For method 'basis', leave an event out if no symmetry's second moment has this share of its squares off the diagonal "
+        "(0 to 1). With `every_steps`: turn again only when the basis has grown old.",
+        within(number, lambda x: 0 <= x <= 1, "0 to 1"),
+    )
+
+
+@dataclass
+class AutoSettings:
+    """What only method 'auto' reads, beside all that 'null_space' and 'basis' read."""
+
+    budget: float | None = setting(
+        0.05,
+        "For method 'auto', the largest share of the run's passes that teleports may take; steps and batches of an event are cut "
+        "to it, and if that is not enough there is none. None or inf: no limit.",
+        _POSITIVE_LIMIT,
+    )
+
+
+# Every method reads CommonSettings.
+READ_BY: dict[type, tuple[str, ...]] = {
+    ClimbSettings: ("null_space", "level_set", "symmetry"),
+    ScopeSettings: ("null_space", "level_set"),
+    NullSpaceSettings: ("null_space",),
+    BasisSettings: ("basis",),
+    AutoSettings: ("auto",),
+}
+
+
+def readers(name: str) -> tuple[str, ...]:
+    """The methods that read a setting; empty: all do."""
+    return next((methods for group, methods in READ_BY.items() if name in {f.name for f in fields(group)}), ())
+
+
+def reads(method: str, name: str) -> bool:
+    """Whether a method reads a setting: 'auto' may come to 'null_space' or 'basis', and 'null_space+basis' is both in turn."""
+    parts = ("auto", "null_space", "basis") if method == "auto" else method.split("+")
+    return not readers(name) or any(part in readers(name) for part in parts)
