@@ -5,34 +5,29 @@
 """
 
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
-from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import Trainer
 
 from hf_teleport.arguments import TeleportArguments
 from hf_teleport.config import TeleportConfig
-from hf_teleport.event.batches import check_given, share_of
-from hf_teleport.event.choice import BASIS_STEP, afford
-from hf_teleport.event.cost import LARGE_SHARE, Cost, event_passes, share_of_run
-from hf_teleport.journal import Journal, about, teleports
-from hf_teleport.optimizers.state import keeps_copies, unwrapped
-from hf_teleport.report import TeleportReport, share
+from hf_teleport.event.batches import check_given
+from hf_teleport.journal import about, teleports
+from hf_teleport.report import TeleportReport
 from hf_teleport.teleporter import Teleporter
 from hf_teleport.training.callback import TeleportCallback
 from hf_teleport.training.card import add_to_card
-from hf_teleport.training.schedule import teleport_steps, upcoming_rates
-from hf_teleport.training.summary import console, table
+from hf_teleport.training.drawing import draw, loader
+from hf_teleport.training.plan import Course, Plan
+from hf_teleport.training.schedule import upcoming_rates
 from hf_teleport.weights.isolation import own_copy, preserved_rng, unnoted
 from hf_teleport.weights.ranks import check_strategy
 
@@ -74,14 +69,9 @@ class TeleportMixin(_Base):
             )
         self.teleport_config = teleport_config or own
         self._own_teleport_dataset = teleport_dataset
-        self._settled: TeleportConfig | None = None
         self.teleport_reports: list[TeleportReport] = []
-        self._journal = Journal()
-        self._teleport_steps: dict[int, int] = {}
-        self._held: list[nn.Parameter] = []
-        self._last_step_seen = -1
-        self._rate_factor = 1.0
-        self.add_callback(TeleportCallback(self))
+        self._teleports = TeleportCallback(Plan(self.teleport_config), self._make_plan)
+        self.add_callback(self._teleports)
 
     @property
     def teleport_dataset(self) -> Any:
@@ -93,9 +83,8 @@ class TeleportMixin(_Base):
         self._own_teleport_dataset = rows
 
     @property
-    def _settings(self) -> TeleportConfig:
-        """Those in force: what method 'auto' has come to, or `teleport_config` itself."""
-        return self._settled or self.teleport_config
+    def _plan(self) -> Plan:
+        return self._teleports.plan
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; an empty data set to teleport on is refused at once."""
@@ -106,33 +95,29 @@ class TeleportMixin(_Base):
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """A training step; before the first micro-batch of a scheduled step, a teleport."""
-        step = self.state.global_step
-        if step != self._last_step_seen:
-            self._last_step_seen = step
-            if step in self._teleport_steps:
-                self.teleport()
+        if self._plan.due(self.state.global_step):
+            self.teleport()
         return super().training_step(model, inputs, *args, **kwargs)
 
     def teleport(self) -> TeleportReport:
         """Teleport the model now, log what came of it, and return the report: that of the last method, if there are several."""
-        step = self.state.global_step
+        step, plan = self.state.global_step, self._plan
         with preserved_rng():
-            batches, held_back = self._teleport_batches(self._settings.num_batches, event=step)
-        for config in self._settings.each_method():
+            batches, held_back = self._teleport_batches(plan.settings.num_batches, event=step)
+        for config in plan.settings.each_method():
             with self._teleport_bar(step) as progress, preserved_rng():
                 teleporter = self._teleporter(config, progress)
                 report = teleporter.teleport(batches, self._teleport_loss, held_back)
             self.teleport_reports.append(report)
-            self._rate_factor = report.matched_rate
+            plan.rate_factor = report.matched_rate
             if self.is_world_process_zero():
-                run = about(teleporter.model, self.args, self.teleport_config, self._settled)
-                self._journal.add(self.args.output_dir, step, self.state.epoch, report, run)
+                run = about(teleporter.model, self.args, plan.config, plan.settled)
+                plan.journal.add(self.args.output_dir, step, self.state.epoch, report, run)
             should_log = self.control.should_log
             with unnoted(self):
                 self.log({f"teleport/{name}": value for name, value in report.metrics().items()})
             self.control.should_log = should_log  # which a log clears: this one is not the one that was asked for
-            if self.is_world_process_zero():
-                self._tell(f"Teleport before step {step}: {report.summary()}")
+            self._tell(f"Teleport before step {step}: {report.summary()}")
         return report
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -162,24 +147,14 @@ class TeleportMixin(_Base):
             dataset = self._remove_unused_columns(dataset, description="teleport")
         else:
             collator = self._get_collator_with_removed_columns(collator, description="teleport")
-        generator = torch.Generator().manual_seed(self.teleport_config.seed + event)
-        streamed = isinstance(dataset, IterableDataset)
-        return DataLoader(
-            dataset,
-            batch_size=self.teleport_config.batch_size or self._train_batch_size * self.args.world_size,
-            sampler=None if streamed else RandomSampler(dataset, generator=generator),
-            collate_fn=collator,
-            generator=generator,
-        )
+        batch_size = self.teleport_config.batch_size or self._train_batch_size * self.args.world_size
+        return loader(dataset, collator, batch_size, seed=self.teleport_config.seed + event)
 
     def _teleport_batches(self, count: int, event: int) -> tuple[list[Any], Any]:
         """This process's share of so many batches, and of one more to hold back: None if the data gives no more."""
         # Collators that draw random numbers (masked language modelling) draw the same for the same event.
         torch.manual_seed(self.teleport_config.seed + event)
-        drawn = islice(self.get_teleport_dataloader(event), count + 1)
-        rank, size = self.args.process_index, self.args.world_size
-        batches = [share_of(batch, rank, size) for batch in drawn]
-        return batches[:count], batches[count] if len(batches) > count else None
+        return draw(self.get_teleport_dataloader(event), count, self.args.process_index, self.args.world_size)
 
     def _teleport_loss(self, model: nn.Module, batch: Any) -> Tensor:
         batch = self._prepare_inputs(batch)  # here, so that one batch at a time is on the device
@@ -199,124 +174,39 @@ class TeleportMixin(_Base):
 
             yield progress
 
-    def _tell(self, line: str) -> None:
-        logger.info(line) if self.args.disable_tqdm else tqdm.write(line)
-
-    def _sum_up(self) -> None:
-        """Show a table of the run's teleports, those before it was resumed included, where bars are shown too."""
-        if self._journal.events and not self.args.disable_tqdm and self.is_world_process_zero():
-            console().print(table(self._journal.events))
-
-    def _plan_teleports(self, train_dataloader: Any) -> None:
-        """Make the schedule, and find out before the first step whether its teleports can work.
-
-        Raises:
-            ValueError: an impossible schedule, an empty data set, batches that are generated, a loss that cannot be teleported, a
-                target module that matches nothing, no weight that may move, or an optimizer that a change of basis does not suit.
-        """
-        _, steps_per_epoch, *_, max_steps = self.set_initial_training_values(self.args, train_dataloader)
-        self._settled = None
-        self._journal.begin(self.args.output_dir, self.state.log_history)
-        # Early, but an epoch or the whole run may be short.
-        planned, basis_step = self.teleport_config, min(BASIS_STEP, steps_per_epoch // 2, max_steps // 2)
-        if planned.method == "auto":  # if it comes to a change of basis, that is the step it waits for
-            planned = replace(planned, warmup_steps=max(planned.warmup_steps, basis_step))
-        self._teleport_steps = teleport_steps(planned, steps_per_epoch, max_steps)
-        self._last_step_seen = -1
-        self._held = []
-        self._rate_factor = self._logged_rate_factor(steps_per_epoch)
-        upcoming = [step for step in self._teleport_steps if step >= self.state.global_step]
-        if not upcoming:
-            return
-        check_strategy(self.accelerator)
-        check_given(type(self))
-        with preserved_rng():
-            batches, _ = self._teleport_batches(1, event=min(upcoming))
-            if not batches:
-                raise ValueError(_EMPTY)
-            start = time.perf_counter()
-            if self.teleport_config.method == "auto":
-                self._settle(batches[0], steps_per_epoch, max_steps, basis_step)
-                upcoming = [step for step in self._teleport_steps if step >= self.state.global_step]
-            # Even if the run can't pay for a teleport: a wrong name or a loss that is none is said now, not in the next run.
-            checks = [self._teleporter(config).check(batches[0], self._teleport_loss) for config in self._settings.each_method()]
-            seconds = time.perf_counter() - start
-        if not upcoming:
-            return
-        if self.teleport_config.method == "auto" and checks[0].immovable:
-            self._teleport_steps = {}
-            logger.warning("Method 'auto': no teleports, for %s.", checks[0].immovable)
-            return
-        if not self.state.global_step:  # a resumed run has begun, and its events would only warn
-            for check in checks:
-                check.require_movable()
-        if self._settings.blocking_gains == "hold":
-            self._held = [parameter for check in checks for parameter in check.blocking]
+    def _tell(self, line: str, level: int = logging.INFO) -> None:
+        """Say something once: beside the bars, or to the log if it is a warning or no bars are shown."""
         if not self.is_world_process_zero():
             return
-        if keeps_copies(self.optimizer):
-            logger.warning(
-                "%s seems to keep copies of the weights, which do not follow a teleport and draw the weights back. "
-                "Use an optimizer that keeps none, such as AdamW.",
-                type(unwrapped(self.optimizer)).__name__,
-            )
-        if problems := [check.problem for check in checks if check.problem]:
-            logger.warning("Teleports will be skipped as long as this lasts: %s.", problems[0])
-            return
-        for config, check in zip(self._settings.each_method(), checks, strict=True):
-            self._tell(
-                f"Teleports ({config.method}) before steps {_shortened(sorted(upcoming))}: "
-                f"{sum(layer.movable for layer in check.layers)} of {len(check.layers)} weights "
-                f"({share(check.layers, lambda layer: layer.movable):.0%} of the elements) may move. "
-                f"An event makes at most {event_passes(config)} passes over a teleport batch: it may take "
-                f"{check.cost}. The check took {seconds:.2g} s."
-            )
-        self._warn_of_cost([check.cost for check in checks], len(upcoming))
+        if level > logging.INFO or self.args.disable_tqdm:
+            logger.log(level, line)
+        else:
+            tqdm.write(line)
 
-    def _settle(self, batch: Any, steps_per_epoch: int, max_steps: int, basis_step: int) -> None:
-        """Decide for method 'auto' on settings and schedule, by what is the same in a run and in its resumption."""
-        teleporter = self._teleporter(self.teleport_config)
-        chosen, why = teleporter.choose(batch, self._teleport_loss, basis_step)
-        steps = teleport_steps(chosen, steps_per_epoch, max_steps)
-        budget = self.teleport_config.budget
-        affordable = afford(chosen, budget, len(steps), self._passes(max_steps))
-        self._settled = affordable or chosen
-        self._teleport_steps = {} if affordable is None else steps
-        if why and self.is_world_process_zero():
-            outcome = (
-                f"'null_space' instead, kept if the next {chosen.rehearsal_steps} steps land lower with it."
-                if affordable
-                else f"no teleports, for even one takes more than {budget:.0%} of so short a run (teleport_budget)."
-            )
-            line = f"Method 'auto': no change of basis ({why}); {outcome}"
-            self._tell(line) if affordable else logger.warning(line)
+    def _make_plan(self, train_dataloader: Any) -> Plan:
+        """The plan of a run that begins, or goes on: its schedule, and what can be found out before the first step.
 
-    def _passes(self, steps: int) -> float:
-        """What so many training steps take, in passes over a teleport batch."""
-        args = self.args
-        samples = args.train_batch_size * args.world_size
-        return steps * args.gradient_accumulation_steps * samples / (self._settings.batch_size or samples)
-
-    def _logged_rate_factor(self, steps_per_epoch: int) -> float:
-        """That of the last teleport of the epoch in which a run is resumed."""
-        epoch = self.state.global_step // steps_per_epoch * steps_per_epoch
-        logged = [row for row in self.state.log_history if row["step"] >= epoch and "teleport/loss_before" in row]
-        return logged[-1].get("teleport/matched_rate", 1.0) if logged else 1.0
-
-    def _warn_of_cost(self, costs: list[Cost], events: int) -> None:
-        """Say so if teleports may take more than a small share of the run, whose own time is judged from a teleport batch."""
-        passes = self._passes(self.state.max_steps - self.state.global_step)
-        share_of_time = share_of_run(events * sum(cost.event_seconds for cost in costs), passes, costs[0].pass_seconds)
-        if share_of_time > LARGE_SHARE:
-            logger.warning(
-                "Teleports may take up to %.0f %% of the time of training itself; with smaller num_batches, steps_per_batch or "
-                "batch_size, or fewer events, they take less.",
-                100 * share_of_time,
-            )
-
-
-def _shortened(steps: list[int]) -> str:
-    return ", ".join(map(str, steps if len(steps) <= 8 else [*steps[:6], "...", steps[-1]]))
+        Raises:
+            ValueError: as `Plan` and `Plan.judge`; an empty data set, or batches that are generated.
+        """
+        _, steps_per_epoch, *_, max_steps = self.set_initial_training_values(self.args, train_dataloader)
+        samples = self.args.train_batch_size * self.args.world_size
+        course = Course(
+            steps_per_epoch, max_steps, self.state.global_step, samples * self.args.gradient_accumulation_steps, samples
+        )
+        plan = Plan(self.teleport_config, course, self.state.log_history)
+        plan.journal.begin(self.args.output_dir, self.state.log_history)
+        if plan.upcoming:
+            check_strategy(self.accelerator)
+            check_given(type(self))
+            with preserved_rng():
+                batches, _ = self._teleport_batches(1, event=plan.upcoming[0])
+                if not batches:
+                    raise ValueError(_EMPTY)
+                plan.judge(batches[0], self._teleporter, self._teleport_loss)
+        for level, line in plan.notes:
+            self._tell(line, level)
+        return plan
 
 
 class TeleportTrainer(TeleportMixin, Trainer):

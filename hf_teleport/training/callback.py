@@ -1,35 +1,51 @@
-"""What a teleporting trainer does between steps: plan, weights held until the first event, matched rates, summary."""
+"""What a teleporting trainer does between steps: it makes the plan, and carries it out."""
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
 
+from hf_teleport.training.plan import Plan
+from hf_teleport.training.summary import console, table
+
 
 class TeleportCallback(TrainerCallback):
-    """Checks the teleports when everything is set up and nothing has been trained, and holds what must wait for the first."""
+    """Makes the plan when everything is set up and nothing has been trained, and does what it asks for between steps.
 
-    def __init__(self, trainer: Any):
-        self._trainer = trainer
+    Args:
+        plan: that of no run, for teleports by hand before the first.
+        make: the plan of a run with these training batches.
+
+    Attributes:
+        plan: of the run that goes on now, or of the last one.
+    """
+
+    def __init__(self, plan: Plan, make: Callable[[Any], Plan]):
+        self.plan = plan
+        self._make = make
 
     def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
-        self._trainer._plan_teleports(train_dataloader)
+        self.plan = self._make(train_dataloader)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._scale_rates(self._trainer._rate_factor)
-        if self._trainer._held and state.global_step < min(self._trainer._teleport_steps):
-            for parameter in self._trainer._held:
-                parameter.grad = None
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        _scale_rates(optimizer, self.plan.rate_factor)
+        for parameter in self.plan.holds(state.global_step):
+            parameter.grad = None
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._scale_rates(1 / self._trainer._rate_factor)
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        _scale_rates(optimizer, 1 / self.plan.rate_factor)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._rate_factor = 1.0
+        self.plan.rate_factor = 1.0
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._sum_up()
+        """Show a table of the run's teleports, those before it was resumed included, where bars are shown too."""
+        events = self.plan.journal.events
+        if events and not args.disable_tqdm and state.is_world_process_zero:
+            console().print(table(events))
 
-    def _scale_rates(self, factor: float) -> None:
-        if factor != 1:
-            for group in self._trainer.optimizer.param_groups:
-                group["lr"] *= factor
+
+def _scale_rates(optimizer: Any, factor: float) -> None:
+    if factor != 1:
+        for group in optimizer.param_groups:
+            group["lr"] *= factor

@@ -167,7 +167,7 @@ def turned(folder, resume=None, **settings):
 def test_a_basis_is_turned_early_in_a_short_run(tmp_path, max_steps, step):
     trainer = turned(tmp_path, max_steps=max_steps)
     assert [report.method for report in trainer.teleport_reports] == ["basis"]
-    assert trainer._teleport_steps == {step: 0}
+    assert trainer._plan.steps == {step: 0}
     # Its embeddings are tied: the gain that blocks the stream was held, so that the stream has turned.
     assert "stream" in {symmetry.kind for symmetry in trainer.teleport_reports[0].symmetries if not symmetry.reason}
 

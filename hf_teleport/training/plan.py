@@ -1,0 +1,203 @@
+"""A run's teleports, decided before its first step: when they come, with which settings, and what holds until the first."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from hf_teleport.config import TeleportConfig
+from hf_teleport.event.check import Check
+from hf_teleport.event.choice import BASIS_STEP, afford
+from hf_teleport.event.cost import LARGE_SHARE, Cost, event_passes, share_of_run
+from hf_teleport.journal import Journal
+from hf_teleport.layers.point import LossFn
+from hf_teleport.optimizers.state import keeps_copies, unwrapped
+from hf_teleport.report import share
+from hf_teleport.teleporter import Teleporter
+from hf_teleport.training.schedule import teleport_steps
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long a run is.
+
+    Attributes:
+        steps_per_epoch, max_steps: optimizer steps in an epoch and in the whole run.
+        start: the step from which the run goes on; above 0 if it is resumed.
+        step_samples: samples in one optimizer step, of all processes and accumulated batches together.
+        batch_samples: samples in one training batch of all processes.
+    """
+
+    steps_per_epoch: int
+    max_steps: int
+    start: int
+    step_samples: int
+    batch_samples: int
+
+
+class Plan:
+    """A run's teleports. The trainer makes it when training begins, and `TeleportCallback` carries it out between steps.
+
+    What it decides is the same for a run and for its resumption.
+
+    Args:
+        config: the settings that were asked for.
+        course: None: no run, so no schedule; for teleports by hand.
+        log_history: of the run before it was resumed.
+
+    Attributes:
+        settled: what method 'auto' has come to.
+        steps: the schedule, `{step: epoch}`; an event comes just before its step.
+        held: parameters that stay untrained until the first event.
+        rate_factor: what the learning rate is multiplied by until the next epoch.
+        notes: what to say before the first step, each with its level of logging.
+        journal: the events of this run.
+
+    Raises:
+        ValueError: an impossible schedule.
+    """
+
+    def __init__(self, config: TeleportConfig, course: Course | None = None, log_history: Iterable[dict[str, Any]] = ()):
+        self.config = config
+        self.settled: TeleportConfig | None = None
+        self.steps: dict[int, int] = {}
+        self.held: list[nn.Parameter] = []
+        self.rate_factor = 1.0
+        self.notes: list[tuple[int, str]] = []
+        self.journal = Journal()
+        self._course = course
+        self._seen = -1
+        if course is None:
+            return
+        # A change of basis comes early, but an epoch or the whole run may be short.
+        self._basis_step = min(BASIS_STEP, course.steps_per_epoch // 2, course.max_steps // 2)
+        planned = config
+        if config.method == "auto":  # if it comes to a change of basis, that is the step it waits for
+            planned = replace(config, warmup_steps=max(config.warmup_steps, self._basis_step))
+        self.steps = teleport_steps(planned, course.steps_per_epoch, course.max_steps)
+        epoch = course.start // course.steps_per_epoch * course.steps_per_epoch
+        # Resumed in the midst of an epoch whose last event set a rate.
+        for row in log_history:
+            if row["step"] >= epoch and "teleport/loss_before" in row:
+                self.rate_factor = row.get("teleport/matched_rate", 1.0)
+
+    @property
+    def settings(self) -> TeleportConfig:
+        """Those in force: what method 'auto' has come to, or what was asked for."""
+        return self.settled or self.config
+
+    @property
+    def upcoming(self) -> list[int]:
+        """The steps of the events that are still to come when the run begins or goes on."""
+        return sorted(step for step in self.steps if self._course is not None and step >= self._course.start)
+
+    def due(self, step: int) -> bool:
+        """Whether an event comes before this step. True once: a step has several batches if gradients are accumulated."""
+        new, self._seen = step != self._seen, step
+        return new and step in self.steps
+
+    def holds(self, step: int) -> list[nn.Parameter]:
+        """The parameters that this step leaves untrained."""
+        return self.held if self.held and step < min(self.steps) else []
+
+    def judge(self, batch: Any, teleporter: Callable[[TeleportConfig], Teleporter], loss_fn: LossFn) -> None:
+        """Find out on a batch whether the events can work, what they cost, and what to say of that.
+
+        Args:
+            teleporter: makes one for the run's model and optimizer.
+
+        Raises:
+            ValueError: a loss that cannot be teleported, a target module that matches nothing, no weight that may move, or an
+                optimizer that a change of basis does not suit.
+        """
+        assert self._course is not None
+        start, auto = time.perf_counter(), self.config.method == "auto"
+        if auto:
+            self._settle(teleporter(self.config), batch, loss_fn, self._course)
+        # Even if the run can't pay for a teleport: a wrong name or a loss that is none is said now, not in the next run.
+        checks = [teleporter(config).check(batch, loss_fn) for config in self.settings.each_method()]
+        seconds = time.perf_counter() - start
+        if not self.upcoming:
+            return
+        if auto and checks[0].immovable:
+            self.steps = {}
+            self._warn(f"Method 'auto': no teleports, for {checks[0].immovable}.")
+            return
+        if not self._course.start:  # a resumed run has begun, and its events would only warn
+            for check in checks:
+                check.require_movable()
+        if self.settings.blocking_gains == "hold":
+            self.held = [parameter for check in checks for parameter in check.blocking]
+        self._describe(checks, seconds, teleporter(self.config).optimizer, self._course)
+
+    def _settle(self, teleporter: Teleporter, batch: Any, loss_fn: LossFn, course: Course) -> None:
+        """Decide for method 'auto' on settings and schedule."""
+        chosen, why = teleporter.choose(batch, loss_fn, self._basis_step)
+        steps = teleport_steps(chosen, course.steps_per_epoch, course.max_steps)
+        affordable = afford(chosen, len(steps), self._passes(course.max_steps, course))
+        self.settled = affordable or chosen
+        self.steps = {} if affordable is None else steps
+        if not why:
+            return
+        said = f"Method 'auto': no change of basis ({why});"
+        if affordable:
+            kept = f"kept if the next {chosen.rehearsal_steps} steps land lower with it"
+            self.notes.append((logging.INFO, f"{said} 'null_space' instead, {kept}."))
+        else:
+            self._warn(
+                f"{said} no teleports, for even one takes more than {chosen.budget:.0%} of so short a run (teleport_budget)."
+            )
+
+    def _describe(self, checks: list[Check], seconds: float, optimizer: Any, course: Course) -> None:
+        """Note what may move and what it costs, and warn of what speaks against it."""
+        if keeps_copies(optimizer):
+            self._warn(
+                f"{type(unwrapped(optimizer)).__name__} seems to keep copies of the weights, which do not follow a teleport and "
+                "draw the weights back. Use an optimizer that keeps none, such as AdamW."
+            )
+        if problems := [check.problem for check in checks if check.problem]:
+            self._warn(f"Teleports will be skipped as long as this lasts: {problems[0]}.")
+            return
+        for config, check in zip(self.settings.each_method(), checks, strict=True):
+            movable = sum(layer.movable for layer in check.layers)
+            elements = share(check.layers, lambda layer: layer.movable)
+            line = (
+                f"Teleports ({config.method}) before steps {_shortened(self.upcoming)}: "
+                f"{movable} of {len(check.layers)} weights ({elements:.0%} of the elements) may move. "
+                f"An event makes at most {event_passes(config)} passes over a teleport batch: it may take "
+                f"{check.cost}. The check took {seconds:.2g} s."
+            )
+            self.notes.append((logging.INFO, line))
+        passes = self._passes(course.max_steps - course.start, course)
+        if line := cost_warning([check.cost for check in checks], len(self.upcoming), passes):
+            self._warn(line)
+
+    def _passes(self, steps: int, course: Course) -> float:
+        """What so many training steps take, in passes over a teleport batch."""
+        return steps * course.step_samples / (self.settings.batch_size or course.batch_samples)
+
+    def _warn(self, line: str) -> None:
+        self.notes.append((logging.WARNING, line))
+
+
+def cost_warning(costs: list[Cost], events: int, training_passes: float) -> str:
+    """What to warn of if teleports may take more than a small share of the run; empty: they take less.
+
+    Args:
+        costs: of one event, for each of its methods.
+        training_passes: what is left to train, in passes over a teleport batch.
+    """
+    share_of_time = share_of_run(events * sum(cost.event_seconds for cost in costs), training_passes, costs[0].pass_seconds)
+    if share_of_time <= LARGE_SHARE:
+        return ""
+    return (
+        f"Teleports may take up to {100 * share_of_time:.0f} % of the time of training itself; with smaller num_batches, "
+        "steps_per_batch or batch_size, or fewer events, they take less."
+    )
+
+
+def _shortened(steps: list[int]) -> str:
+    return ", ".join(map(str, steps if len(steps) <= 8 else [*steps[:6], "...", steps[-1]]))
