@@ -7,6 +7,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,7 @@ class TeleportMixin(_Base):
         self.teleport_config = teleport_config or own
         self._own_teleport_dataset = teleport_dataset
         self.teleport_reports: list[TeleportReport] = []
+        self._resumed_from: str | None = None
         self._teleports = TeleportCallback(Plan(self.teleport_config), self._make_plan)
         self.add_callback(self._teleports)
 
@@ -103,10 +105,10 @@ class TeleportMixin(_Base):
         """Teleport the model now, log what came of it, and return the report: that of the last method, if there are several."""
         step, plan = self.state.global_step, self._plan
         with preserved_rng():
-            batches, held_back = self._teleport_batches(plan.settings.num_batches, event=step)
+            batches, held_back = self._teleport_batches(plan.num_batches, event=step)
         for config in plan.settings.each_method():
             with self._teleport_bar(step) as progress, preserved_rng():
-                teleporter = self._teleporter(config, progress)
+                teleporter = self._teleporter(plan, config, progress)
                 report = teleporter.teleport(batches, self._teleport_loss, held_back)
             self.teleport_reports.append(report)
             plan.rate_factor = report.matched_rate
@@ -126,10 +128,18 @@ class TeleportMixin(_Base):
         if self.is_world_process_zero():
             add_to_card(Path(self.args.output_dir, "README.md"), self.teleport_config, teleports(self.state.log_history))
 
-    def _teleporter(self, config: TeleportConfig, progress: Any = None) -> Teleporter:
-        return Teleporter(
-            self.model, config, progress, self.optimizer, self.args.max_grad_norm, upcoming_rates(self.lr_scheduler)
-        )
+    def _teleporter(self, plan: Plan, config: TeleportConfig, progress: Any = None) -> Teleporter:
+        rates = upcoming_rates(self.lr_scheduler)
+        return Teleporter(self.model, config, progress, self.optimizer, self.args.max_grad_norm, rates, plan.tracker)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self._plan.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._resumed_from = checkpoint  # before the run has a plan
 
     def get_teleport_dataloader(self, event: int) -> DataLoader:
         """Batches for the teleport before step `event`: drawn at random by a generator of their own.
@@ -196,6 +206,8 @@ class TeleportMixin(_Base):
         )
         plan = Plan(self.teleport_config, course, self.state.log_history)
         plan.journal.begin(self.args.output_dir, self.state.log_history)
+        if self._resumed_from is not None:
+            plan.load(self._resumed_from)
         if plan.upcoming:
             check_strategy(self.accelerator)
             check_given(type(self))
@@ -203,7 +215,7 @@ class TeleportMixin(_Base):
                 batches, _ = self._teleport_batches(1, event=plan.upcoming[0])
                 if not batches:
                     raise ValueError(_EMPTY)
-                plan.judge(batches[0], self._teleporter, self._teleport_loss)
+                plan.judge(batches[0], partial(self._teleporter, plan), self._teleport_loss)
         for level, line in plan.notes:
             self._tell(line, level)
         return plan

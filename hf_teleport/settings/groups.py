@@ -47,10 +47,10 @@ class CommonSettings:
         "epoch that begins earlier teleports at this step instead of at its first; one that also ends earlier does not.",
         _FROM_ZERO,
     )
-    steps: list[int] | None = setting(
+    steps: list[int] | str | None = setting(
         None,
         "Before which optimizer steps to teleport, counted from 0, instead of before `epochs`. On the command line "
-        "'10' or '10,100'. A change of basis wants a few steps of training first: 10.",
+        "'10' or '10,100'. 'doubling': before steps 10, 20, 40, ... up to half of the run, the default of method 'basis'.",
         lambda _, value: parse_steps(value),
     )
     every_steps: int | None = setting(
@@ -192,16 +192,23 @@ class BasisSettings:
         "head), 'chain' (two weights with nothing between, LoRA's for instance), 'scaling' (balance gated and ReLU units).",
         within(words, lambda kinds: bool(kinds) and set(kinds) <= set(SYMMETRIES), f"some of {', '.join(SYMMETRIES)}"),
     )
-    second_moment: Literal["turn", "measure"] = setting(
-        "turn",
-        "For method 'basis', the optimizer's averages of squared gradients: 'turn' them by the squared rotation, or 'measure' "
-        "them on the teleport batches.",
+    second_moment: Literal["factors", "turn", "keep", "measure"] = setting(
+        "factors",
+        "For method 'basis', the optimizer's averages of squared gradients. 'factors': their sum over a turned axis stays, and "
+        "each coordinate gets its share in the gradients' second moment. 'turn': by the squared rotation. 'keep': as they are. "
+        "'measure': by their shares on the teleport batches after the turn.",
+    )
+    track_every: int = setting(
+        5,
+        "For method 'basis', gather the gradients' second moments from every so many training steps, so that an event needs one "
+        "batch, to check it on. 0: from `num_batches` teleport batches.",
+        _FROM_ZERO,
     )
     blocking_gains: Literal["leave", "hold", "round"] = setting(
         "leave",
         "For method 'basis', what to do about a norm's gain that stops the residual stream from turning because it can't be "
         "folded (tied embeddings, post-norm), once training has made it uneven: 'leave' the stream (with method 'auto': hold); "
-        "'hold' such gains untrained until the first teleport; 'round' them to their mean at the teleport, a change of the loss, "
+        "'hold' such gains untrained until the last teleport; 'round' them to their mean at the teleport, a change of the loss, "
         "under `max_loss_change`.",
     )
     min_misalignment: float = setting(

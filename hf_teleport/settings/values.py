@@ -116,16 +116,22 @@ def modules(name: str, value: Any) -> list[str] | str | None:
     return list(value)
 
 
-def parse_steps(steps: list[int] | int | str | None) -> list[int] | None:
-    """'10,100', '10', 10 and [10, 100] are lists of steps; None and an empty text are none."""
+DOUBLING = "doubling"
+"""Steps 10, 20, 40, ..."""
+
+
+def parse_steps(steps: list[int] | int | str | None) -> list[int] | str | None:
+    """'10,100', '10', 10 and [10, 100] are lists of steps; None and an empty text are none; 'doubling' stays."""
     if steps is None or (isinstance(steps, str) and steps.strip().lower() in ("", "none")):
         return None
+    if isinstance(steps, str) and steps.strip().lower() == DOUBLING:
+        return DOUBLING
     if isinstance(steps, str):
         numbers: Iterable[Any] = [part for part in steps.strip("[] ").split(",") if part.strip()]
     else:
         numbers = steps if isinstance(steps, Iterable) else [steps]
     parsed = sorted({integer("steps", number) for number in numbers})
-    require(all(number >= 0 for number in parsed), "steps", steps, "optimizer steps from 0, for instance '10,100'")
+    require(all(number >= 0 for number in parsed), "steps", steps, "optimizer steps from 0, for instance '10,100', or 'doubling'")
     return parsed
 
 

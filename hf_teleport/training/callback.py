@@ -28,6 +28,7 @@ class TeleportCallback(TrainerCallback):
         self.plan = self._make(train_dataloader)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self.plan.look(state.global_step)
         _scale_rates(optimizer, self.plan.rate_factor)
         for parameter in self.plan.holds(state.global_step):
             parameter.grad = None

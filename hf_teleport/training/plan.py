@@ -4,8 +4,10 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_teleport.config import TeleportConfig
@@ -14,10 +16,15 @@ from hf_teleport.event.choice import BASIS_STEP, afford
 from hf_teleport.event.cost import LARGE_SHARE, Cost, event_passes, share_of_run
 from hf_teleport.journal import Journal
 from hf_teleport.layers.point import LossFn
+from hf_teleport.methods.basis import BasisTurn
+from hf_teleport.methods.basis.tracker import Tracker
 from hf_teleport.optimizers.state import keeps_copies, unwrapped
 from hf_teleport.report import share
 from hf_teleport.teleporter import Teleporter
 from hf_teleport.training.schedule import teleport_steps
+
+# The file in a checkpoint's folder.
+TRACKED = "teleport.safetensors"
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,8 @@ class Plan:
     Attributes:
         settled: what method 'auto' has come to.
         steps: the schedule, `{step: epoch}`; an event comes just before its step.
-        held: parameters that stay untrained until the first event.
+        held: parameters that stay untrained until the last event.
+        tracker: what the run knows of its symmetries and of its gradients.
         rate_factor: what the learning rate is multiplied by until the next epoch.
         notes: what to say before the first step, each with its level of logging.
         journal: the events of this run.
@@ -65,6 +73,7 @@ class Plan:
         self.settled: TeleportConfig | None = None
         self.steps: dict[int, int] = {}
         self.held: list[nn.Parameter] = []
+        self.tracker = Tracker(config.track_every)
         self.rate_factor = 1.0
         self.notes: list[tuple[int, str]] = []
         self.journal = Journal()
@@ -101,7 +110,28 @@ class Plan:
 
     def holds(self, step: int) -> list[nn.Parameter]:
         """The parameters that this step leaves untrained."""
-        return self.held if self.held and step < min(self.steps) else []
+        return self.held if self.held and step < max(self.steps) else []
+
+    def look(self, step: int) -> None:
+        """See the gradients that this optimizer step will take, if an event is still to come that turns a basis."""
+        if "basis" in self.settings.method and step < max(self.steps, default=0):
+            self.tracker.look(step)
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches an event takes: one to check it on, if training's gradients tell all that it needs to know."""
+        told = self.settings.method == "basis" and BasisTurn.is_told(self.settings) and self.tracker.seen
+        return 1 if told else self.settings.num_batches
+
+    def save(self, folder: str) -> None:
+        """Put what a resumed run needs beside a checkpoint's optimizer."""
+        if state := self.tracker.state_dict():
+            save_file(state, Path(folder, TRACKED))
+
+    def load(self, folder: str) -> None:
+        """Go on from a checkpoint; one of a run without events has nothing to go on from."""
+        if (path := Path(folder, TRACKED)).exists():
+            self.tracker.load_state_dict(load_file(path))
 
     def judge(self, batch: Any, teleporter: Callable[[TeleportConfig], Teleporter], loss_fn: LossFn) -> None:
         """Find out on a batch whether the events can work, what they cost, and what to say of that.
@@ -137,7 +167,8 @@ class Plan:
         """Decide for method 'auto' on settings and schedule."""
         chosen, why = teleporter.choose(batch, loss_fn, self._basis_step)
         steps = teleport_steps(chosen, course.steps_per_epoch, course.max_steps)
-        affordable = afford(chosen, len(steps), self._passes(course.max_steps, course))
+        budget = self.config.budget
+        affordable = afford(chosen, budget, len(steps), self._passes(course.max_steps, course))
         self.settled = affordable or chosen
         self.steps = {} if affordable is None else steps
         if not why:
@@ -147,9 +178,7 @@ class Plan:
             kept = f"kept if the next {chosen.rehearsal_steps} steps land lower with it"
             self.notes.append((logging.INFO, f"{said} 'null_space' instead, {kept}."))
         else:
-            self._warn(
-                f"{said} no teleports, for even one takes more than {chosen.budget:.0%} of so short a run (teleport_budget)."
-            )
+            self._warn(f"{said} no teleports, for even one takes more than {budget:.0%} of so short a run (teleport_budget).")
 
     def _describe(self, checks: list[Check], seconds: float, optimizer: Any, course: Course) -> None:
         """Note what may move and what it costs, and warn of what speaks against it."""

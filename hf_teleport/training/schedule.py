@@ -11,6 +11,8 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 
 from hf_teleport.config import TeleportConfig, parse_epochs
+from hf_teleport.event.choice import BASIS_STEP
+from hf_teleport.settings.values import DOUBLING
 
 
 def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int) -> dict[int, int]:
@@ -27,6 +29,9 @@ def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int)
     Raises:
         ValueError: a listed epoch or step lies beyond the run, or the warm-up outlasts every scheduled epoch.
     """
+    if config.steps == DOUBLING or _unscheduled_basis(config):
+        steps = doubling(config.warmup_steps, steps_per_epoch, max_steps)
+        return {step: step // steps_per_epoch for step in steps}
     if config.steps is not None:
         return _repeated(config, _listed(config.steps, max_steps), steps_per_epoch, max_steps)
     num_epochs = -(-max_steps // steps_per_epoch)
@@ -60,7 +65,31 @@ def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int)
     return _repeated(config, list(steps), steps_per_epoch, max_steps)
 
 
-def _listed(steps: list[int], max_steps: int) -> list[int]:
+def doubling(warmup_steps: int, steps_per_epoch: int, max_steps: int) -> list[int]:
+    """Steps 10, 20, 40, ... up to half of the run: gradients change fast at first and slowly later.
+
+    Args:
+        warmup_steps: the first step, if it is later than 10. A first epoch below 20 steps has its first event in its middle.
+
+    Raises:
+        ValueError: the first step lies beyond the run.
+    """
+    first = max(warmup_steps, min(BASIS_STEP, steps_per_epoch // 2, max_steps // 2))
+    steps: list[int] = _listed([first], max_steps)
+    while 2 * steps[-1] <= max_steps // 2 and steps[-1]:
+        steps.append(2 * steps[-1])
+    return steps
+
+
+def _unscheduled_basis(config: TeleportConfig) -> bool:
+    """Whether a basis is to be turned at no times of the user's own."""
+    default = TeleportConfig()
+    return config.method == "basis" and all(
+        getattr(config, name) == getattr(default, name) for name in ("epochs", "steps", "every_steps")
+    )
+
+
+def _listed(steps: Any, max_steps: int) -> Any:
     if beyond := [step for step in steps if step >= max_steps]:
         raise ValueError(
             f"teleport steps {beyond} lie beyond the run, which has {max_steps} optimizer steps (0 to {max_steps - 1}); "

@@ -57,8 +57,14 @@ class BasisTurn(TurningMethod):
             self._state = None if reset else OptimizerState(self.optimizer)
 
     @staticmethod
+    def is_told(config: TeleportConfig) -> bool:
+        """Whether training's gradients tell all that an event needs to know, so that one batch is enough to check it on."""
+        told = config.basis in ("gradient", "random", "identity") and config.second_moment != "measure"
+        return bool(config.track_every) and told
+
+    @staticmethod
     def passes(config: TeleportConfig) -> int:
-        return 2 * config.num_batches
+        return 2 if BasisTurn.is_told(config) else 2 * config.num_batches
 
     @property
     def used(self) -> list[Symmetry]:

@@ -17,7 +17,7 @@ class Tracker:
     """Looks at the gradients of training steps, so that an event needs no batches of its own to choose a basis.
 
     Args:
-        every: how many optimizer steps lie between two looks.
+        every: at which steps to look: those that it divides; 0: at none.
 
     Attributes:
         moments: of the symmetries that will be turned; None: they are not known yet.
@@ -60,7 +60,7 @@ class Tracker:
 
     def look(self, step: int) -> None:
         """Before optimizer step `step`, the gradients being those that it will take."""
-        if self.moments is not None and step % self.every == 0:
+        if self.moments is not None and self.every and step % self.every == 0:
             parameters = {part.parameter for symmetry in self.moments.symmetries for part in symmetry.parts}
             self.moments.look({p: p.grad for p in parameters if p.grad is not None})
 
