@@ -75,10 +75,10 @@ def doubling(warmup_steps: int, steps_per_epoch: int, max_steps: int) -> list[in
         ValueError: the first step lies beyond the run.
     """
     first = max(warmup_steps, min(BASIS_STEP, steps_per_epoch // 2, max_steps // 2))
-    steps: list[int] = _listed([first], max_steps)
-    while 2 * steps[-1] <= max_steps // 2 and steps[-1]:
-        steps.append(2 * steps[-1])
-    return steps
+    scheduled = _listed([first], max_steps)
+    while 0 < 2 * scheduled[-1] <= max_steps // 2:
+        scheduled.append(2 * scheduled[-1])
+    return scheduled
 
 
 def _unscheduled_basis(config: TeleportConfig) -> bool:
@@ -89,7 +89,7 @@ def _unscheduled_basis(config: TeleportConfig) -> bool:
     )
 
 
-def _listed(steps: Any, max_steps: int) -> Any:
+def _listed(steps: Any, max_steps: int) -> list[int]:
     if beyond := [step for step in steps if step >= max_steps]:
         raise ValueError(
             f"teleport steps {beyond} lie beyond the run, which has {max_steps} optimizer steps (0 to {max_steps - 1}); "
