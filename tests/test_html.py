@@ -20,10 +20,10 @@ from hf_teleport import TeleportConfig, html
 from hf_teleport.cli import main
 from hf_teleport.html import render
 from hf_teleport.journal import JOURNAL, read
-from hf_teleport.lab import extras
 from hf_teleport.lab.plot import figure
 from hf_teleport.lab.report import FIGURE, NUMBERS, RECORD
 from hf_teleport.lab.verdict import REFERENCE, Interval, Verdict
+from hf_teleport.reporting import extras
 
 from tiny_runs import make, teleports
 

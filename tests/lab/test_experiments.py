@@ -20,13 +20,13 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_teleport import TeleportTrainer, TeleportTrainingArguments
 from hf_teleport.cli import main
-from hf_teleport.lab import extras
 from hf_teleport.lab.data.pipelines import _PIPELINES
 from hf_teleport.lab.plot import FIGURE, NUMBERS
 from hf_teleport.lab.results import best_rates, choices, curves, evaluations
 from hf_teleport.lab.runs import execute
 from hf_teleport.lab.settings import plan, read
 from hf_teleport.lab.task import OPTIONS, Task, evenly
+from hf_teleport.reporting import extras
 
 import forks
 import ranks
