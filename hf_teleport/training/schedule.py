@@ -30,8 +30,8 @@ def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int)
         ValueError: a listed epoch or step lies beyond the run, or the warm-up outlasts every scheduled epoch.
     """
     if config.steps == DOUBLING or _unscheduled_basis(config):
-        steps = doubling(config.warmup_steps, steps_per_epoch, max_steps)
-        return {step: step // steps_per_epoch for step in steps}
+        doubled = doubling(config.warmup_steps, steps_per_epoch, max_steps)
+        return {step: step // steps_per_epoch for step in doubled}
     if config.steps is not None:
         return _repeated(config, _listed(config.steps, max_steps), steps_per_epoch, max_steps)
     num_epochs = -(-max_steps // steps_per_epoch)

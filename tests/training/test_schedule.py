@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import get_scheduler
 
 from hf_teleport import TeleportConfig
-from hf_teleport.training.schedule import teleport_steps, upcoming_rates
+from hf_teleport.training.schedule import doubling, teleport_steps, upcoming_rates
 
 
 def test_first_epochs_and_listed_epochs():
@@ -89,3 +91,34 @@ def test_a_scheduler_that_cannot_say_beforehand():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
     assert upcoming_rates(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)) is None
     assert upcoming_rates(None) is None
+
+
+def test_a_basis_is_turned_before_steps_that_double_up_to_half_of_the_run():
+    assert doubling(0, 900, 300) == [10, 20, 40, 80]
+    assert doubling(0, 900, 1000) == [10, 20, 40, 80, 160, 320]
+    for config in (TeleportConfig(method="basis"), TeleportConfig(method="basis", steps="doubling")):
+        assert teleport_steps(config, 50, 100) == {10: 0, 20: 0, 40: 0}
+    assert teleport_steps(TeleportConfig(method="null_space", steps="doubling"), 50, 100) == {10: 0, 20: 0, 40: 0}
+
+
+def test_times_of_ones_own_stand():
+    assert teleport_steps(TeleportConfig(method="basis", epochs=[0]), 50, 100) == {0: 0}
+    assert teleport_steps(TeleportConfig(method="basis", steps=[3]), 50, 100) == {3: 0}
+    assert teleport_steps(TeleportConfig(method="null_space"), 50, 100) == {0: 0}
+
+
+def test_doubling_begins_after_the_warm_up_and_early_in_a_short_run():
+    assert doubling(30, 900, 300) == [30, 60, 120]
+    assert doubling(0, 6, 300) == [3, 6, 12, 24, 48, 96]
+    assert doubling(0, 900, 12) == [6]
+    assert doubling(0, 1, 1) == [0]
+    with pytest.raises(ValueError, match="lie beyond the run"):
+        doubling(400, 900, 300)
+
+
+@given(warmup=st.integers(0, 50), per_epoch=st.integers(1, 500), steps=st.integers(51, 5000))
+def test_doubled_steps_double_and_leave_half_of_the_run(warmup, per_epoch, steps):
+    found = doubling(warmup, per_epoch, steps)
+    assert all(later == 2 * earlier for earlier, later in itertools.pairwise(found))
+    assert all(step <= steps // 2 for step in found[1:])
+    assert found[0] in (warmup, 10, per_epoch // 2, steps // 2)
