@@ -1,8 +1,5 @@
 """Models of every kind through the teleporter: a sample of the zoo, padding, experts, adapters, plain PyTorch."""
 
-import sys
-from pathlib import Path
-
 import peft
 import pytest
 import torch
@@ -14,13 +11,11 @@ from hf_teleport import TeleportConfig, Teleporter
 
 from tiny_models import build as build_tiny
 from tiny_models import loss_fn as tiny_loss
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-from zoo import measure
-from zoo_models import FAMILIES, NAMES, build, loss_fn
+from architectures import FAMILIES, NAMES, build, loss_fn
+from teleports import measure
 
 # One of each family, and those that once broke: caches in eval mode, indices changed in place, experts, huge sensitivity.
-SAMPLE = [names[0] for names in FAMILIES.values()] + [
+SAMPLE = [next(iter(family)) for family in FAMILIES.values()] + [
     "levit",
     "mask2former",
     "mixtral",
