@@ -9,10 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_teleport import TeleportConfig, Teleporter
 
-from tiny_models import build as build_tiny
-from tiny_models import loss_fn as tiny_loss
 from architectures import FAMILIES, NAMES, build, loss_fn
 from teleports import measure
+from tiny_models import build as build_tiny
+from tiny_models import loss_fn as tiny_loss
 
 # One of each family, and those that once broke: caches in eval mode, indices changed in place, experts, huge sensitivity.
 SAMPLE = [
