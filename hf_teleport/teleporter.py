@@ -1,6 +1,6 @@
 """One teleport event: measure, ascend under a guard, measure again, and undo it all if it did harm.
 
-Knows neither the Trainer nor the schedule, and not which method runs.
+Knows neither the Trainer nor the schedule, and of a method only its family.
 """
 
 import copy
@@ -19,24 +19,26 @@ from hf_teleport.config import TeleportConfig
 from hf_teleport.event.batches import halved
 from hf_teleport.event.check import Check
 from hf_teleport.event.choice import BASIS_STEP, choose
-from hf_teleport.event.climb import HALVINGS, Climb
+from hf_teleport.event.climb import HALVINGS, Climb, turn
 from hf_teleport.event.cost import Cost
 from hf_teleport.event.guard import Guard
 from hf_teleport.event.measurement import Measurement, landing, measure
+from hf_teleport.event.reasons import NO_STEP, explain, why_unmoved
 from hf_teleport.layers.point import LossFn, loss_at
-from hf_teleport.methods import METHODS, Method
-from hf_teleport.methods.reasons import NO_STEP, explain, why_unmoved
+from hf_teleport.methods import METHODS, ClimbingMethod, TurningMethod
 from hf_teleport.optimizers.rehearsal import Rehearsal
 from hf_teleport.optimizers.state import forget, unwrapped
 from hf_teleport.report import TeleportReport
 from hf_teleport.weights.isolation import isolated, preserved_rng
 from hf_teleport.weights.ranks import Ranks, out_of_memory
 from hf_teleport.weights.snapshot import Snapshot
-from hf_teleport.weights.storage import WorkingWeights, is_low
+from hf_teleport.weights.storage import is_low
+from hf_teleport.weights.whole import Weights
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+_Method = ClimbingMethod | TurningMethod
 
 
 class Teleporter:
@@ -88,7 +90,7 @@ class Teleporter:
             held_back: a batch that takes no part, and whose loss is watched: a move that changes it too far is halved or undone.
 
         Returns:
-            What was done, for each layer too.
+            What was done, for each layer too: by the last method, if `config.method` names several.
 
         Raises:
             ValueError: no batch, a loss that is no scalar or has no gradient, or a target module that matches nothing. The
@@ -100,6 +102,13 @@ class Teleporter:
         if not batches:
             raise ValueError("there are no teleport batches: pass at least one batch of data to teleport on.")
         self._settle(batches[0], loss_fn)
+        reports = []
+        for config in self.config.each_method():
+            reports.append(self._with(config)._by_one_method(batches, loss_fn, held_back, start))
+            start = time.perf_counter()
+        return reports[-1]
+
+    def _by_one_method(self, batches: list[Any], loss_fn: LossFn, held_back: Any, start: float) -> TeleportReport:
         while True:
             report = self._unless_memory_runs_out(partial(self._event, batches, loss_fn, held_back, start))
             if report is not None:
@@ -120,8 +129,13 @@ class Teleporter:
         """What a teleport on this batch could move, without moving anything.
 
         Raises:
-            ValueError: as `teleport`; `Check.require_movable` raises if nothing may move.
+            ValueError: as `teleport`, and for several methods; `Check.require_movable` raises if nothing may move.
         """
+        if len(self.config.each_method()) > 1:
+            raise ValueError(
+                f"method = {self.config.method!r} is not allowed for a check; allowed: a single method. Check each of "
+                "config.each_method()."
+            )
         self._settle(batch, loss_fn)
         batches = [batch]
         while True:
@@ -151,15 +165,18 @@ class Teleporter:
 
     def _judge(self, batch: Any, loss_fn: LossFn) -> Check:
         loss_fn = self._on_float32(loss_fn)
-        with isolated(self.model, self._state, self._ranks, self._kind.on_shards(self.config)) as weights:
+        with isolated(self.model, self._state, self._ranks, METHODS[self.config.method].on_shards(self.config)) as weights:
             method = self._method(loss_fn, weights)
             point = method.evaluate(batch, self.config.seed)
             if not point.finite:
                 return Check(point.loss, f"the loss on a teleport batch is {point.loss}; {NO_STEP['non_finite']}")
             method.survey(point)
-            blocking = [weights.origin(parameter) for parameter in method.blocking]
             cost = Cost.of(method, batch, point)
-            return Check(point.loss, "", list(method.reports.values()), method.symmetries, blocking, cost)
+            found = Check(point.loss, "", list(method.reports.values()), cost=cost)
+            if isinstance(method, TurningMethod):
+                found.symmetries = method.symmetries
+                found.blocking = [weights.origin(parameter) for parameter in method.blocking]
+            return found
 
     def _unless_memory_runs_out(self, work: Callable[[], _T]) -> _T | None:
         try:
@@ -179,25 +196,27 @@ class Teleporter:
 
     def _event(self, batches: list[Any], loss_fn: LossFn, held_back: Any, start: float) -> TeleportReport:
         loss_fn = self._on_float32(loss_fn)
-        with isolated(self.model, self._state, self._ranks, self._kind.on_shards(self.config)) as weights:
+        with isolated(self.model, self._state, self._ranks, METHODS[self.config.method].on_shards(self.config)) as weights:
             method = self._method(loss_fn, weights)
             before = measure(method, batches, method.survey)
             if not before.finite:
-                explain(method.reports, {}, 0, "non_finite")
+                explain(method.reports, {}, 0, "non_finite", method.at_rest)
                 return self._report(method, before, before, 0, "non_finite", start)
             method.fit()
             if not method.movable:
-                explain(method.reports, {}, 0, "nothing_movable")
+                explain(method.reports, {}, 0, "nothing_movable", method.at_rest)
                 return self._report(method, before, before, 0, "nothing_movable", start)
             watched = self._held_back_loss(method, held_back)
             usual = landing(method, batches, held_back)
             snapshot = self._ranks.together(method.snapshot)
             try:
-                steps, reason = Climb(method, self._guard, self._ranks, self._progress).run(batches, before, snapshot)
-                if steps and self.config.control == "random_move":
-                    self._ranks.together(partial(method.randomise, snapshot))
+                if isinstance(method, TurningMethod):
+                    steps, reason = turn(method, self._progress)
+                else:
+                    steps, reason = Climb(method, self._guard, self._progress).run(batches, before, snapshot)
                 objection = self._shorten(method, snapshot, watched, held_back) if steps else ""
-                after = measure(method, batches, method.review) if steps else before
+                review = method.review if isinstance(method, TurningMethod) else None
+                after = measure(method, batches, review) if steps else before
                 if steps and self._ranks.together(weights.round):
                     after = measure(method, batches)
                 objection = objection or self._verdict(method, before, after)
@@ -205,7 +224,7 @@ class Teleporter:
                     forgotten = method.movable if self.config.optimizer_state == "reset" else []
                     landed = landing(method, batches, held_back, forgotten)
                     objection = "" if landed is not None and landed < usual else "no_better"
-                changed = snapshot.changed(method.ranks)
+                changed = snapshot.changed(weights)
                 rehearsed = bool(steps) and self.config.control == "matched_rate"
                 if not objection and not rehearsed:
                     self._keep(method)
@@ -221,13 +240,13 @@ class Teleporter:
             explain(method.reports, changed, steps, reason, method.at_rest)
             return self._report(method, before, after, steps, reason, start, undone=bool(objection) or rehearsed)
 
-    def _held_back_loss(self, method: Method, held_back: Any) -> float:
+    def _held_back_loss(self, method: _Method, held_back: Any) -> float:
         """NaN if there is no such batch."""
         if held_back is None:
             return math.nan
-        return loss_at(self.model, method.loss_fn, held_back, seed=self.config.seed, ranks=method.ranks)
+        return loss_at(self.model, method.loss_fn, held_back, seed=self.config.seed, weights=method.weights)
 
-    def _shorten(self, method: Method, snapshot: Snapshot, watched: float, held_back: Any) -> str:
+    def _shorten(self, method: _Method, snapshot: Snapshot, watched: float, held_back: Any) -> str:
         """Halve the whole move until the loss on the batch held back is near what it was. Returns the objection if no half is."""
         if not math.isfinite(watched):
             return ""
@@ -235,14 +254,14 @@ class Teleporter:
             loss = self._held_back_loss(method, held_back)
             if math.isfinite(loss) and self.config.allows(loss, watched):
                 return ""
-            if method.once:  # half a rotation is none
+            if isinstance(method, TurningMethod):  # half a rotation is none
                 break
             snapshot.halve()
         return "held_back"
 
-    def _verdict(self, method: Method, before: Measurement, after: Measurement) -> str:
+    def _verdict(self, method: _Method, before: Measurement, after: Measurement) -> str:
         """Why the event must be undone, the same in every process; empty: it need not."""
-        own = method.objection
+        own = method.objection if isinstance(method, TurningMethod) else ""
         # A unit that is saturated hides what becomes of its weights.
         if not self._ranks.together(lambda: after.finite and all(p.isfinite().all() for p in method.movable)):
             own = "non_finite"
@@ -250,9 +269,10 @@ class Teleporter:
             own = "max_loss_change"
         return next((objection for objection in self._ranks.gather(own) if objection), "")
 
-    def _keep(self, method: Method) -> None:
+    def _keep(self, method: _Method) -> None:
         """The event stands: the optimizer learns of it, and every process gets the weights of the first."""
-        self._ranks.together(method.accept)
+        if isinstance(method, TurningMethod):
+            self._ranks.together(method.accept)
         self._ranks.broadcast(method.written)
         # Last, for it is not undone.
         if self.optimizer is not None and self.config.optimizer_state == "reset":
@@ -262,19 +282,15 @@ class Teleporter:
     def _state(self) -> dict[Any, Any]:
         return {} if self.optimizer is None else unwrapped(self.optimizer).state
 
-    @property
-    def _kind(self) -> type[Method]:
-        return METHODS[self.config.method]
-
-    def _method(self, loss_fn: LossFn, weights: WorkingWeights) -> Method:
-        method = self._kind(self.model, loss_fn, self.config, self.optimizer, weights.ranks)
+    def _method(self, loss_fn: LossFn, weights: Weights) -> _Method:
+        method = METHODS[self.config.method](self.model, loss_fn, self.config, self.optimizer, weights)
         if self.optimizer is not None:
             method.rehearsal = Rehearsal(self.optimizer, weights.origin, self._max_grad_norm, self._rates, self._ranks)
         return method
 
     def _report(
         self,
-        method: Method,
+        method: _Method,
         before: Measurement,
         after: Measurement,
         steps: int,
@@ -293,7 +309,7 @@ class Teleporter:
             rolled_back=undone,
             seconds=time.perf_counter() - start,
             layers=list(method.reports.values()),
-            symmetries=method.symmetries,
+            symmetries=method.symmetries if isinstance(method, TurningMethod) else [],
         )
         if not steps and reason != "aligned" and self._ranks.rank == 0:
             logger.warning("The teleport changed nothing: %s.", why_unmoved(report))

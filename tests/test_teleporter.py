@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_teleport import TeleportConfig, Teleporter
 from hf_teleport.layers.trace import Trace
-from hf_teleport.methods import METHODS, Method, Move
+from hf_teleport.methods import METHODS, ClimbingMethod, Move
 from hf_teleport.weights.snapshot import Snapshot
 
 from tiny_models import MODELS, build, loss_fn
@@ -308,7 +308,7 @@ def test_progress_is_told_after_each_step():
 def test_another_method_runs_under_the_same_roof(monkeypatch):
     """The interface alone carries a method: guard, report and measurements do not know which one it is."""
 
-    class Halve(Method):
+    class Halve(ClimbingMethod):
         """Halves the second layer and doubles the third: an exact symmetry of a ReLU network without biases."""
 
         @staticmethod
@@ -500,7 +500,7 @@ def test_exact_mode_says_before_it_starts_that_a_loss_has_no_second_derivative()
     model = mlp()
     config = TeleportConfig(hessian="exact")
     for run in (lambda t: t.check(data(), ctc), lambda t: t.teleport([data()], ctc)):
-        with pytest.raises(ValueError, match=r"differentiated twice.*use 'fast'"):
+        with pytest.raises(ValueError, match=r"differentiated twice.*hessian='fast'"):
             run(Teleporter(model, config))
     assert Teleporter(model).teleport([data()], ctc).steps
 
@@ -669,3 +669,20 @@ def test_a_buffer_that_every_forward_writes():
     assert report.grad_norm_after > report.grad_norm_before
     assert report.loss_after == pytest.approx(report.loss_before, rel=1e-10)
     assert not model.gate.any()
+
+
+def test_two_methods_in_one_event_are_as_one_after_the_other():
+    def moved(*methods):
+        model, batch = build("gpt2")
+        for method in methods:
+            report = Teleporter(model, TeleportConfig(method=method, max_growth=None)).teleport([batch], loss_fn)
+        return report, torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    (report, together), (_, apart) = moved("null_space+basis"), moved("null_space", "basis")
+    assert (report.method, report.steps) == ("basis", 1)
+    assert torch.equal(together, apart)
+
+
+def test_a_check_of_two_methods_says_to_check_each():
+    with pytest.raises(ValueError, match=r"'null_space\+basis' is not allowed for a check; .*each_method"):
+        Teleporter(mlp(), TeleportConfig(method="null_space+basis")).check(data(), cross_entropy)

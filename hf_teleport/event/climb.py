@@ -1,41 +1,50 @@
-"""The steps of an event: on every batch in turn, each under the guard.
+"""The steps of an event: a climb on every batch in turn, each step under the guard, or a single turn.
 
-Knows no more of a method than its interface.
+Knows no more of a method than its family.
 """
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hf_teleport.event.guard import Guard
 from hf_teleport.event.measurement import Measurement
 from hf_teleport.layers.point import Point, loss_at
-from hf_teleport.methods import Method
-from hf_teleport.weights.ranks import Ranks
+from hf_teleport.methods import ClimbingMethod, TurningMethod
 from hf_teleport.weights.snapshot import Snapshot
 
 # A step that meets an objection is tried again at half its length this many times before the batch's turn ends.
 HALVINGS = 4
 
 
+def turn(method: TurningMethod, progress: Callable[[int, int], None]) -> tuple[int, str]:
+    """Carry a turn out. Returns how many steps were made, and why no more."""
+    if method.aligned:
+        return 0, "aligned"
+    method.ranks.together(method.carry_out)
+    progress(1, 1)
+    return 1, "steps_done"
+
+
 class Climb:
-    """The moves of one event.
+    """The moves of one event of a method that climbs.
 
     Args:
         method: fitted to the batches.
-        ranks: the processes that move alike.
         progress: called after each step with the number of steps taken and the most there can be.
     """
 
-    def __init__(self, method: Method, guard: Guard, ranks: Ranks, progress: Callable[[int, int], None]):
+    def __init__(self, method: ClimbingMethod, guard: Guard, progress: Callable[[int, int], None]):
         self._method = method
         self._config = method.config
         self._guard = guard
-        self._ranks = ranks
+        self._ranks = method.ranks
         self._progress = progress
+        self._trusting = False
 
     def run(self, batches: list[Any], before: Measurement, snapshot: Snapshot) -> tuple[int, str]:
-        """Returns how many steps were kept, and why most of the turns ended.
+        """Returns how many steps were kept, and why the steps on most batches ended.
 
         If the method trusted its moves and they changed a loss, they are undone and made again without trust.
 
@@ -43,47 +52,38 @@ class Climb:
             before: of the batches, before the event.
             snapshot: of the weights, before the event.
         """
-        method = self._method
-        if method.once:
-            return self._jump()
         steps, reason = self._ascend(batches, before)
-        if method.trusting and reason == "max_loss_change":
+        if self._trusting and reason == "max_loss_change":
             snapshot.restore()
-            method.distrust()
+            self._method.distrust()
             steps, reason = self._ascend(batches, before)
+        if steps:
+            self._ranks.together(partial(self._method.finish, snapshot))
         return steps, reason
-
-    def _jump(self) -> tuple[int, str]:
-        """The one move of a method that makes but one."""
-        move = self._method.propose()
-        if move is None:
-            return 0, "aligned"
-        self._ranks.together(lambda: move(1.0))
-        self._progress(1, 1)
-        return 1, "steps_done"
 
     def _ascend(self, batches: list[Any], before: Measurement) -> tuple[int, str]:
         method, steps = self._method, 0
         endings: Counter[str] = Counter()
         for i, batch in enumerate(batches):
             loss, seed = before.losses[i], self._config.seed + i
-            taken, ending = self._turn(batch, seed, loss, before.grad_norms[i], steps, len(batches))
+            taken, ending = self._climb_on(batch, seed, loss, before.grad_norms[i], steps, len(batches))
             steps += taken
-            if taken and method.trusting and self._config.max_loss_change is not None:
-                seen = loss_at(method.model, method.loss_fn, batch, seed=seed, ranks=method.ranks)
+            if taken and self._trusting and self._config.max_loss_change is not None:
+                seen = loss_at(method.model, method.loss_fn, batch, seed=seed, weights=method.weights)
                 if not self._config.allows(seen, loss):
                     return steps, "max_loss_change"
             endings[ending] += 1
         return steps, endings.most_common(1)[0][0]
 
-    def _turn(self, batch: Any, seed: int, loss: float, grad_norm: float, steps: int, turns: int) -> tuple[int, str]:
-        """The steps on one batch, apart, so that nothing of them is held when the next turn begins.
+    def _climb_on(self, batch: Any, seed: int, loss: float, grad_norm: float, steps: int, batches: int) -> tuple[int, str]:
+        """The steps on one batch, apart, so that nothing of them is held when those on the next begin.
 
         Args:
             loss, grad_norm: of the batch before the event.
-            steps: taken in the turns before, of so many turns.
+            steps: taken on those before, of so many batches.
         """
         point = self._method.begin(batch, seed)
+        self._trusting = point.graph is not None
         ending, taken = self._guard.objection(point, loss, grad_norm), 0
         while not ending and taken < self._config.steps_per_batch:
             if ending := self._guard.limit(point, grad_norm):
@@ -93,7 +93,7 @@ class Climb:
                 break
             point = reached
             taken += 1
-            self._progress(steps + taken, turns * self._config.steps_per_batch)
+            self._progress(steps + taken, batches * self._config.steps_per_batch)
         return taken, ending or "steps_done"
 
     def _step(self, point: Point, loss: float, grad_norm: float) -> tuple[Point | None, str]:
@@ -109,7 +109,7 @@ class Climb:
                 self._ranks.together(move.halve)
             reached = method.evaluate_again(point)
             objection = self._guard.objection(reached, loss, grad_norm)
-            if not objection and method.gains(reached, move.fraction):
+            if not objection and move.gains(reached):
                 return reached, ""
             objection = objection or "no_gain"
             del reached  # of the memory of a step, the largest part

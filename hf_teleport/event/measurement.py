@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from hf_teleport.layers.point import Point, evaluate, loss_at
 from hf_teleport.methods import Method
-from hf_teleport.weights.norms import norm
 
 
 @dataclass
@@ -32,7 +31,7 @@ class Measurement:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def measure(method: Method, batches: list[Any], see: Callable[[Point], None] = lambda point: None) -> Measurement:
+def measure(method: Method, batches: list[Any], see: Callable[[Point], None] | None = None) -> Measurement:
     """Evaluate a method on each batch in turn, and let `see` have each point. Ends at a batch that is not finite."""
     losses, grad_norms = [], []
     total: list[Tensor | None] = []
@@ -43,8 +42,9 @@ def measure(method: Method, batches: list[Any], see: Callable[[Point], None] = l
         method.ranks.together(partial(_add, total, point.gradients))
         if not point.finite:
             break
-        see(point)
-    return Measurement(losses, grad_norms, norm(total, method.ranks) / len(losses))
+        if see is not None:
+            see(point)
+    return Measurement(losses, grad_norms, method.weights.norm(total) / len(losses))
 
 
 def landing(method: Method, batches: list[Any], held_back: Any, forgotten: Collection[nn.Parameter] = ()) -> float | None:
@@ -64,10 +64,10 @@ def landing(method: Method, batches: list[Any], held_back: Any, forgotten: Colle
     def gradients(step: int) -> list[Tensor | None]:
         i = step % len(batches)
         seed = config.seed + i
-        return evaluate(method.model, method.loss_fn, batches[i], seed=seed, follow=[], ranks=method.ranks).gradients
+        return evaluate(method.model, method.loss_fn, batches[i], seed=seed, follow=[], weights=method.weights).gradients
 
     with rehearsal.ahead(parameters, gradients, config.rehearsal_steps, forgotten):
-        return loss_at(method.model, method.loss_fn, held_back, seed=config.seed, ranks=method.ranks)
+        return loss_at(method.model, method.loss_fn, held_back, seed=config.seed, weights=method.weights)
 
 
 def _add(total: list[Tensor | None], gradients: list[Tensor | None]) -> None:

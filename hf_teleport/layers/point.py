@@ -6,10 +6,10 @@ Autograd hands these back where they are now, if it is told to keep them as they
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,7 @@ from hf_teleport.layers.trace import Trace
 from hf_teleport.weights.isolation import forget_caches, seed_everything
 from hf_teleport.weights.norms import norm
 from hf_teleport.weights.ranks import ALONE, Ranks
-from hf_teleport.weights.shards import Shards
-
-_T = TypeVar("_T")
+from hf_teleport.weights.whole import WHOLE, Weights
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 """`loss_fn(model, batch)`: the mean loss of the batch, a scalar."""
@@ -95,7 +93,7 @@ def evaluate(
     differentiable_gradients: bool = False,
     keep_graph: bool = False,
     follow: Iterable[nn.Parameter] | None = None,
-    ranks: Ranks = ALONE,
+    weights: Weights = WHOLE,
 ) -> Point:
     """One forward and backward at the current weights, followed by a `Trace`. `.grad` is not touched.
 
@@ -105,7 +103,7 @@ def evaluate(
         differentiable_gradients: keep the graph of the gradients, for `exact_direction`.
         keep_graph: keep the graph of the loss, for `evaluate_again`, unless backward reads copies of weights in some process.
         follow: the parameters whose uses are traced; default: all that are trained.
-        ranks: the processes that share the batch.
+        weights: those of the model, and the processes that share the batch.
 
     Raises:
         ValueError: the loss is not a scalar, or depends on no trainable parameter.
@@ -113,6 +111,7 @@ def evaluate(
     parameters = [p for p in model.parameters() if p.requires_grad]
     trace = Trace(parameters if follow is None else follow)
     saved = _Saved()
+    errors: dict[nn.Parameter, float] = {}
     start_afresh(model, seed)
     with ExitStack() as around:
         around.enter_context(keeping_double(model.parameters()))
@@ -128,43 +127,17 @@ def evaluate(
             _check_loss(loss)
             return loss
 
-        if ranks.shards is not None:
-            point = Point(batch, seed, math.nan, parameters, [], [], math.nan, trace)
-            return _evaluate_on_shards(point, forward, ranks.shards, ranks)
+        def see(parameter: nn.Parameter, gradient: Tensor) -> None:
+            if parameter in trace.uses:
+                errors[parameter] = weight_error(parameter, trace.uses[parameter], gradient)
+            else:
+                errors[parameter] = bias_error(trace.with_bias(parameter), gradient)
 
-        def forward_and_backward() -> tuple[Tensor, list[Tensor | None]]:
-            loss = forward()
-            found = torch.autograd.grad(
-                loss, parameters, allow_unused=True, create_graph=differentiable_gradients, retain_graph=keep_graph or None
-            )
-            return loss, list(found)
-
-        own_loss, own = ranks.together(forward_and_backward)
-    gradients = ranks.mean_tensors(own, parameters)
+        graphs = {"create_graph": differentiable_gradients, "retain_graph": keep_graph or None}
+        loss, own, gradients = weights.gradients(forward, parameters, see, **graphs)
     again = keep_graph and saved.covers(trace)
-    loss, length, agreed = ranks.mean([float(own_loss.detach()), norm(gradients), float(again)])
-    return Point(batch, seed, loss, parameters, gradients, own, length, trace, own_loss if agreed == 1 else None)
-
-
-def _evaluate_on_shards(point: Point, forward: Callable[[], Tensor], shards: Shards, ranks: Ranks) -> Point:
-    """Fill in a point of weights that stay sharded: its gradients are this process's parts of the means."""
-    trace = point.trace
-
-    def see(parameter: nn.Parameter, gradient: Tensor) -> None:
-        if parameter in trace.uses:
-            point.errors[parameter] = weight_error(parameter, trace.uses[parameter], gradient)
-        else:
-            point.errors[parameter] = bias_error(trace.with_bias(parameter), gradient)
-
-    def forward_and_backward() -> float:
-        with shards.running():
-            loss = forward()
-            point.gradients = shards.gradients(loss, point.parameters, see)
-            return float(loss.detach())
-
-    own = ranks.together(forward_and_backward)
-    point.loss, point.grad_norm = ranks.mean([own])[0], norm(point.gradients, ranks)
-    return point
+    mean, length, agreed = weights.ranks.mean([float(loss.detach()), weights.norm(gradients), float(again)])
+    return Point(batch, seed, mean, parameters, gradients, own, length, trace, loss if agreed == 1 else None, errors)
 
 
 class _Saved(torch.autograd.graph.saved_tensors_hooks):
@@ -211,17 +184,16 @@ def evaluate_again(point: Point, ranks: Ranks = ALONE) -> Point:
     return replace(point, gradients=gradients, own_gradients=own, grad_norm=length)
 
 
-def loss_at(model: nn.Module, loss_fn: LossFn, batch: Any, *, seed: int, ranks: Ranks = ALONE) -> float:
+def loss_at(model: nn.Module, loss_fn: LossFn, batch: Any, *, seed: int, weights: Weights = WHOLE) -> float:
     """The loss on a batch at the current weights, by one forward."""
+
+    def forward() -> float:
+        with weights.running():
+            return float(loss_fn(model, batch))
+
     start_afresh(model, seed)
     with torch.no_grad(), keeping_double(model.parameters()):
-        return ranks.mean([ranks.together(lambda: float(running(ranks, lambda: loss_fn(model, batch))))])[0]
-
-
-def running(ranks: Ranks, forward: Callable[[], _T]) -> _T:
-    """What a forward returns, which runs on weights that may stay sharded."""
-    with nullcontext() if ranks.shards is None else ranks.shards.running():
-        return forward()
+        return weights.ranks.mean([weights.ranks.together(forward)])[0]
 
 
 def start_afresh(model: nn.Module, seed: int) -> None:

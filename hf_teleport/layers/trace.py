@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from hf_teleport.projectors import Call, Projector, projectors_for
 from hf_teleport.weights.region import Region
+from hf_teleport.weights.shards import Shard
 
 # Functions written in Python that hide the operations inside from a mode, and what must be looked at is inside.
 COMPOSITES = {F.multi_head_attention_forward}
@@ -105,7 +106,7 @@ class Trace(TorchFunctionMode):
                 self.other_uses[parameter].add(getattr(func, "__name__", str(func)))
 
     def _see(self, weight: nn.Parameter, region: Region, call: Call, output: Tensor) -> None:
-        if hasattr(weight, "whole"):
+        if isinstance(weight, Shard):
             # A view would keep the whole values, which a sharded weight has only while its module runs.
             call = replace(call, weight=weight)
         use = Use(call, reached=call.input.requires_grad)

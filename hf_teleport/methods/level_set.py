@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from hf_teleport.config import TeleportConfig
 from hf_teleport.layers.audit import UNUSED, describe
-from hf_teleport.layers.point import LossFn, Point, evaluate, loss_at
-from hf_teleport.methods.base import Method, Move
+from hf_teleport.layers.hessian import hessian_vector_product
+from hf_teleport.layers.point import Point, evaluate, loss_at
+from hf_teleport.methods.base import ClimbingMethod, Move
 from hf_teleport.weights.norms import norm
-from hf_teleport.weights.ranks import ALONE, Ranks
 from hf_teleport.weights.snapshot import Snapshot
 
 # Relative: the sine of the angle between q and the span of g, and the distance of a loss from its level. The authors' code takes
@@ -37,44 +37,6 @@ _HALVINGS = 8
 
 # The penalty exceeds the largest multiplier by this factor.
 _ABOVE_MULTIPLIER = 2
-
-
-def hessian_vector_product(point: Point, direction: list[Tensor | None], ranks: Ranks = ALONE) -> list[Tensor | None]:
-    """`H u` for all parameters by double backward, the mean over all processes.
-
-    Args:
-        point: made with `differentiable_gradients=True`.
-        direction: u, a tensor or None (zeros) for each of the point's parameters.
-
-    Returns:
-        For each of the point's parameters a tensor of its shape, None where `H u` is zero because nothing there depends on it.
-
-    Raises:
-        ValueError: an operation of the model cannot be differentiated twice.
-    """
-    return ranks.mean_tensors(ranks.together(lambda: _own_product(point, direction)), point.parameters)
-
-
-def _own_product(point: Point, direction: list[Tensor | None]) -> list[Tensor | None]:
-    pairs = [
-        (_real(g), _real(u.detach()))
-        for g, u in zip(point.own_gradients, direction, strict=True)
-        if g is not None and u is not None and g.requires_grad
-    ]
-    if not pairs:  # the loss is linear
-        return [None] * len(point.parameters)
-    inner = sum(((g * u).sum() for g, u in pairs), start=torch.zeros((), device=pairs[0][0].device))
-    try:
-        return list(torch.autograd.grad(inner, point.parameters, allow_unused=True, retain_graph=True))
-    except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(
-            f"method='level_set' needs operations that can be differentiated twice ({error}); load the model with plain ones "
-            "(attn_implementation='eager'), or use method='null_space' with hessian='fast'."
-        ) from error
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 @dataclass
@@ -159,7 +121,7 @@ def merit(grad_norm: float, violation: float, gamma: float) -> float:
     return (math.log(grad_norm) if grad_norm else -math.inf) - gamma * violation
 
 
-class LevelSet(Method):
+class LevelSet(ClimbingMethod):
     """Ascent of a batch's gradient norm along the level set of the loss, in all weights.
 
     With `config.scope="joint"` a step keeps the loss of every teleport batch, which takes a gradient of each; with "batch" that
@@ -174,8 +136,8 @@ class LevelSet(Method):
     The objective is the paper's and `H g` is exact: `config.objective`, `hessian` and `energy_threshold` are not read.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, config: TeleportConfig, optimizer: object = None, ranks: Ranks = ALONE):
-        super().__init__(model, loss_fn, config, optimizer, ranks)
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
         self._batches: dict[int, tuple[Any, float]] = {}
         self._gammas: dict[int, float] = {}
         self._share = 1.0
@@ -192,12 +154,12 @@ class LevelSet(Method):
         return [parameter for parameter, report in self.reports.items() if report.movable]
 
     def evaluate(self, batch: Any, seed: int) -> Point:
-        return evaluate(self.model, self.loss_fn, batch, seed=seed, differentiable_gradients=True, ranks=self.ranks)
+        return evaluate(self.model, self.loss_fn, batch, seed=seed, differentiable_gradients=True, weights=self.weights)
 
     def survey(self, point: Point) -> None:
         if not self.reports:
             # Whether the model can be differentiated twice shows here, before training, and not at the first step.
-            hessian_vector_product(point, point.gradients, self.ranks)
+            self._bend(point)
             self.reports = self.ranks.together(lambda: describe(self.model, point, self.config))
         for parameter, gradient in zip(point.parameters, point.gradients, strict=True):
             report = self.reports[parameter]
@@ -207,10 +169,13 @@ class LevelSet(Method):
                 report.reason = report.reason or UNUSED
         self._batches[point.seed] = point.batch, point.loss
 
-    def propose(self, point: Point | None = None) -> Move | None:
-        if point is None:
-            raise TypeError("the level set is climbed from the point of a batch")
-        products = hessian_vector_product(point, point.gradients, self.ranks)
+    def _bend(self, point: Point) -> list[Tensor | None]:
+        """`H g`, the mean over all processes."""
+        own = self.ranks.together(lambda: hessian_vector_product(point, point.gradients))
+        return self.ranks.mean_tensors(own, point.parameters)
+
+    def propose(self, point: Point) -> Move | None:
+        products = self._bend(point)
         losses, jacobian = [], []
         for seed in self._kept(point):
             loss, gradients = (point.loss, point.gradients) if seed == point.seed else self._gradients(seed)
@@ -285,7 +250,7 @@ class LevelSet(Method):
             for seed in self._kept(point):
                 batch, level = self._batches[seed]
                 own = seed == point.seed
-                loss = trial.loss if own else loss_at(self.model, self.loss_fn, batch, seed=seed, ranks=self.ranks)
+                loss = trial.loss if own else loss_at(self.model, self.loss_fn, batch, seed=seed, weights=self.weights)
                 violation += abs(loss - level)
                 near = limit is None or abs(loss - level) <= limit * abs(level)
                 # The violation only grows: what it is so far may be too much.

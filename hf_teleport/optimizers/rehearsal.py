@@ -27,7 +27,7 @@ class Rehearsal:
 
     Args:
         optimizer: the one that trains the model; also one wrapped by Accelerate.
-        origin: the parameter in the optimizer that a given one stands in for (`WorkingWeights.origin`).
+        origin: the parameter in the optimizer that a given one stands in for (`Weights.origin`).
         max_grad_norm: gradients are clipped to this norm before the step; None or 0: they are not.
         rates: for the i-th step from now the learning rate of each parameter group; default: those of now.
         ranks: the processes that rehearse alike, and fail alike.

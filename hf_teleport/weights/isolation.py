@@ -15,11 +15,12 @@ import torch.utils.checkpoint
 from torch import nn
 
 from hf_teleport.weights.ranks import Ranks
-from hf_teleport.weights.storage import WorkingWeights, working_weights
+from hf_teleport.weights.storage import working_weights
+from hf_teleport.weights.whole import Weights
 
 
 @contextmanager
-def isolated(model: nn.Module, state: dict[Any, Any], ranks: Ranks, on_shards: bool = False) -> Iterator[WorkingWeights]:
+def isolated(model: nn.Module, state: dict[Any, Any], ranks: Ranks, on_shards: bool = False) -> Iterator[Weights]:
     """Inside, nothing leaves a trace but moved weights. Yields the weights to work on.
 
     Args:
@@ -28,7 +29,7 @@ def isolated(model: nn.Module, state: dict[Any, Any], ranks: Ranks, on_shards: b
     """
     with ExitStack() as stack:
 
-        def enter() -> WorkingWeights:
+        def enter() -> Weights:
             weights = stack.enter_context(working_weights(model, state, ranks, on_shards))
             for around in (preserved_rng(), evaluation_mode(model), full_precision(model), plain_execution()):
                 stack.enter_context(around)

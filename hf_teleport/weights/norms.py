@@ -1,4 +1,4 @@
-"""Euclidean norms of lists of tensors, of whole weights and of shards."""
+"""Euclidean norms of lists of tensors."""
 
 import math
 from collections.abc import Iterable
@@ -6,30 +6,27 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from hf_teleport.weights.ranks import ALONE, Ranks
-
 # Norms between these need no float64.
 _SMALLEST_NORM, _LARGEST_NORM = 1e-14, 1e18
 
 
-def norm(tensors: Iterable[Tensor | None], ranks: Ranks = ALONE) -> float:
-    """Euclidean norm of all the numbers in a list of tensors; of weights that stay sharded, with those of other processes."""
-    return math.hypot(*norms((t for t in tensors if t is not None), ranks))
+def norm(tensors: Iterable[Tensor | None]) -> float:
+    """Euclidean norm of all the numbers in a list of tensors."""
+    return math.hypot(*norms(t for t in tensors if t is not None))
 
 
-def norms(tensors: Iterable[Tensor], ranks: Ranks = ALONE) -> list[float]:
+def norms(tensors: Iterable[Tensor]) -> list[float]:
     """The norm of each tensor."""
     present = [t.detach() for t in tensors]
-    if ranks.shards is not None:
-        return [square**0.5 for square in ranks.shards.total([_wide_norm(t) ** 2 for t in present])]
     own = [norm_of(t) for t in present]
     found = torch.stack([n.to(own[0].device) for n in own]).tolist() if own else []
     # Outside these bounds the squares of float32 underflow or overflow.
     inside = [_SMALLEST_NORM < n < _LARGEST_NORM or not t.any() for n, t in zip(found, present, strict=True)]
-    return [n if fits else _wide_norm(t) for n, fits, t in zip(found, inside, present, strict=True)]
+    return [n if fits else wide_norm(t) for n, fits, t in zip(found, inside, present, strict=True)]
 
 
-def _wide_norm(tensor: Tensor) -> float:
+def wide_norm(tensor: Tensor) -> float:
+    """Euclidean norm, with every square in float64."""
     return float(norm_of(tensor.to(torch.promote_types(tensor.dtype, torch.float64))))
 
 

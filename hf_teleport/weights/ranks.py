@@ -5,7 +5,7 @@ number everywhere, so that no process takes another turn than the others. Where 
 """
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,9 +13,6 @@ from accelerate.utils import DistributedType
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
-
-if TYPE_CHECKING:
-    from hf_teleport.weights.shards import Shards
 
 _T = TypeVar("_T")
 
@@ -68,10 +65,7 @@ class Ranks:
     Attributes:
         size: how many there are.
         rank: the number of this one.
-        shards: the weights, where they are spread over the processes for an event; None: each has them whole.
     """
-
-    shards: "Shards | None" = None
 
     def __init__(self, device: torch.device | str = "cpu", several: bool = True):
         several = several and dist.is_available() and dist.is_initialized()
@@ -100,20 +94,21 @@ class Ranks:
             raise error or problem  # type: ignore[misc]
         return result
 
-    def agree(self, on: int) -> None:
+    def agree(self, on: int, apart: str) -> None:
         """In the midst of what runs `together`, before all communicate: go on only if all are here and none has failed.
 
         Args:
             on: what is to be done next: a number above 0, the same everywhere.
+            apart: what it means if the processes are about to do different things.
 
         Raises:
             As `together`; and RuntimeError: the processes are about to do different things.
         """
-        if problem := self._problem(on):
+        if problem := self._problem(on, apart):
             problem.is_known = True  # type: ignore[attr-defined]
             raise problem
 
-    def _problem(self, on: int = 0, error: Exception | None = None) -> Exception | None:
+    def _problem(self, on: int = 0, apart: str = "", error: Exception | None = None) -> Exception | None:
         """What keeps the processes from going on, or from being done with their work (0), besides this one's own error."""
         status = 0 if error is None else 1 if out_of_memory(error) else 2
         said = torch.tensor([status, on, -on], dtype=torch.float64, device=self.device)
@@ -124,16 +119,8 @@ class Ranks:
             kind = torch.OutOfMemoryError if worst == 1 else RuntimeError
             return kind(f"another process {problem} in this teleport; its own message says where.")
         if last != -first:
-            return RuntimeError("the processes' forwards or backwards go through different sharded modules.")
+            return RuntimeError(apart)
         return None
-
-    def largest(self, value: float) -> float:
-        """The largest of all processes' values."""
-        if self.size == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return float(tensor)
 
     def mean(self, values: list[float]) -> list[float]:
         """The mean over all processes of each value."""

@@ -6,24 +6,24 @@ to runs, forwards or backwards, the same object is the whole weight. What came t
 another product of its layer's inputs) is averaged over the processes when it is closed, each keeping its own part.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor import Shard as Split
 from torch.nn import functional as F
 
+from hf_teleport.weights.norms import wide_norm
 from hf_teleport.weights.ranks import Ranks
 from hf_teleport.weights.region import Region
+from hf_teleport.weights.whole import Arrived, Weights
 
-Arrived = Callable[[nn.Parameter], Tensor | None]
-"""What has come to a whole weight, of its shape; None: nothing."""
+_APART = "the processes' forwards or backwards go through different sharded modules."
 
 
 class Shard(nn.Parameter):
@@ -58,18 +58,20 @@ def can_stay_sharded(model: nn.Module, size: int) -> bool:
     )
 
 
-class Shards:
+class Shards(Weights):
     """The weights of a model that stay sharded in an event.
 
     Args:
         ranks: the processes.
-        model: its parameters are shards.
-        mesh: the processes in the order of their parts.
+        stored: for each of the model's parameters, which are shards, the sharded one that it stands in for.
+        model: the model.
     """
 
-    def __init__(self, ranks: Ranks, model: nn.Module, mesh: DeviceMesh):
-        self._ranks = ranks
-        self._mesh = mesh
+    whole: ClassVar[bool] = False
+
+    def __init__(self, ranks: Ranks, stored: dict[nn.Parameter, Any], model: nn.Module):
+        super().__init__(ranks, stored)
+        self._mesh = next(iter(stored.values())).device_mesh  # the processes in the order of their parts
         self._around: dict[nn.Parameter, tuple[nn.Module, ...]] = {}  # the FSDP modules that a weight is in, outermost first
         self._place(model, ())
         self._units = list(dict.fromkeys([(model,), *self._around.values()]))
@@ -101,9 +103,13 @@ class Shards:
         for hook in self._hooks:
             hook.remove()
 
-    def total(self, values: list[float]) -> list[float]:
-        """The sum over all processes of each value."""
-        return [mean * self._ranks.size for mean in self._ranks.mean(values)]
+    def norms(self, tensors: Iterable[Tensor]) -> list[float]:
+        """The norm of each tensor, of which this process has a part."""
+        return self.joined([wide_norm(t.detach()) for t in tensors])
+
+    def joined(self, lengths: list[float]) -> list[float]:
+        """The norms of whole tensors, from those of this process's parts."""
+        return [(mean * self.ranks.size) ** 0.5 for mean in self.ranks.mean([length**2 for length in lengths])]
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -121,11 +127,7 @@ class Shards:
 
     @contextmanager
     def averaging(self, arrived: Arrived) -> Iterator[dict[nn.Parameter, Tensor]]:
-        """Inside `running`, before it ends: what has come to weights until they are closed is averaged.
-
-        Yields:
-            This process's part of the mean for each weight that something came to in some process; complete in the end.
-        """
+        """Inside `running`, before it ends: what has come to weights until they are closed is averaged."""
         self._arrived, self._means = arrived, {}
         try:
             yield self._means
@@ -134,13 +136,13 @@ class Shards:
             self._arrived = None
 
     def gradients(
-        self, loss: Tensor, parameters: list[nn.Parameter], see: Callable[[nn.Parameter, Tensor], None]
-    ) -> list[Tensor | None]:
-        """The loss's gradients, this process's parts of their means over the processes; None where no process has any.
-
-        Args:
-            see: gets each weight's own gradient of this process, whole, before it is averaged.
-        """
+        self,
+        forward: Callable[[], Tensor],
+        parameters: list[nn.Parameter],
+        see: Callable[[nn.Parameter, Tensor], None],
+        **options: Any,
+    ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+        """As for whole weights, but that no process keeps its own gradients: only its parts of the means."""
 
         def arrived(parameter: nn.Parameter) -> Tensor | None:
             gradient, parameter.grad = parameter.grad, None
@@ -148,16 +150,22 @@ class Shards:
                 see(parameter, gradient)
             return gradient
 
-        with self.averaging(arrived) as means:
-            loss.backward(inputs=parameters)
-        return [means.get(parameter) for parameter in parameters]
+        def forward_and_backward() -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
+            with self.running():
+                loss = forward()
+                with self.averaging(arrived) as means:
+                    loss.backward(inputs=parameters)
+                return loss.detach(), means
+
+        loss, means = self.ranks.together(forward_and_backward)
+        return loss, [], [means.get(parameter) for parameter in parameters]
 
     def _make_whole(self, unit: tuple[nn.Module, ...]) -> None:
         if unit in self._open:
             return
         for other in [other for other in self._open if other != unit[: len(other)]]:
             self._close(other)  # backward has passed it
-        self._ranks.agree(on=1 + self._units.index(unit))
+        self.ranks.agree(1 + self._units.index(unit), _APART)
         with torch.no_grad(), torch._C.DisableTorchFunction():
             parameters = self._of(unit)
             for parameter, whole in zip(parameters, self._gathered(parameters), strict=True):
@@ -182,8 +190,8 @@ class Shards:
         """Average what has arrived at these weights, and keep a part of it."""
         with torch.no_grad(), torch._C.DisableTorchFunction():
             values = [self._arrived(parameter) for parameter in parameters]  # type: ignore[misc]
-            self._ranks.agree(on=1 + len(self._units) + len(parameters))
-            present = torch.tensor([value is not None for value in values], dtype=torch.uint8, device=self._ranks.device)
+            self.ranks.agree(1 + len(self._units) + len(parameters), _APART)
+            present = torch.tensor([value is not None for value in values], dtype=torch.uint8, device=self.ranks.device)
             dist.all_reduce(present, dist.ReduceOp.MAX)
             some = [(p, value) for p, value, here in zip(parameters, values, present.tolist(), strict=True) if here]
             for parameter, part in self._scattered(dict(some)):
@@ -197,7 +205,7 @@ class Shards:
         rooms = [self._room(parameter) for parameter in parameters]
         own = torch.cat([_padded(parameter.data, room) for parameter, room in zip(parameters, rooms, strict=True)])
         everybodys = DTensor.from_local(own, self._mesh, [Split(0)], run_check=False).full_tensor()
-        columns = everybodys.view(self._ranks.size, -1).split(rooms, dim=1)
+        columns = everybodys.view(self.ranks.size, -1).split(rooms, dim=1)
         return [
             column.reshape(-1)[: parameter.whole.numel()].view(parameter.whole.shape)
             for parameter, column in zip(parameters, columns, strict=True)
@@ -207,7 +215,7 @@ class Shards:
         """This process's parts of the means of whole values, by one message. None stands for zeros."""
         if not values:
             return []
-        size, rooms = self._ranks.size, [self._room(parameter) for parameter in values]
+        size, rooms = self.ranks.size, [self._room(parameter) for parameter in values]
         wholes = [
             _padded(parameter.data.new_zeros(0) if value is None else value, size * room).view(size, room)
             for (parameter, value), room in zip(values.items(), rooms, strict=True)
@@ -222,7 +230,7 @@ class Shards:
 
     def _room(self, parameter: Shard) -> int:
         """How many elements of a weight a process has at most, as rows are dealt out by `torch.chunk`."""
-        return -(-len(parameter.whole) // self._ranks.size) * parameter.whole[:1].numel()
+        return -(-len(parameter.whole) // self.ranks.size) * parameter.whole[:1].numel()
 
     def _pack(self, tensor: Tensor) -> Any:
         """For backward: of a whole weight, or a view of it, only which one it is."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_teleport.weights.ranks import ALONE, Ranks
+from hf_teleport.weights.whole import WHOLE, Weights
 
 
 class Snapshot:
@@ -47,21 +47,19 @@ class Snapshot:
         """How far each parameter is from its copy."""
         return {parameter: parameter.detach() - saved for parameter, saved in self._saved}
 
-    def changed(self, ranks: Ranks = ALONE) -> dict[nn.Parameter, float | None]:
+    def changed(self, weights: Weights = WHOLE) -> dict[nn.Parameter, float | None]:
         """The parameters W that differ from their copy W0, and by how much: ||W - W0|| / ||W0||, None if that is not finite.
 
         One after the other, so that no second copy of all of them is held.
 
         Args:
-            ranks: the processes that hold these parameters, whole or in parts.
+            weights: those that the parameters belong to.
         """
-        found = ranks.together(lambda: [_difference(parameter, saved) for parameter, saved in self._saved])
-        if ranks.shards is not None:
-            squares = iter(ranks.shards.total([value * value for each in found for value in each]))
-            found = [(each, next(squares) ** 0.5, next(squares) ** 0.5) for each in squares]
+        found = weights.ranks.together(lambda: [_difference(parameter, saved) for parameter, saved in self._saved])
+        lengths = iter(weights.joined([length for each in found for length in each]))
         return {
             parameter: _share(distance, length)
-            for (parameter, _), (differs, distance, length) in zip(self._saved, found, strict=True)
+            for (parameter, _), differs, distance, length in zip(self._saved, lengths, lengths, lengths, strict=True)
             if differs
         }
 

@@ -1,6 +1,5 @@
 """The weights as a teleport works on them: in float32 where they are stored in less; those of FSDP2 as shards, or gathered."""
 
-import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,44 +12,18 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from hf_teleport.weights.ranks import ALONE, Ranks
 from hf_teleport.weights.shards import Shard, Shards, can_stay_sharded
-
-_LOW = (torch.bfloat16, torch.float16)
+from hf_teleport.weights.whole import LOW, Weights
 
 
 def is_low(model: nn.Module) -> bool:
     """Whether some weight is stored in bf16 or fp16."""
-    return any(parameter.dtype in _LOW for parameter in model.parameters())
-
-
-class WorkingWeights:
-    """Parameters that stand in for stored ones.
-
-    Attributes:
-        stored: for each of them the parameter that it stands in for.
-        ranks: the processes that work on them.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.stored: dict[nn.Parameter, Any] = {}
-        self.ranks = ranks
-
-    def origin(self, parameter: nn.Parameter) -> nn.Parameter:
-        """The stored parameter of a working one; a parameter that needs no stand-in is its own."""
-        return self.stored.get(parameter, parameter)
-
-    @torch.no_grad()
-    def round(self) -> bool:
-        """Round to what will be stored, to see what will come of it. Returns whether anything is stored in less precision."""
-        low = [(working, stored.dtype) for working, stored in self.stored.items() if stored.dtype in _LOW]
-        for working, dtype in low:
-            working.copy_(working.to(dtype))
-        return bool(low)
+    return any(parameter.dtype in LOW for parameter in model.parameters())
 
 
 @contextmanager
 def working_weights(
     model: nn.Module, state: dict[Any, Any] | None = None, ranks: Ranks = ALONE, on_shards: bool = False
-) -> Iterator[WorkingWeights]:
+) -> Iterator[Weights]:
     """Inside, weights that FSDP2 shards can be worked on, and weights and buffers in bf16 or fp16 are float32.
 
     The model's modules hold stand-ins meanwhile, and the optimizer's state has them as keys; the stored parameters themselves,
@@ -66,8 +39,7 @@ def working_weights(
     """
     on_shards = on_shards and can_stay_sharded(model, ranks.size)
     state = {} if state is None else state
-    working = WorkingWeights(ranks)
-    made: dict[Any, nn.Parameter] = {}
+    made: dict[Any, nn.Parameter] = {}  # for each stored parameter its stand-in
     copies: dict[Any, Tensor] = {}
     with ExitStack() as stack:
         for module in model.modules():
@@ -78,31 +50,29 @@ def working_weights(
         for module in model.modules():
             for name, stored in list(module._parameters.items()):
                 # Subclasses of Parameter (quantized weights) know how to compute with what they store.
-                if isinstance(stored, DTensor) or (type(stored) is nn.Parameter and stored.dtype in _LOW):
+                if isinstance(stored, DTensor) or (type(stored) is nn.Parameter and stored.dtype in LOW):
                     if stored not in made:
                         made[stored] = (
                             Shard.of(stored) if on_shards else nn.Parameter(_copy(stored, copies), stored.requires_grad)
                         )
-                        working.stored[made[stored]] = stored
                     # As an attribute, for modules that look at it (nn.LSTM keeps a list of its weights).
                     setattr(module, name, made[stored])
                     stack.callback(setattr, module, name, stored)
             for name, buffer in list(module._buffers.items()):
-                if buffer is not None and buffer.dtype in _LOW:
+                if buffer is not None and buffer.dtype in LOW:
                     module._buffers[name] = buffer.float()
                     stack.callback(module._buffers.__setitem__, name, buffer)
-        for stand_in, stored in working.stored.items():
+        for stored, stand_in in made.items():
             if stored in state:
                 state[stand_in] = {name: _own(value) if on_shards else _whole(value) for name, value in state[stored].items()}
                 stack.callback(state.pop, stand_in, None)
-        if on_shards:
-            working.ranks = copy.copy(ranks)
-            working.ranks.shards = Shards(ranks, model, next(iter(working.stored.values())).device_mesh)
-            stack.callback(working.ranks.shards.release)
+        originals = {stand_in: stored for stored, stand_in in made.items()}
+        weights = Shards(ranks, originals, model) if on_shards else Weights(ranks, originals)
+        stack.callback(weights.release)
         try:
-            yield working
+            yield weights
         finally:
-            for stand_in, stored in working.stored.items():
+            for stored, stand_in in made.items():
                 _write_back(stand_in, stored, state)
 
 
@@ -110,7 +80,7 @@ def _copy(stored: Any, copies: dict[Any, Tensor]) -> Any:
     """A stored parameter's values, whole and in float32 at least. Parameters that share storage have copies that do."""
     if isinstance(stored, DTensor):
         whole: Any = stored.detach().full_tensor().clone()  # type: ignore[attr-defined]
-        return whole.float() if whole.dtype in _LOW else whole
+        return whole.float() if whole.dtype in LOW else whole
     storage = stored.untyped_storage()
     if storage.data_ptr() not in copies:
         size = storage.nbytes() // stored.element_size()

@@ -6,7 +6,7 @@ import re
 import pytest
 from pages import ROOT
 
-from hf_teleport.methods.reasons import NO_STEP
+from hf_teleport.event.reasons import NO_STEP
 
 # Words that allow something, ask for it, or say that nothing need be done.
 STEP = re.compile(

@@ -31,7 +31,7 @@ PHASES = {
         "step_made": (Climb, "_step", 2),
         "held_back": (Teleporter, "_shorten", 1),
         "verdict": (Teleporter, "_verdict", 1),
-        "accept": (NullSpace, "accept", 1),
+        "keep": (Teleporter, "_keep", 1),
         "broadcast": (Ranks, "broadcast", 1),
     },
     "basis": {
@@ -41,7 +41,7 @@ PHASES = {
         "choose": (BasisTurn, "_chosen", 2),
         "fit": (BasisTurn, "fit", 1),
         "copy": (Snapshot, "__init__", 1),
-        "propose": (BasisTurn, "propose", 1),
+        "carry_out": (BasisTurn, "carry_out", 1),
         "gains_folded": (turn, "_scale_gain", 1),
         "half_a_turn": (turn, "_turn", 3),
         "optimizer_half_turned": (OptimizerState, "turn", 2),

@@ -13,16 +13,14 @@ from torch import Tensor, nn
 
 from hf_teleport.config import TeleportConfig
 from hf_teleport.layers.audit import describe
-from hf_teleport.layers.point import LossFn, Point
-from hf_teleport.methods.base import Method, Move
+from hf_teleport.layers.point import Point
+from hf_teleport.methods.base import TurningMethod
 from hf_teleport.methods.basis.bases import BASES, Basis, balance
 from hf_teleport.methods.basis.symmetries import Symmetry, find_symmetries
 from hf_teleport.methods.basis.turn import Turn
-from hf_teleport.methods.reasons import SAME_IN_ANY_BASIS
 from hf_teleport.optimizers.state import OptimizerState, check_optimizer
 from hf_teleport.report import SymmetryReport
 from hf_teleport.weights.norms import norm
-from hf_teleport.weights.ranks import ALONE, Ranks
 from hf_teleport.weights.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -31,24 +29,21 @@ logger = logging.getLogger(__name__)
 _AGREEMENT = {torch.float32: 1e-2, torch.float64: 1e-5}
 
 
-class BasisTurn(Method):
+class BasisTurn(TurningMethod):
     """One change of basis, exact for every input."""
 
-    once = True
-    at_rest = SAME_IN_ANY_BASIS
-
-    def __init__(self, model: nn.Module, loss_fn: LossFn, config: TeleportConfig, optimizer: object = None, ranks: Ranks = ALONE):
-        super().__init__(model, loss_fn, config, optimizer, ranks)
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
         self.turn = Turn({})
         self._found: dict[Symmetry, SymmetryReport] = {}
-        self._basis: Basis = BASES[config.basis]([], config.seed)
+        self._basis: Basis = BASES[self.config.basis]([], self.config.seed)
         self._first: dict[nn.Parameter, Tensor] = {}
         self._squares: dict[tuple[nn.Parameter, int], Tensor] = {}
         self._state: OptimizerState | None = None
-        if optimizer is not None:
-            reset = config.optimizer_state == "reset"
-            check_optimizer(optimizer, reset=reset)
-            self._state = None if reset else OptimizerState(optimizer)
+        if self.optimizer is not None:
+            reset = self.config.optimizer_state == "reset"
+            check_optimizer(self.optimizer, reset=reset)
+            self._state = None if reset else OptimizerState(self.optimizer)
 
     @staticmethod
     def passes(config: TeleportConfig) -> int:
@@ -127,6 +122,11 @@ class BasisTurn(Method):
 
     def fit(self) -> None:
         self._basis.merge(self.ranks)
+        rotations = self._rotations()
+        self.turn = Turn({symmetry: rotations[symmetry] for symmetry in self.used})
+
+    def _rotations(self) -> dict[Symmetry, Tensor]:
+        """The matrices to turn each symmetry by. One for which they are not found is left out of those that turn."""
         used = sorted(self.used, key=self._signature)  # in the same order in all processes
         owners = self.ranks.spread([symmetry.blocks * symmetry.size**3 for symmetry in used])
         rotations = self.ranks.together(
@@ -137,7 +137,7 @@ class BasisTurn(Method):
             self.ranks.broadcast([matrices], source=owner)
             if not matrices.isfinite().all():
                 self._leave_out(symmetry, "its second moment could not be decomposed: the algorithm did not converge")
-        self.turn = Turn({symmetry: rotations[symmetry] for symmetry in self.used})
+        return rotations
 
     def _chosen(self, symmetry: Symmetry, own: bool) -> Tensor:
         """The matrices to turn a symmetry by; NaN where another process chooses them, or none are found."""
@@ -155,11 +155,13 @@ class BasisTurn(Method):
         size = 1 if symmetry.kind == "scaling" else symmetry.size
         return torch.full((symmetry.blocks, size, size), math.nan, dtype=torch.float64)
 
-    def propose(self, point: Point | None = None) -> Move | None:
+    @property
+    def aligned(self) -> bool:
         measured = [s.misalignment for s in self._found.values() if s.misalignment is not None]
-        if self.config.min_misalignment and max(measured, default=0.0) < self.config.min_misalignment:
-            return None
-        return Move(lambda fraction: self.turn.carry_out(self._state), self.snapshot)
+        return bool(self.config.min_misalignment) and max(measured, default=0.0) < self.config.min_misalignment
+
+    def carry_out(self) -> None:
+        self.turn.carry_out(self._state)
 
     def review(self, point: Point) -> None:
         self.ranks.together(lambda: self._look_again(point))

@@ -18,15 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_teleport.layers.double import keeping_double
+from hf_teleport.layers.hessian import hessian_vector_product
 from hf_teleport.layers.layer import Layer, laid_out_like
-from hf_teleport.layers.point import LossFn, Point, running, start_afresh
+from hf_teleport.layers.point import LossFn, Point, start_afresh
 from hf_teleport.layers.shift import shifted
 from hf_teleport.layers.subspace import Subspace
 from hf_teleport.layers.tangent import TangentTrace
 from hf_teleport.layers.trace import ReplayTrace, Trace, Use, Uses
-from hf_teleport.weights.norms import norm
 from hf_teleport.weights.ranks import ALONE, Ranks
 from hf_teleport.weights.region import Region
+from hf_teleport.weights.whole import WHOLE, Weights
 
 _Trace = TypeVar("_Trace", bound=Trace)
 
@@ -56,7 +57,7 @@ def fast_direction(
     layers: list[Layer],
     subspaces: dict[Layer, Subspace] | None = None,
     shift: ShiftLength | None = None,
-    ranks: Ranks = ALONE,
+    weights: Weights = WHOLE,
     length: float | None = None,
 ) -> dict[Layer, Tensor] | dict[nn.Parameter, Tensor]:
     """`Dᵀ Ẋ` along a direction u for each layer, by one forward without autograd at `W + εu`.
@@ -77,7 +78,7 @@ def fast_direction(
         For each layer (G, o, d), with one more column for a bias: zeros, until a projection makes something of them, for a bias
         comes after the input and cannot shift it. Of weights that stay sharded, for each parameter this process's part.
     """
-    length = norm(direction, ranks) if length is None else length
+    length = weights.norm(direction) if length is None else length
     if length == 0 or not layers:
         return {}
     dtype = layers[0].weight.dtype
@@ -95,7 +96,7 @@ def fast_direction(
     small = 12 * eps ** (1 / 3) if central else 100 * eps**0.5
     shift = shift or ShiftLength()
     shift.share = shift.share or small
-    shift.size = shift.size or norm(point.parameters, ranks)
+    shift.size = shift.size or weights.norm(point.parameters)
 
     def product(weight: nn.Parameter, region: Region, use: Use, shifted_by: Tensor, known: dict[Any, Tensor]) -> Tensor:
         layer = of_use[weight, region]
@@ -105,26 +106,24 @@ def fast_direction(
     # all, and so is a shard, which no torch call reads.
     calls_of = {weight: sum(map(len, point.trace.uses[weight].values())) for weight in uses}
     once = [weight for weight, calls in calls_of.items() if calls == 1]
-    when_read = once if ranks.shards is None else []
+    when_read = once if weights.whole else []
 
     def difference(epsilon: float) -> tuple[TangentTrace, dict[nn.Parameter, Tensor]]:
         starts = uses
         if central:
             behind = ReplayTrace(uses, point.trace.choices)
-            with shifted(point.parameters, direction, -epsilon, when_read):
-                running(ranks, lambda: _forward(model, loss_fn, point, behind))
+            with shifted(point.parameters, direction, -epsilon, when_read), weights.running():
+                _forward(model, loss_fn, point, behind)
             starts = _starting_at(uses, behind.uses)
         ahead = TangentTrace(starts, point.trace.choices, product, once)
-        with shifted(point.parameters, direction, epsilon, when_read):
-            if ranks.shards is None:
-                return _forward(model, loss_fn, point, ahead), {}
-            with ranks.shards.running(), ranks.shards.averaging(partial(_arrived, ahead, layers, {})) as means:
-                return _forward(model, loss_fn, point, ahead), means
+        there = shifted(point.parameters, direction, epsilon, when_read)
+        with there, weights.running(), weights.averaging(partial(_arrived, ahead, layers, {})) as means:
+            return _forward(model, loss_fn, point, ahead), means
 
     for attempt in range(_SHIFTS):
         epsilon = shift.share * shift.size / length
-        trace, means = ranks.together(partial(difference, epsilon))
-        relative_shift = _relative_shift(trace, layers, ranks)
+        trace, means = weights.ranks.together(partial(difference, epsilon))
+        relative_shift = _relative_shift(trace, layers, weights.ranks)
         if relative_shift <= _LONG_SHIFT * small or attempt == _SHIFTS - 1:
             break
         trace.products.clear()  # as large as the weights
@@ -133,14 +132,14 @@ def fast_direction(
         shorter = small if central else _AIM * small
         shift.share *= shorter / relative_shift if relative_shift < math.inf else shorter
     shift.share = min(small, shift.share * _AIM * small / relative_shift) if 0 < relative_shift < math.inf else small
-    found = {layer: trace.products[layer.weight].get(layer.region) for layer in layers}
     # Divided last: a projection tells by norms, and the squares of what the small gradients of a trained model leave underflow.
     width = 2 * epsilon if central else epsilon
-    if ranks.shards is not None:
+    if not weights.whole:
         return {parameter: mean.div_(width) for parameter, mean in means.items()}
+    found = {layer: trace.products[layer.weight].get(layer.region) for layer in layers}
     products = {layer: product.div_(width) for layer, product in found.items() if product is not None}
     products |= {layer: layer.weight.new_zeros(layer.shape) for layer in unreached}
-    return _mean(products, layers, ranks)
+    return _mean(products, layers, weights.ranks)
 
 
 def _arrived(
@@ -211,23 +210,10 @@ def exact_direction(
     Raises:
         ValueError: an operation of the model cannot be differentiated twice.
     """
-    return _mean(ranks.together(lambda: _own_exact_direction(point, direction, layers)), layers, ranks)
-
-
-def _own_exact_direction(point: Point, direction: list[Tensor | None], layers: list[Layer]) -> dict[Layer, Tensor]:
-    pairs = [
-        (g, u.detach())
-        for g, u in zip(point.own_gradients, direction, strict=True)
-        if g is not None and u is not None and g.requires_grad
-    ]
-    if not pairs or not layers:
-        return {}
-    inner = sum(((g * u).sum() for g, u in pairs), start=torch.zeros((), device=pairs[0][0].device))
     wanted = [p for layer in layers for p in layer.parameters]
-    try:
-        with keeping_double(point.parameters):
-            found = torch.autograd.grad(inner, wanted, allow_unused=True, retain_graph=True)
-    except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"hessian='exact' needs operations that can be differentiated twice ({error}); use 'fast'.") from error
-    products: dict[nn.Parameter, Tensor | None] = dict(zip(wanted, found, strict=True))
-    return {layer: layer.matrix(products) for layer in layers if products[layer.weight] is not None}
+
+    def own() -> dict[Layer, Tensor]:
+        products = dict(zip(wanted, hessian_vector_product(point, direction, wanted), strict=True))
+        return {layer: layer.matrix(products) for layer in layers if products[layer.weight] is not None}
+
+    return _mean(ranks.together(own), layers, ranks)

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from hf_teleport.config import TeleportConfig
 from hf_teleport.layers.audit import TIED_VIEWS, UNUSED, audit, overlap
 from hf_teleport.layers.layer import Layer
-from hf_teleport.layers.point import LossFn, Point, evaluate, evaluate_again, loss_at
+from hf_teleport.layers.point import Point, evaluate, loss_at
 from hf_teleport.layers.subspace import Representation, Subspace
-from hf_teleport.methods.base import Method, Move
+from hf_teleport.methods.base import ClimbingMethod, Move
 from hf_teleport.methods.null_space.decomposition import null_spaces
 from hf_teleport.methods.null_space.direction import ShiftLength, exact_direction, fast_direction
 from hf_teleport.methods.null_space.inputs import Inputs, random_move
 from hf_teleport.methods.null_space.objectives import OBJECTIVES, Objective, Slope, Surroundings
 from hf_teleport.report import LayerReport
-from hf_teleport.weights.norms import norm, norms
-from hf_teleport.weights.ranks import ALONE, Ranks
+from hf_teleport.weights.norms import norm
+from hf_teleport.weights.ranks import ALONE
 from hf_teleport.weights.region import Region
 from hf_teleport.weights.snapshot import Snapshot
 
@@ -37,14 +37,18 @@ Moves = dict[Any, Tensor]
 """A direction for each layer, as its matrix; of weights that stay sharded for each parameter, this process's part."""
 
 
-class NullSpace(Method):
-    """Ascent of the objective inside the null space of every layer's inputs."""
+class NullSpace(ClimbingMethod):
+    """Ascent of the objective inside the null space of every layer's inputs.
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, config: TeleportConfig, optimizer: object = None, ranks: Ranks = ALONE):
-        super().__init__(model, loss_fn, config, optimizer, ranks)
+    Attributes:
+        trusting: whether a move is taken to leave activations and loss as they were, so that points keep their graphs.
+    """
+
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
         self.layers: list[Layer] = []
         self.subspaces: dict[Layer, Subspace] = {}
-        self._inputs = Inputs(ranks)
+        self._inputs = Inputs(self.ranks)
         self._batches: list[Any] = []
         # The line search: the objective before the last move, its slope after it if that was asked for, and how much shorter
         # than configured the next step is.
@@ -53,14 +57,15 @@ class NullSpace(Method):
         self._scale = 1.0
         self._shift = ShiftLength()
         # Sharded weights are not at hand for a backward alone.
-        self.trusting = config.hessian == "fast" and config.energy_threshold in (1, None) and ranks.shards is None
+        exact = self.config.hessian == "fast" and self.config.energy_threshold in (1, None)
+        self.trusting = exact and self.weights.whole
 
     @cached_property
     def _objective(self) -> Objective:
         return OBJECTIVES[self.config.objective](
             Surroundings(
                 parameters=[p for p in self.model.parameters() if p.requires_grad],
-                evaluate=lambda batch, seed: evaluate(self.model, self.loss_fn, batch, seed=seed, follow=[], ranks=self.ranks),
+                evaluate=partial(self._evaluate, follow=[]),
                 another=self._another,
                 rehearsal=self.rehearsal,
                 radius=self.config.radius,
@@ -119,11 +124,10 @@ class NullSpace(Method):
         return list(dict.fromkeys(parameter for layer in self.layers for parameter in layer.parameters))
 
     def evaluate(self, batch: object, seed: int, **options: Any) -> Point:
-        exact = self.config.hessian == "exact"
-        return evaluate(self.model, self.loss_fn, batch, seed=seed, differentiable_gradients=exact, ranks=self.ranks, **options)
+        return self._evaluate(batch, seed, differentiable_gradients=self.config.hessian == "exact", **options)
 
-    def evaluate_again(self, point: Point) -> Point:
-        return evaluate_again(point, self.ranks) if self.trusting else super().evaluate_again(point)
+    def _evaluate(self, batch: object, seed: int, **options: Any) -> Point:
+        return evaluate(self.model, self.loss_fn, batch, seed=seed, weights=self.weights, **options)
 
     def survey(self, point: Point) -> None:
         if not self._batches:
@@ -217,17 +221,15 @@ class NullSpace(Method):
         return [layer for layer, subspace in self.subspaces.items() if subspace.null_dim]
 
     def distrust(self) -> None:
-        super().distrust()
+        self.trusting = False
         # What was learnt where the weights should not have gone.
         self._shift = ShiftLength()
 
-    def propose(self, point: Point | None = None) -> Move | None:
-        if point is None:
-            raise TypeError("the null space is climbed from the point of a batch")
+    def propose(self, point: Point) -> Move | None:
         slope = self._reached or self._objective.slope(point)
         self._value, self._reached = slope.value, None
         moves = self._projected(point, slope)
-        lengths = norms(moves.values(), self.ranks)
+        lengths = self.weights.norms(moves.values())
         length = math.hypot(*lengths)
         if length == 0 or not math.isfinite(length):
             return None
@@ -244,7 +246,7 @@ class NullSpace(Method):
             products = exact_direction(point, slope.along, layers, self.ranks)
             moves = self.ranks.together(lambda: {layer: self.subspaces[layer].project(h) for layer, h in products.items()})
         elif slope.along is not None:
-            around = point, slope.along, layers, self.subspaces, self._shift, self.ranks, slope.length
+            around = point, slope.along, layers, self.subspaces, self._shift, self.weights, slope.length
             moves = fast_direction(self.model, self.loss_fn, *around)
         if slope.plain is not None:
             plain = dict(zip(point.parameters, slope.plain, strict=True))
@@ -254,7 +256,7 @@ class NullSpace(Method):
                     moves[layer] = moves[layer].add_(own) if layer in moves else own
         return moves
 
-    def gains(self, reached: Point, fraction: float) -> bool:
+    def _gains(self, reached: Point, fraction: float) -> bool:
         if not self._objective.searched:
             return True
         slope = self._objective.slope(reached)
@@ -268,10 +270,9 @@ class NullSpace(Method):
         """What the learning rate multiplies: 1, or the factor that makes a move as long as the weights it moves."""
         if self.config.step_size == "fixed":
             return 1.0
-        return norm(self.movable, self.ranks) / length
+        return self.weights.norm(self.movable) / length
 
-    @staticmethod
-    def _step(moves: Moves, rate: float) -> Move:
+    def _step(self, moves: Moves, rate: float) -> Move:
         def carry_out(fraction: float) -> None:
             for place, direction in moves.items():
                 if isinstance(place, Layer):
@@ -281,14 +282,14 @@ class NullSpace(Method):
 
         changed = (place.parameters if isinstance(place, Layer) else [place] for place in moves)
         parameters = dict.fromkeys(chain.from_iterable(changed))
-        return Move(carry_out, partial(Snapshot, parameters), straight=True)
+        return Move(carry_out, partial(Snapshot, parameters), straight=True, gains=self._gains)
 
-    def randomise(self, snapshot: Snapshot) -> None:
-        """In place of the event's move: in each layer's null space a random one of the same length.
+    def finish(self, snapshot: Snapshot) -> None:
+        if self.config.control == "random_move":
+            self._randomise(snapshot)
 
-        Args:
-            snapshot: of the weights before the event.
-        """
+    def _randomise(self, snapshot: Snapshot) -> None:
+        """In place of the event's move: in each layer's null space a random one of the same length."""
         moved: dict[nn.Parameter, Tensor | None] = {**snapshot.moved()}
         lengths = {layer: norm([layer.matrix(moved)]) for layer in self._moving}
         snapshot.restore()
@@ -312,7 +313,7 @@ class NullSpace(Method):
 
     def _keeps_loss(self) -> bool:
         """Whether a random move as long as a step changes the first batch's loss by no more than is allowed."""
-        loss = partial(loss_at, self.model, self.loss_fn, self._batches[0], seed=self.config.seed, ranks=self.ranks)
+        loss = partial(loss_at, self.model, self.loss_fn, self._batches[0], seed=self.config.seed, weights=self.weights)
         before = loss()
         moves = random_move({layer: self.subspaces[layer] for layer in self._moving}, self.config.seed)
         length = norm(moves.values())

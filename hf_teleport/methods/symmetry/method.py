@@ -26,13 +26,12 @@ from torch import Tensor, nn
 from hf_teleport.config import TeleportConfig
 from hf_teleport.layers.audit import UNUSED, describe, selected
 from hf_teleport.layers.layer import Layer
-from hf_teleport.layers.point import LossFn, Point
-from hf_teleport.methods.base import Method, Move
-from hf_teleport.methods.symmetry.perceptron import Activation, Chain, unsuited
+from hf_teleport.layers.point import LossFn, Point, start_afresh
+from hf_teleport.methods.base import ClimbingMethod, Move
+from hf_teleport.methods.symmetry.perceptron import Activation, Perceptron, unsuited
 from hf_teleport.report import LayerReport
-from hf_teleport.weights.isolation import forget_caches, seed_everything
 from hf_teleport.weights.norms import norm
-from hf_teleport.weights.ranks import ALONE, Ranks, out_of_memory
+from hf_teleport.weights.ranks import out_of_memory
 
 _NO_ELEMENT = "no element acts on it: that takes two adjacent layers that may move, of whose biases the lower one's moves"
 
@@ -87,7 +86,7 @@ class _Loss(nn.Module):
         return self.loss_fn(self.model, batch)
 
 
-class GroupAction(Method):
+class GroupAction(ClimbingMethod):
     """Ascent of a batch's squared gradient norm `||∇_W L||²` over the elements of the groups, of all adjacent pairs at once.
 
     A step is `g_m = I + M_m`. With `config.step_size="fixed"`, M is `learning_rate` times the gradient with respect to M at 0, as
@@ -97,9 +96,9 @@ class GroupAction(Method):
     exact, by double backward: `scope`, `hessian`, `energy_threshold` and `objective` are not read. For one process.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, config: TeleportConfig, optimizer: object = None, ranks: Ranks = ALONE):
-        super().__init__(model, loss_fn, config, optimizer, ranks)
-        self.chain = Chain([], [])
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        self.perceptron = Perceptron([], [])
         self._acting: list[bool] = []
 
     @staticmethod
@@ -114,7 +113,7 @@ class GroupAction(Method):
 
     def _pairs(self) -> Iterator[tuple[Layer, Layer]]:
         """The adjacent layers between which an element acts."""
-        return (pair for pair, acting in zip(pairwise(self.chain.layers), self._acting, strict=True) if acting)
+        return (pair for pair, acting in zip(pairwise(self.perceptron.layers), self._acting, strict=True) if acting)
 
     def survey(self, point: Point) -> None:
         """See a teleport batch.
@@ -128,13 +127,13 @@ class GroupAction(Method):
                 f"method = 'symmetry' is not allowed in {self.ranks.size} processes; allowed: in one, for a pseudo-inverse is of "
                 "all samples. Use method='null_space', which works in any number."
             )
-        chain = Chain.find(self.model, point, self.config)
+        perceptron = Perceptron.find(self.model, point, self.config)
         if self.reports:
-            if [layer.name for layer in chain.layers] != [layer.name for layer in self.chain.layers]:
+            if [layer.name for layer in perceptron.layers] != [layer.name for layer in self.perceptron.layers]:
                 raise unsuited("another teleport batch goes through other layers")
             return
-        self.chain = chain
-        free = [selected(layer.name, layer.role, self.config) for layer in chain.layers]
+        self.perceptron = perceptron
+        free = [selected(layer.name, layer.role, self.config) for layer in perceptron.layers]
         self._acting = [lower and upper for lower, upper in pairwise(free)]
         self.reports = self._judged(point)
         # Whether the model can be differentiated twice shows here, before training, and not at the first step.
@@ -142,15 +141,15 @@ class GroupAction(Method):
 
     def _judged(self, point: Point) -> dict[nn.Parameter, LayerReport]:
         reports = describe(self.model, point, self.config)
-        in_chain = {parameter for layer in self.chain.layers for parameter in layer.parameters}
+        inside = {parameter for layer in self.perceptron.layers for parameter in layer.parameters}
         for parameter, report in reports.items():
-            report.reason = report.reason or (_NO_ELEMENT if parameter in in_chain else UNUSED)
+            report.reason = report.reason or (_NO_ELEMENT if parameter in inside else UNUSED)
         for lower, upper in self._pairs():
             for layer in (lower, upper):
                 reports[layer.weight].movable, reports[layer.weight].reason = True, ""
             if lower.bias is not None:
                 del reports[lower.bias]
-        num_rows = len(self.chain.rows(point))
+        num_rows = len(self.perceptron.rows(point))
         for lower, _ in self._pairs():
             width = lower.weight.shape[1] + (lower.bias is not None)
             if num_rows > width:
@@ -158,9 +157,7 @@ class GroupAction(Method):
                 reports[lower.weight].reason = reason
         return reports
 
-    def propose(self, point: Point | None = None) -> Move | None:
-        if point is None:
-            raise TypeError("the groups are climbed from the point of a batch")
+    def propose(self, point: Point) -> Move | None:
         gradients = self.gradients(point)
         length = norm(gradients)
         if length == 0 or not math.isfinite(length):
@@ -168,7 +165,7 @@ class GroupAction(Method):
         rate = self.config.learning_rate
         if self.config.step_size == "relative":
             rate *= math.sqrt(sum(len(g) for g in gradients if g is not None)) / length
-        rows = self.chain.rows(point)
+        rows = self.perceptron.rows(point)
 
         def carry_out(fraction: float) -> None:
             self._act([None if g is None else rate * fraction * g for g in gradients], rows)
@@ -184,13 +181,13 @@ class GroupAction(Method):
             for parameter in self.movable:
                 parameter.fill_(math.nan)
             return
-        for layer, old, new in zip(self.chain.layers, self.chain.matrices, moved, strict=True):
+        for layer, old, new in zip(self.perceptron.layers, self.perceptron.matrices, moved, strict=True):
             layer.add_((new - old).unsqueeze(0), 1.0)
 
     def _moved(self, generators: list[Tensor | None], rows: Tensor) -> list[Tensor]:
         """The layers' matrices after `I + M` has acted for each M."""
         elements = [None if m is None else torch.eye(len(m)).to(m) + m for m in generators]
-        return group_action(elements, self.chain.matrices, self.chain.activations, rows)
+        return group_action(elements, self.perceptron.matrices, self.perceptron.activations, rows)
 
     def gradients(self, point: Point) -> list[Tensor | None]:
         """The gradient of `||∇_W L||²` with respect to M at `M = 0`, (d_m, d_m), for each adjacent pair; None where none acts.
@@ -200,10 +197,10 @@ class GroupAction(Method):
         Raises:
             ValueError: an operation of the model cannot be differentiated twice.
         """
-        rows = self.chain.rows(point)
+        rows = self.perceptron.rows(point)
         generators = [
             rows.new_zeros(layer.weight.shape[0], layer.weight.shape[0], requires_grad=True) if acting else None
-            for layer, acting in zip(self.chain.layers, self._acting, strict=False)
+            for layer, acting in zip(self.perceptron.layers, self._acting, strict=False)
         ]
         wanted = [m for m in generators if m is not None]
         if not wanted:
@@ -214,8 +211,7 @@ class GroupAction(Method):
             except torch.linalg.LinAlgError:
                 return [None if m is None else torch.full_like(m, math.nan) for m in generators]
             named = {f"model.{name}": values[p] for name, p in self.model.named_parameters() if p in values}
-            forget_caches(self.model)
-            seed_everything(point.seed)
+            start_afresh(self.model, point.seed)
             loss = torch.func.functional_call(_Loss(self.model, self.loss_fn), named, (point.batch,))
             try:
                 first = torch.autograd.grad(loss, list(values.values()), create_graph=True)
@@ -232,7 +228,7 @@ class GroupAction(Method):
     def _values(self, matrices: list[Tensor]) -> dict[nn.Parameter, Tensor]:
         """The weights and biases that matrices of the layers hold, to be differentiated with respect to."""
         values: dict[nn.Parameter, Tensor] = {}
-        for layer, matrix in zip(self.chain.layers, matrices, strict=True):
+        for layer, matrix in zip(self.perceptron.layers, matrices, strict=True):
             weight, bias = matrix.tensor_split([layer.weight.shape[1]], dim=1)
             values[layer.weight] = weight.to(layer.weight)
             if layer.bias is not None:

@@ -45,14 +45,14 @@ class Activation:
 
 
 @dataclass(frozen=True)
-class Chain:
+class Perceptron:
     """Linear layers, each of which reads what an activation makes of the output of the one before, and nobody else does."""
 
     layers: list[Layer]
     activations: list[Activation]
 
     @classmethod
-    def find(cls, model: nn.Module, point: Point, config: TeleportConfig) -> "Chain":
+    def find(cls, model: nn.Module, point: Point, config: TeleportConfig) -> "Perceptron":
         """All trainable weights of a model as one chain; what is frozen may lie below and above.
 
         It is known by its numbers, the features on their way up and the gradients on their way down, and not by its modules.

@@ -10,7 +10,6 @@ from transformers import Trainer, TrainingArguments
 from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer
 from hf_teleport.methods import BasisTurn
 from hf_teleport.methods.basis.symmetries import Symmetry
-from hf_teleport.methods.reasons import SAME_IN_ANY_BASIS
 
 from tiny_runs import arguments
 
@@ -91,7 +90,7 @@ def test_every_parameter_is_turned_or_has_a_reason():
     assert all(layer.moved != bool(layer.reason) for layer in report.layers)
     reasons = {layer.name: layer.reason for layer in report.layers}
     assert reasons["transformer.h.0.mlp.c_fc.bias"].startswith("passes through")
-    assert reasons["transformer.ln_f"] == SAME_IN_ANY_BASIS
+    assert reasons["transformer.ln_f"] == BasisTurn.at_rest
 
 
 def test_an_uneven_gain_that_cannot_be_folded_is_left_held_or_rounded():

@@ -20,6 +20,7 @@ from hf_teleport.methods import GroupAction
 from hf_teleport.methods.symmetry.method import group_action
 from hf_teleport.methods.symmetry.perceptron import Activation
 from hf_teleport.weights.ranks import Ranks
+from hf_teleport.weights.whole import Weights
 
 from tiny_models import build, loss_fn
 from tiny_runs import arguments, flat
@@ -128,7 +129,7 @@ def test_the_gradient_is_that_of_finite_differences(act, bias):
     model = net(8, 4, 5, 3, act=act, bias=bias)
     before = copy.deepcopy(model.state_dict())
     method, point = surveyed(model, data(3))
-    rows, epsilon = method.chain.rows(point), 1e-5
+    rows, epsilon = method.perceptron.rows(point), 1e-5
 
     def objective(generators):
         method._act(generators, rows)
@@ -313,7 +314,7 @@ def test_convolutions_and_transformers_are_refused(make, found):
 
 
 def test_several_processes_are_refused():
-    method = GroupAction(net(8, 5, 3), cross_entropy, config(), ranks=(ranks := Ranks(several=False)))
+    method = GroupAction(net(8, 5, 3), cross_entropy, config(), weights=Weights(ranks := Ranks(several=False)))
     point = method.evaluate(data(4), 0)
     ranks.size = 2
     with pytest.raises(ValueError, match="in 2 processes; allowed: in one"):
@@ -382,7 +383,7 @@ def test_an_activation_that_changes_nothing_on_the_batch_is_found():
     model = nn.Sequential(nn.Linear(8, 7), nn.Identity(), nn.LeakyReLU(0.1), nn.Linear(7, 3)).double()
     nn.init.constant_(model[0].bias, 100.0)
     method, _ = surveyed(model, data(6))
-    assert method.chain.activations == [Activation(model[2])]
+    assert method.perceptron.activations == [Activation(model[2])]
 
 
 def test_only_chosen_pairs_are_acted_on():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_teleport.methods.reasons import NO_DIRECTION, NO_STEP, explain, why_unmoved
+from hf_teleport.event.reasons import NO_STEP, explain, why_unmoved
 from hf_teleport.report import LayerReport, TeleportReport
 
 
@@ -11,12 +11,12 @@ def test_each_weight_moved_or_has_a_reason(steps):
     moved, still, known = (nn.Parameter(torch.zeros(2, 2)) for _ in range(3))
     reports = {p: LayerReport(name, "linear", [2, 2]) for p, name in ((moved, "a"), (still, "b"), (known, "c"))}
     reports[known].reason = "frozen"
-    explain(reports, {moved: 0.5} if steps else {}, steps, "max_growth")
+    explain(reports, {moved: 0.5} if steps else {}, steps, "max_growth", "no direction")
     assert reports[known].reason == "frozen"
     if steps:
         assert (reports[moved].moved, reports[moved].moved_by, reports[moved].reason) == (True, 0.5, "")
         assert (reports[still].moved, reports[still].moved_by) == (False, 0.0)
-        assert reports[still].reason == NO_DIRECTION
+        assert reports[still].reason == "no direction"
     else:
         assert not any(report.moved for report in reports.values())
         assert reports[still].reason == "no step was kept (max_growth)"

@@ -6,12 +6,6 @@ from torch import nn
 
 from hf_teleport.report import LayerReport, TeleportReport, why_immovable
 
-NO_DIRECTION = (
-    "its direction is zero, or no more than rounding beside the others': no trainable weight lies below it, no gradient reaches "
-    "its output, or other layers are far more sensitive"
-)
-SAME_IN_ANY_BASIS = "the turn leaves its values as they are, as it does a uniform gain and a bias of zeros"
-
 NO_STEP = {
     "no_direction": "no layer has a direction; a model of one layer has none, nor has fresh LoRA (B = 0): teleport it later",
     "non_finite": "the loss or its gradient is not finite on the teleport data; check that data, and the learning rate",
@@ -32,7 +26,7 @@ def explain(
     changed: dict[nn.Parameter, float | None],
     steps: int,
     reason: str,
-    at_rest: str = NO_DIRECTION,
+    at_rest: str,
 ) -> None:
     """Note in each report whether its weight moved and how far, and if not, why.
 
