@@ -169,7 +169,7 @@ class Teleporter:
 
     def _judge(self, batch: Any, loss_fn: LossFn) -> Check:
         loss_fn = self._on_float32(loss_fn)
-        with isolated(self.model, self._state, self._ranks, self._kind.on_shards(self.config)) as weights:
+        with isolated(self.model, self._state, self._ranks, METHODS[self.config.method].on_shards(self.config)) as weights:
             method = self._method(loss_fn, weights)
             point = method.evaluate(batch, self.config.seed)
             if not point.finite:
@@ -200,7 +200,7 @@ class Teleporter:
 
     def _event(self, batches: list[Any], loss_fn: LossFn, held_back: Any, start: float) -> TeleportReport:
         loss_fn = self._on_float32(loss_fn)
-        with isolated(self.model, self._state, self._ranks, self._kind.on_shards(self.config)) as weights:
+        with isolated(self.model, self._state, self._ranks, METHODS[self.config.method].on_shards(self.config)) as weights:
             method = self._method(loss_fn, weights)
             before = measure(method, batches, method.survey)
             if not before.finite:
@@ -219,7 +219,8 @@ class Teleporter:
                 else:
                     steps, reason = Climb(method, self._guard, self._progress).run(batches, before, snapshot)
                 objection = self._shorten(method, snapshot, watched, held_back) if steps else ""
-                after = self._reviewed(method, batches) if steps else before
+                review = method.review if isinstance(method, TurningMethod) else None
+                after = measure(method, batches, review) if steps else before
                 if steps and self._ranks.together(weights.round):
                     after = measure(method, batches)
                 objection = objection or self._verdict(method, before, after)
@@ -262,10 +263,6 @@ class Teleporter:
             snapshot.halve()
         return "held_back"
 
-    @staticmethod
-    def _reviewed(method: _Method, batches: list[Any]) -> Measurement:
-        return measure(method, batches, method.review) if isinstance(method, TurningMethod) else measure(method, batches)
-
     def _verdict(self, method: _Method, before: Measurement, after: Measurement) -> str:
         """Why the event must be undone, the same in every process; empty: it need not."""
         own = method.objection if isinstance(method, TurningMethod) else ""
@@ -289,12 +286,8 @@ class Teleporter:
     def _state(self) -> dict[Any, Any]:
         return {} if self.optimizer is None else unwrapped(self.optimizer).state
 
-    @property
-    def _kind(self) -> type[_Method]:
-        return METHODS[self.config.method]
-
     def _method(self, loss_fn: LossFn, weights: Weights) -> _Method:
-        method = self._kind(self.model, loss_fn, self.config, self.optimizer, weights)
+        method = METHODS[self.config.method](self.model, loss_fn, self.config, self.optimizer, weights)
         if isinstance(method, BasisTurn):
             method.tracker = self.tracker
         if self.optimizer is not None:

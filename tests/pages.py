@@ -44,3 +44,8 @@ def anchors(page):
 def _fences(text):
     for indent, language, body in _FENCE.findall(text):
         yield language, re.sub(rf"^{indent}", "", body, flags=re.MULTILINE)
+
+
+def rows_of(text):
+    """The cells of each row of the Markdown tables in a text."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]

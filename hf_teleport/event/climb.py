@@ -17,11 +17,8 @@ from hf_teleport.weights.snapshot import Snapshot
 # A step that meets an objection is tried again at half its length this many times before the batch's turn ends.
 HALVINGS = 4
 
-Progress = Callable[[int, int], None]
-"""Called after each step with the number of steps taken and the most there can be."""
 
-
-def turn(method: TurningMethod, progress: Progress) -> tuple[int, str]:
+def turn(method: TurningMethod, progress: Callable[[int, int], None]) -> tuple[int, str]:
     """Carry a turn out. Returns how many steps were made, and why no more."""
     if method.aligned:
         return 0, "aligned"
@@ -35,9 +32,10 @@ class Climb:
 
     Args:
         method: fitted to the batches.
+        progress: called after each step with the number of steps taken and the most there can be.
     """
 
-    def __init__(self, method: ClimbingMethod, guard: Guard, progress: Progress):
+    def __init__(self, method: ClimbingMethod, guard: Guard, progress: Callable[[int, int], None]):
         self._method = method
         self._config = method.config
         self._guard = guard

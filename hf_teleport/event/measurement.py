@@ -31,7 +31,7 @@ class Measurement:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def measure(method: Method, batches: list[Any], see: Callable[[Point], None] = lambda point: None) -> Measurement:
+def measure(method: Method, batches: list[Any], see: Callable[[Point], None] | None = None) -> Measurement:
     """Evaluate a method on each batch in turn, and let `see` have each point. Ends at a batch that is not finite."""
     losses, grad_norms = [], []
     total: list[Tensor | None] = []
@@ -42,7 +42,8 @@ def measure(method: Method, batches: list[Any], see: Callable[[Point], None] = l
         method.ranks.together(partial(_add, total, point.gradients))
         if not point.finite:
             break
-        see(point)
+        if see is not None:
+            see(point)
     return Measurement(losses, grad_norms, method.weights.norm(total) / len(losses))
 
 

@@ -15,10 +15,7 @@ def hessian_vector_product(
     Args:
         point: made with `differentiable_gradients=True`.
         direction: u, a tensor or None (zeros) for each of the point's parameters.
-        wanted: the parameters whose part of `H u` is returned; default: all of the point's.
-
-    Returns:
-        For each wanted parameter a tensor of its shape, None where `H u` is zero because nothing there depends on it.
+        wanted: the parameters whose part of `H u` is returned, None for zeros; default: all of the point's.
 
     Raises:
         ValueError: an operation of the model cannot be differentiated twice.

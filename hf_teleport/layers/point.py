@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -127,24 +127,17 @@ def evaluate(
             _check_loss(loss)
             return loss
 
-        loss, own, gradients = weights.gradients(
-            forward,
-            parameters,
-            partial(_note_error, errors, trace),
-            create_graph=differentiable_gradients,
-            retain_graph=keep_graph or None,
-        )
+        def see(parameter: nn.Parameter, gradient: Tensor) -> None:
+            if parameter in trace.uses:
+                errors[parameter] = weight_error(parameter, trace.uses[parameter], gradient)
+            else:
+                errors[parameter] = bias_error(trace.with_bias(parameter), gradient)
+
+        graphs = {"create_graph": differentiable_gradients, "retain_graph": keep_graph or None}
+        loss, own, gradients = weights.gradients(forward, parameters, see, **graphs)
     again = keep_graph and saved.covers(trace)
     mean, length, agreed = weights.ranks.mean([float(loss.detach()), weights.norm(gradients), float(again)])
     return Point(batch, seed, mean, parameters, gradients, own, length, trace, loss if agreed == 1 else None, errors)
-
-
-def _note_error(errors: dict[nn.Parameter, float], trace: Trace, parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Judge by the followed uses of a weight or bias a gradient that will not be kept."""
-    if parameter in trace.uses:
-        errors[parameter] = weight_error(parameter, trace.uses[parameter], gradient)
-    else:
-        errors[parameter] = bias_error(trace.with_bias(parameter), gradient)
 
 
 class _Saved(torch.autograd.graph.saved_tensors_hooks):

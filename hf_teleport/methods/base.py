@@ -17,6 +17,8 @@ from hf_teleport.weights.whole import WHOLE, Weights
 class Method(ABC):
     """What both families have in common. A method is made anew for each event, which calls `survey` for each batch, then `fit`.
 
+    Before that, `passes`, `copies`, `on_shards` and `decomposition_seconds` say what the event will take.
+
     Args:
         optimizer: the one that trains the model, for methods that change what it remembers.
         weights: those of the model, and the processes that each have a share of every batch.
@@ -41,8 +43,6 @@ class Method(ABC):
         self.rehearsal: Rehearsal | None = None
         self.reports: dict[nn.Parameter, LayerReport] = {}
 
-    # What an event takes, for who plans it.
-
     @staticmethod
     @abstractmethod
     def passes(config: TeleportConfig) -> int:
@@ -61,8 +61,6 @@ class Method(ABC):
     def decomposition_seconds(self, point: Point) -> float:
         """What the decompositions of an event will take, about, judged from a surveyed batch; 0 where they are cheap."""
         return 0.0
-
-    # An event.
 
     def evaluate(self, batch: Any, seed: int) -> Point:
         """Loss and gradients on a batch at the current weights."""

@@ -122,14 +122,6 @@ class Ranks:
             return RuntimeError(apart)
         return None
 
-    def largest(self, value: float) -> float:
-        """The largest of all processes' values."""
-        if self.size == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return float(tensor)
-
     def mean(self, values: list[float]) -> list[float]:
         """The mean over all processes of each value."""
         if self.size == 1:

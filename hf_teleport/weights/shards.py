@@ -140,8 +140,7 @@ class Shards(Weights):
         forward: Callable[[], Tensor],
         parameters: list[nn.Parameter],
         see: Callable[[nn.Parameter, Tensor], None],
-        create_graph: bool = False,
-        retain_graph: bool | None = None,
+        **options: Any,
     ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
         """As for whole weights, but that no process keeps its own gradients: only its parts of the means."""
 

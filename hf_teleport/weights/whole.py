@@ -18,7 +18,7 @@ LOW = (torch.bfloat16, torch.float16)
 """The precisions that are too low to work in."""
 
 Arrived = Callable[[nn.Parameter], Tensor | None]
-"""What has come to a whole weight, of its shape; None: nothing."""
+"""Gives, and takes away, what has come to a whole weight, of its shape; None: nothing."""
 
 
 class Weights:
@@ -74,14 +74,10 @@ class Weights:
         return nullcontext()
 
     def averaging(self, arrived: Arrived) -> AbstractContextManager[dict[nn.Parameter, Tensor]]:
-        """Inside `running`, before it ends: what a forward makes of weights that will not stay whole is averaged meanwhile.
-
-        Args:
-            arrived: gives, and takes away, what has come to a weight so far.
+        """Inside `running`, before it ends: what has come to weights that will not stay whole is averaged over the processes.
 
         Yields:
-            This process's part of the mean for each weight that something came to in some process, complete in the end; of
-            whole weights nothing, for what a forward makes of them can be averaged after it.
+            This process's part of the mean for each such weight that something came to in some process; complete in the end.
         """
         return nullcontext({})
 
@@ -90,25 +86,22 @@ class Weights:
         forward: Callable[[], Tensor],
         parameters: list[nn.Parameter],
         see: Callable[[nn.Parameter, Tensor], None],
-        create_graph: bool = False,
-        retain_graph: bool | None = None,
+        **options: Any,
     ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
         """A forward and a backward. `.grad` is not touched.
 
         Args:
             forward: gives this process's loss.
             see: gets each weight's own gradient of this process, where that is not kept.
-            create_graph, retain_graph: as for `torch.autograd.grad`; shards let graphs go.
+            options: of `torch.autograd.grad`, to keep graphs; shards let them go.
 
         Returns:
-            This process's loss; its own gradients of the parameters, if they are kept; and the means over all processes. A
-            gradient is None where the loss does not depend on the parameter.
+            This process's loss; its own gradients, if they are kept; and the means over all processes. None: it is zero.
         """
 
         def forward_and_backward() -> tuple[Tensor, list[Tensor | None]]:
             loss = forward()
-            found = torch.autograd.grad(loss, parameters, allow_unused=True, create_graph=create_graph, retain_graph=retain_graph)
-            return loss, list(found)
+            return loss, list(torch.autograd.grad(loss, parameters, allow_unused=True, **options))
 
         loss, own = self.ranks.together(forward_and_backward)
         return loss, own, self.ranks.mean_tensors(own, parameters)

@@ -1,6 +1,3 @@
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import transformers as tf
@@ -8,10 +5,8 @@ from torch import nn
 
 from hf_teleport.commands.synthetic import synthetic_batch, synthetic_loss
 
+import architectures
 from tiny_models import MODELS, build
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-import zoo_models
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -27,7 +22,7 @@ def test_a_loss_from_random_inputs(name):
 
 @pytest.mark.parametrize("name", ["bart", "swin", "detr", "upernet", "videomae", "speech_to_text", "wav2vec2", "clip", "blip"])
 def test_kinds_of_the_zoo(name):
-    model, _ = zoo_models.build(name)
+    model, _ = architectures.build(name)
     loss = synthetic_loss(model, synthetic_batch(model, batch_size=2, length=6))
     assert loss.requires_grad
     assert torch.isfinite(loss)

@@ -75,6 +75,12 @@ def test_links_between_pages_lead_somewhere(page):
         assert not heading or heading in anchors(file), f"{target}#{heading}"
 
 
+def test_tests_that_the_pages_name_exist():
+    for page in PAGES:
+        for name in re.findall(r"(?:\w+/)*test_\w+\.py", page.read_text()):
+            assert (ROOT / "tests" / name.removeprefix("tests/")).exists(), (page.name, name)
+
+
 def test_the_ci_runs_the_readme_test_command():
     assert "make test" in (ROOT / "README.md").read_text()
     assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("make test")

@@ -91,29 +91,6 @@ def climbed(model, loss, steps, batch=None, **settings):
 # --- The product and the step ---------------------------------------------------------------------------------------------
 
 
-def test_the_product_is_that_with_the_dense_hessian():
-    model, batch = net(), rows()
-    point = evaluate(model, cross_entropy, batch, seed=0, differentiable_gradients=True)
-    names, values = zip(*model.named_parameters(), strict=True)
-
-    def loss(vector):
-        parts = vector.split([v.numel() for v in values])
-        weights = {n: part.view_as(v) for n, part, v in zip(names, parts, values, strict=True)}
-        return nn.functional.cross_entropy(torch.func.functional_call(model, weights, (batch[0],)), batch[1])
-
-    hessian = torch.autograd.functional.hessian(loss, flat(model))
-    for direction in (point.gradients, [torch.randn_like(v) for v in values]):
-        product = torch.cat([h.flatten() for h in hessian_vector_product(point, direction)])
-        dense = hessian @ torch.cat([u.detach().flatten() for u in direction])
-        assert (product - dense).norm() <= 1e-12 * dense.norm()
-
-
-def test_a_loss_that_is_linear_has_no_product():
-    model = Weights(1.0, 2.0)
-    point = evaluate(model, lambda model, batch: 3 * model.w.sum(), None, seed=0, differentiable_gradients=True)
-    assert hessian_vector_product(point, point.gradients) == [None]
-
-
 @given(st.integers(1, 4), st.integers(0, 9), st.floats(0, 10), st.integers(0, 2**16))
 def test_the_step_solves_the_conditions_of_the_quadratic_programme(losses, more, rho, seed):
     generator = torch.Generator().manual_seed(seed)

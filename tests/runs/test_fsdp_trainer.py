@@ -7,8 +7,8 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_teleport import TeleportConfig, TeleportTrainer
 from hf_teleport.journal import read
-from hf_teleport.weights.shards import Shards
 from hf_teleport.layers.double import keeping_double
+from hf_teleport.weights.shards import Shards
 
 from ranks import VOCAB, flat, fsdp2_of_accelerate, llama, run
 

@@ -387,7 +387,7 @@ def test_the_study_says_what_it_cannot_compare(tmp_path):
 
 
 def test_the_symmetries_of_some_architectures(tmp_path):
-    out = run("zoo_symmetries.py", "llama", "gpt2", "--output", tmp_path / "page.md")
+    out = run("zoo/report.py", "symmetries", "llama", "gpt2", "--output", tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
     assert page in out
     assert "2 architectures, 0 failed; 2 have a symmetry to turn, 1 a residual stream when gains are uneven" in page

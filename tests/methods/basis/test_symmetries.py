@@ -2,22 +2,17 @@
 
 import collections
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
-
-from zoo_models import build, floats, loss_fn
 
 from hf_teleport.layers.double import KeepDouble
 from hf_teleport.methods.basis.bases import Random, balance
 from hf_teleport.methods.basis.symmetries import find_symmetries
 from hf_teleport.methods.basis.turn import Turn
 
+from architectures import build, floats, loss_fn
 from tiny_models import build as build_tiny
 
 V, QK = "value_output", "query_key"

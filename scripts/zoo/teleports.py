@@ -1,28 +1,16 @@
-"""Teleport tiny versions of the architectures that Transformers ships, and write down how it went.
+"""The zoo's report on teleports: one null-space event on each architecture, with random weights, at tau = 1 and on one batch."""
 
-    python scripts/zoo.py --output docs/zoo.md            # all of them, a few minutes on one core
-    python scripts/zoo.py llama mixtral vit               # some, to the screen
-
-Rerun it for a new release of Transformers. Weights are random, attention is the default, tau = 1, one batch.
-"""
-
-import argparse
-import json
 import math
 import platform
 import re
 import time
-import traceback
-import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from tqdm import tqdm
-from zoo_models import FAMILIES, NAMES, build, loss_fn
 
 from hf_teleport import TeleportConfig, Teleporter
 from hf_teleport.layers.audit import audit
@@ -32,14 +20,15 @@ from hf_teleport.methods.null_space.direction import exact_direction, fast_direc
 from hf_teleport.report import LayerReport
 from hf_teleport.weights.isolation import evaluation_mode
 
+from architectures import build, loss_fn
+
 # Short names for the reasons, by how they begin.
 REASONS = ["elementwise", "embedding", "tied", "frozen", "the loss does not depend", "used by", "audit", "not selected"]
-
 
 HEADER = """# The zoo
 
 Tiny architectures of Transformers, built from configs with random weights, each teleported once on one batch at tau = 1.
-Made by `python scripts/zoo.py --output docs/zoo.md`; rerun it to check a new release of Transformers.
+Made by `python scripts/zoo/report.py teleports --output docs/zoo.md`; rerun it to check a new release of Transformers.
 
 {versions}. {count} architectures ran, {failed} did not. Largest relative loss change {change:.0e} in float32,
 {change_64:.0e} in float64. In {nine_tenths} of {count}, at least nine tenths of the matrix elements may move.
@@ -147,58 +136,26 @@ def measure(name: str) -> Row:
     )
 
 
-def page(rows: list[Row], failed: dict[str, str]) -> str:
-    """The matrix as Markdown."""
-    versions = f"transformers {transformers.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
-    nine_tenths = sum(row.movable >= 0.9 for row in rows)
-    lines = HEADER.format(
-        versions=versions,
+def header(rows: list[Row], failed: int) -> str:
+    """What the page says above its rows."""
+    return HEADER.format(
+        versions=f"transformers {transformers.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         count=len(rows),
-        failed=len(failed),
-        change=max(row.loss_change for row in rows),
-        change_64=max(row.loss_change_64 or 0 for row in rows),
-        nine_tenths=nine_tenths,
-    ).splitlines()
-    family_of = {name: family for family, names in FAMILIES.items() for name in names}
-    for row in rows:
-        stay = ", ".join(f"{count} {reason}" for reason, count in sorted(row.skipped.items()))
-        cells = [
-            family_of[row.name],
-            row.name,
-            f"{row.movable:.1%}",
-            f"{row.moved:.1%}",
-            f"{row.loss_change:.0e}",
-            "" if row.loss_change_64 is None else f"{row.loss_change_64:.0e}",
-            f"{row.growth:.2f}",
-            "" if row.agreement is None else f"{row.agreement:.0e}",
-            stay,
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [f"\n- {name} failed: {reason}" for name, reason in failed.items()]
-    return "\n".join(lines) + "\n"
+        failed=failed,
+        change=max((row.loss_change for row in rows), default=0.0),
+        change_64=max((row.loss_change_64 or 0.0 for row in rows), default=0.0),
+        nine_tenths=sum(row.movable >= 0.9 for row in rows),
+    )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=NAMES, help="architectures; default: all")
-    parser.add_argument("--output", type=Path, help="write the matrix to this Markdown file, and its numbers beside it as JSON")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    warnings.simplefilter("ignore")
-    rows, failed = [], {}
-    for name in tqdm(args.names, unit="model"):
-        try:
-            rows.append(measure(name))
-        except Exception as error:  # the matrix is to say which architecture fails, and go on
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-            tqdm.write("".join(traceback.format_exc(limit=-3)))
-    text = page(rows, failed)
-    print(text)
-    if args.output:
-        args.output.write_text(text)
-        args.output.with_suffix(".json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
-
-
-if __name__ == "__main__":
-    main()
+def cells(row: Row) -> list[str]:
+    """One row of the page, after the architecture's name."""
+    return [
+        f"{row.movable:.1%}",
+        f"{row.moved:.1%}",
+        f"{row.loss_change:.0e}",
+        "" if row.loss_change_64 is None else f"{row.loss_change_64:.0e}",
+        f"{row.growth:.2f}",
+        "" if row.agreement is None else f"{row.agreement:.0e}",
+        ", ".join(f"{count} {reason}" for reason, count in sorted(row.skipped.items())),
+    ]

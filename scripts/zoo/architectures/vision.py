@@ -1,0 +1,182 @@
+"""Architectures that read images or videos."""
+
+from functools import partial
+
+from .batches import (
+    depth_estimation,
+    image_classification,
+    instance_segmentation,
+    prompted_segmentation,
+    semantic_segmentation,
+    text_classification,
+    video_classification,
+)
+from .kinds import (
+    BART,
+    CONVNEXT,
+    EFFICIENT,
+    IMAGE,
+    PYRAMID,
+    RESNET,
+    STAGES,
+    SWIN,
+    WINDOWS,
+    Architecture,
+    custom,
+    decoder,
+    detector,
+    staged,
+    vit,
+)
+
+FAMILIES: dict[str, dict[str, Architecture]] = {
+    "vision transformer": {
+        "vit": vit("ViTForImageClassification"),
+        "deit": vit("DeiTForImageClassification"),
+        "beit": vit("BeitForImageClassification", use_relative_position_bias=True),
+        "dinov2": vit("Dinov2ForImageClassification", mlp_ratio=2),
+        "data2vec-vision": vit("Data2VecVisionForImageClassification"),
+        "ijepa": vit("IJepaForImageClassification"),
+        "swin": staged("SwinForImageClassification", **WINDOWS),
+        "swinv2": staged("Swinv2ForImageClassification", **WINDOWS),
+        "hiera": vit(
+            "HieraForImageClassification",
+            embed_dim=16,
+            image_size=[32, 32],
+            patch_size=[7, 7],
+            depths=[1, 1],
+            num_heads=[1, 2],
+            num_query_pool=1,
+            masked_unit_size=[2, 2],
+            masked_unit_attention=[True, False],
+        ),
+        "pvt": staged("PvtForImageClassification", **PYRAMID, strides=[4, 2, 2, 1]),
+        "pvt_v2": staged("PvtV2ForImageClassification", **PYRAMID),
+        "segformer": staged("SegformerForImageClassification", **PYRAMID),
+        "poolformer": staged("PoolFormerForImageClassification", **PYRAMID),
+        "mobilevit": staged(
+            "MobileViTForImageClassification",
+            partial(image_classification, 128),
+            image_size=128,
+            patch_size=2,
+            hidden_sizes=[16, 24, 32],
+            neck_hidden_sizes=[8] * 7,
+            initializer_range=0.2,  # at 0.1 the signal dies out in so narrow a network, and batch norm blows up the rest
+        ),
+        "swiftformer": staged("SwiftFormerForImageClassification", depths=[1, 1, 1, 1], embed_dims=[8, 8, 16, 16]),
+        "levit": staged(
+            "LevitForImageClassification",
+            partial(image_classification, 128),
+            image_size=128,
+            hidden_sizes=[16, 24, 32],
+            num_attention_heads=[2, 2, 4],
+            depths=[1, 1, 1],
+            key_dim=[4, 4, 4],
+        ),
+        "cvt": staged("CvtForImageClassification", embed_dim=[8, 16, 32], num_heads=[1, 2, 4], depth=[1, 2, 3]),
+        "imagegpt": decoder("ImageGPTForImageClassification", text_classification),
+        "timesformer": vit("TimesformerForVideoClassification", video_classification, num_frames=2),
+        "videomae": vit("VideoMAEForVideoClassification", video_classification, num_frames=2),
+        "vivit": vit("VivitForVideoClassification", video_classification, num_frames=2, tubelet_size=[2, 8, 8]),
+    },
+    "convolutional": {
+        "resnet": staged("ResNetForImageClassification", **RESNET),
+        "regnet": staged("RegNetForImageClassification", embedding_size=8, groups_width=8, **STAGES),
+        "convnext": staged("ConvNextForImageClassification", **STAGES),
+        "convnextv2": staged("ConvNextV2ForImageClassification", **STAGES),
+        # the default dropout, 0.999, leaves nothing to learn from
+        "mobilenet_v1": staged(
+            "MobileNetV1ForImageClassification", initializer_range=0.3, depth_multiplier=0.25, classifier_dropout_prob=0.1
+        ),
+        "mobilenet_v2": staged("MobileNetV2ForImageClassification", initializer_range=0.3, depth_multiplier=0.25),
+        "efficientnet": staged("EfficientNetForImageClassification", **EFFICIENT),
+        "bit": staged("BitForImageClassification", embedding_size=8, num_groups=4, **STAGES),
+        "focalnet": staged(
+            "FocalNetForImageClassification", embed_dim=16, depths=[1, 1], hidden_sizes=[16, 32], focal_levels=[2, 2]
+        ),
+        "hgnet_v2": staged(
+            "HGNetV2ForImageClassification",
+            stem_channels=[3, 8, 8],
+            hidden_sizes=[8, 16, 16, 32],
+            stage_in_channels=[8, 8, 16, 16],
+            stage_mid_channels=[8, 8, 8, 8],
+            stage_out_channels=[8, 16, 16, 32],
+            stage_num_blocks=[1, 1, 1, 1],
+            stage_numb_of_layers=[2, 2, 2, 2],
+        ),
+    },
+    "detection and segmentation": {
+        "detr": detector("DetrForObjectDetection", backbone_config=RESNET, num_queries=4, **BART),
+        "conditional_detr": detector("ConditionalDetrForObjectDetection", backbone_config=RESNET, num_queries=4, **BART),
+        "deformable_detr": detector(
+            "DeformableDetrForObjectDetection",
+            backbone_config=RESNET | {"out_features": ["stage3", "stage4"]},
+            num_queries=4,
+            num_feature_levels=2,
+            **BART,
+        ),
+        "rt_detr": detector(
+            "RTDetrForObjectDetection",
+            backbone_config=RESNET | {"model_type": "rt_detr_resnet", "out_indices": [2, 3, 4]},
+            num_queries=4,
+            num_denoising=4,
+            encoder_hidden_dim=32,
+            encoder_in_channels=[16, 16, 32],
+            decoder_in_channels=[32, 32, 32],
+            **BART,
+        ),
+        "yolos": detector(
+            "YolosForObjectDetection", **IMAGE | {"image_size": [64, 64], "patch_size": 16}, num_detection_tokens=4
+        ),
+        "maskformer": custom(
+            "MaskFormerForInstanceSegmentation",
+            instance_segmentation,
+            backbone_config=SWIN,
+            decoder_config={"model_type": "detr", "num_queries": 4, **BART},
+            fpn_feature_size=32,
+            mask_feature_size=32,
+        ),
+        "mask2former": custom(
+            "Mask2FormerForUniversalSegmentation",
+            instance_segmentation,
+            backbone_config=SWIN,
+            feature_size=32,
+            mask_feature_size=32,
+            hidden_dim=32,
+            encoder_feedforward_dim=48,
+            encoder_layers=2,
+            decoder_layers=2,
+            num_attention_heads=4,
+            dim_feedforward=48,
+            num_queries=4,
+            train_num_points=32,
+        ),
+        "segformer-semantic": custom(
+            "SegformerForSemanticSegmentation", semantic_segmentation, decoder_hidden_size=16, **PYRAMID
+        ),
+        "upernet": custom(
+            "UperNetForSemanticSegmentation",
+            semantic_segmentation,
+            backbone_config=CONVNEXT,
+            hidden_size=16,
+            auxiliary_channels=16,
+            auxiliary_in_channels=16,
+        ),
+        "dpt": vit(
+            "DPTForSemanticSegmentation",
+            partial(semantic_segmentation, 32),
+            num_hidden_layers=4,
+            backbone_out_indices=[0, 1, 2, 3],
+            neck_hidden_sizes=[8, 8, 16, 16],
+            fusion_hidden_size=16,
+        ),
+        "glpn": custom("GLPNForDepthEstimation", depth_estimation, decoder_hidden_size=16, **PYRAMID),
+        "sam": custom(
+            "SamModel",
+            prompted_segmentation,
+            vision_config=IMAGE | {"image_size": 64, "output_channels": 32, "num_pos_feats": 16, "window_size": 4},
+            prompt_encoder_config={"hidden_size": 32, "image_size": 64, "patch_size": 8},
+            mask_decoder_config={"hidden_size": 32, "mlp_dim": 48, "num_attention_heads": 4, "iou_head_hidden_dim": 32},
+        ),
+    },
+}
