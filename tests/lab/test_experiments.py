@@ -18,15 +18,16 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification
 
-from hf_teleport import TeleportTrainer, TeleportTrainingArguments
+from hf_teleport import TeleportTrainer
 from hf_teleport.cli import main
-from hf_teleport.lab import extras
+from hf_teleport.lab.arguments import ExperimentArguments
 from hf_teleport.lab.data.pipelines import _PIPELINES
 from hf_teleport.lab.plot import FIGURE, NUMBERS
 from hf_teleport.lab.results import best_rates, choices, curves, evaluations
 from hf_teleport.lab.runs import execute
 from hf_teleport.lab.settings import plan, read
-from hf_teleport.lab.task import OPTIONS, Task, evenly
+from hf_teleport.lab.workload import OPTIONS, Workload, evenly
+from hf_teleport.reporting import extras
 
 import forks
 import ranks
@@ -212,8 +213,8 @@ def test_options_are_those_of_the_pipelines():
         kind: set(list(inspect.signature(make).parameters)[2:]) for kind, make in _PIPELINES.items()
     }
     # One name is one key of a file.
-    training = set(TeleportTrainingArguments.__dataclass_fields__)
-    assert not training & {*Task.__dataclass_fields__, *(name for names in OPTIONS.values() for name in names)}
+    training = set(ExperimentArguments.__dataclass_fields__)
+    assert not training & {*Workload.__dataclass_fields__, *(name for names in OPTIONS.values() for name in names)}
 
 
 def test_rows_are_spread_evenly():
@@ -275,7 +276,7 @@ def test_what_is_finished_is_skipped(config, monkeypatch):
     assert count == 2
     before = [(run.folder / "history.json").stat().st_mtime_ns for run in experiment.runs]
     with monkeypatch.context() as patch:
-        patch.setattr(Task, "load", lambda self: pytest.fail("there is nothing to do"))
+        patch.setattr(Workload, "load", lambda self: pytest.fail("there is nothing to do"))
         assert run(file)[1] == 0
     # More runs, and ways of keeping them that change no outcome.
     more, count = run(file, "--seeds", "0", "1", "--save_strategy", "epoch", "--arms.null_space", "null")
@@ -442,23 +443,23 @@ def short(config, heads):
 
 
 def trained(file, *words):
-    """Run, and return the task with its one run."""
+    """Run, and return the workload with its one run."""
     experiment, _ = run(file, *words)
     (one,) = experiment.runs
-    return experiment.task, one
+    return experiment.workload, one
 
 
 @needs_data
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_transformers_train_and_teleport(short, name):
-    task, one = trained(short(name))
+    workload, one = trained(short(name))
     rows = history(one)
     (event,) = [row for row in rows if "teleport/steps" in row]
     assert event["teleport/loss_after"] == pytest.approx(event["teleport/loss_before"], rel=1e-3)
     (test,) = [row for row in rows if "eval_test_loss" in row]
     assert 0 < test["eval_test_loss"] < 20
     assert ("eval_test_accuracy" in test) == (name in ("bert", "vit"))
-    model, data = task.make_model(task.data), task.data
+    model, data = workload.make_model(workload.data), workload.data
     assert (
         type(model).__name__
         == {
@@ -506,8 +507,8 @@ def test_settings_that_do_not_suit_a_model(config, model, words, message):
 @needs_data
 def test_one_size_has_one_value_whatever_its_name(short):
     """GPT-2's `n_positions` is `max_position_embeddings` elsewhere, which the data decide where the file does not."""
-    task = plan(read(short("gpt2"), ["--sizes.n_positions", "20"])).task
-    assert task.make_model(task.data).config.n_positions == 20
+    workload = plan(read(short("gpt2"), ["--sizes.n_positions", "20"])).workload
+    assert workload.make_model(workload.data).config.n_positions == 20
 
 
 @needs_data
@@ -518,17 +519,17 @@ def test_a_saved_model_is_gone_on_with(short, config, tmp_path, name):
     files = ["done", "history.json", "model", "settings.json", "teleports.json"]
     assert sorted(path.name for path in first.folder.iterdir()) == files
     saved = first.folder / "model"
-    task, one = trained(file, "--pretrained", str(saved), "--output_dir", str(tmp_path / "tuning"))
+    workload, one = trained(file, "--pretrained", str(saved), "--output_dir", str(tmp_path / "tuning"))
     assert not (one.folder / "model").exists()
-    kept = task.network.auto.from_pretrained(saved)
+    kept = workload.network.auto.from_pretrained(saved)
     # The file names the saved model's sizes, and need not.
-    for sizes in (task.sizes, {}):
-        model = replace(task, sizes=sizes).make_model(task.data)
+    for sizes in (workload.sizes, {}):
+        model = replace(workload, sizes=sizes).make_model(workload.data)
         torch.testing.assert_close(model.state_dict(), kept.state_dict(), rtol=0, atol=0)
     losses = [[row["loss"] for row in history(r) if "loss" in row] for r in (first, one)]
     assert losses[0][0] != losses[1][0]
     if name in ("bert", "llama"):
-        assert task.data.tokenizer.get_vocab() == plan(read(file)).task.data.tokenizer.get_vocab()
+        assert workload.data.tokenizer.get_vocab() == plan(read(file)).workload.data.tokenizer.get_vocab()
 
 
 @needs_data
@@ -540,10 +541,10 @@ def test_another_number_of_classes_gets_a_new_head_and_the_tokenizer_stays(short
     for part in ("train", "test"):
         rows = [{"sentence": f"a {word} film", "label": i % 3} for i, word in enumerate(["good", "bad", "zzyzx"] * 8)]
         pd.DataFrame(rows).to_parquet(other / f"{part}.parquet")
-    task, _ = trained(short("bert", folder=str(other), pretrained=str(saved)))
-    model, tokenizer = task.make_model(task.data), task.data.tokenizer
+    workload, _ = trained(short("bert", folder=str(other), pretrained=str(saved)))
+    model, tokenizer = workload.make_model(workload.data), workload.data.tokenizer
     assert model.classifier.weight.shape[0] == 3
-    assert tokenizer.get_vocab() == plan(read(short("bert"))).task.data.tokenizer.get_vocab()
+    assert tokenizer.get_vocab() == plan(read(short("bert"))).workload.data.tokenizer.get_vocab()
     kept = AutoModelForSequenceClassification.from_pretrained(saved)
     torch.testing.assert_close(model.bert.state_dict(), kept.bert.state_dict(), rtol=0, atol=0)
 
@@ -556,8 +557,8 @@ def test_saved_models_that_do_not_fit(short, config, tmp_path):
     saved = first.folder / "model"
 
     def model_of(*words):
-        task = plan(read(short("bert"), ["--pretrained", str(saved), *words])).task
-        return task.make_model(task.data)
+        workload = plan(read(short("bert"), ["--pretrained", str(saved), *words])).workload
+        return workload.make_model(workload.data)
 
     with pytest.raises(ValueError, match=r"intermediate.dense.bias has the shape \[32\] by sizes = .* allowed: \[24\]"):
         model_of("--sizes.intermediate_size", "32")
