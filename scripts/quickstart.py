@@ -57,6 +57,7 @@ def train(model: str) -> dict[str, Any]:
     experiment = plan({**SETTINGS, "model": model, **MODELS[model]})
     data, trainers = experiment.workload.data, {}
     for run in experiment.runs:
+        run.training.data_seed = None  # the order of the rows with which the README's table was made
         trainer = trainers[run.arm] = make_trainer(run, experiment.workload, data, trainer_arguments(data.measure))
         trainer.args.disable_tqdm = False
         trainer.add_callback(ProgressCallback)

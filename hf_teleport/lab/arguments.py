@@ -52,16 +52,13 @@ class ExperimentArguments(TeleportTrainingArguments):
         self._check_optimizer()
 
     def _check_optimizer(self) -> None:
-        for name in ("optimizer_settings", "parameter_learning_rates"):
-            if not isinstance(getattr(self, name), dict | None):
-                raise ValueError(f"{name} = {getattr(self, name)!r} is not allowed; allowed: a mapping.")
+        settings = _mapping("optimizer_settings", self.optimizer_settings)
         self.parameter_learning_rates = {
             pattern: _positive(f"parameter_learning_rates[{pattern!r}]", rate)
-            for pattern, rate in (self.parameter_learning_rates or {}).items()
+            for pattern, rate in _mapping("parameter_learning_rates", self.parameter_learning_rates).items()
         }
         if self.embedding_learning_rate is not None:
             _positive("embedding_learning_rate", self.embedding_learning_rate)
-        settings = self.optimizer_settings or {}
         if self.optimizer is None:
             if settings:
                 raise ValueError(
@@ -74,6 +71,12 @@ class ExperimentArguments(TeleportTrainingArguments):
         betas = [name for name in ("adam_beta1", "adam_beta2") if getattr(self, name) is not None]
         if betas and self.optimizer != MUON_ADAMW and "betas" not in known:
             raise ValueError(f"{betas[0]} is not allowed with optimizer = {self.optimizer!r}, which has no betas; leave it out.")
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict | None):
+        raise ValueError(f"{name} = {value!r} is not allowed; allowed: a mapping.")
+    return value or {}
 
 
 def _positive(name: str, value: Any) -> float:

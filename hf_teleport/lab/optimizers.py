@@ -52,7 +52,7 @@ class CombinedOptimizer(Optimizer):
         super().add_param_group({**self.parts[param_group["part"]].defaults, **param_group})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """A step of every part; returns what the closure does."""
         loss = None
         if closure is not None:
@@ -110,7 +110,8 @@ def outer_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
     """Weights of linear layers between the embeddings and the output head."""
-    return {m.weight for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))} - outer_parameters(model)
+    linear: set[Any] = {module.weight for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))}
+    return linear - outer_parameters(model)
 
 
 def parameter_groups(model: nn.Module, arguments: Any) -> list[Group]:
