@@ -29,9 +29,8 @@ Group = dict[str, Any]
 class CombinedOptimizer(Optimizer):
     """Several optimizers behind one object, each for parameters of its own.
 
-    `param_groups` and `state` are those of all parts, so that a scheduler changes all learning rates, and `state_dict` and
-    `load_state_dict` are complete. They are what counts: a part gets its groups (those with its number under "part") and the
-    state before each step.
+    `param_groups` and `state` are those of all `parts`, so that a scheduler changes all learning rates, and `state_dict` and
+    `load_state_dict` are complete.
 
         CombinedOptimizer(torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=3e-4))
 
@@ -43,13 +42,44 @@ class CombinedOptimizer(Optimizer):
         if not parts:
             raise ValueError("parts = () is not allowed; allowed: one optimizer or more.")
         self.parts = parts
-        super().__init__([{**group, "part": i} for i, part in enumerate(parts) for group in part.param_groups], {})
-        for part in parts:
-            self.state.update(part.state)
+        # The groups are the parts' own objects, not copies, and so is what is kept for each parameter.
+        super().__init__([group for part in parts for group in part.param_groups], {})
+
+    @property
+    def state(self) -> Any:
+        """What the parts keep for each parameter."""
+        return {parameter: kept for part in self.parts for parameter, kept in part.state.items()}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        """Optimizer's constructor sets an empty one."""
 
     def add_param_group(self, param_group: Group) -> None:
-        """As Optimizer's; the group names its optimizer by its number as "part", and gets the defaults of that one."""
-        super().add_param_group({**self.parts[param_group["part"]].defaults, **param_group})
+        """Refused but for the groups of the parts.
+
+        Raises:
+            ValueError: it is no part's.
+        """
+        if not any(param_group is group for part in self.parts for group in part.param_groups):
+            raise ValueError("a group of parameters is not allowed here; add it to an optimizer before it is combined.")
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Each part gets its groups, in the order of the parts, and what is kept for their parameters.
+
+        Raises:
+            ValueError: other groups than there are.
+        """
+        saved, groups = state_dict["state"], list(state_dict["param_groups"])
+        if len(groups) != len(self.param_groups):
+            raise ValueError(
+                f"{len(groups)} groups of parameters are not allowed; allowed: {len(self.param_groups)}, as there are."
+            )
+        for part in self.parts:
+            own = [groups.pop(0) for _ in part.param_groups]
+            kept = {index for group in own for index in group["params"]}
+            part.load_state_dict({"state": {i: saved[i] for i in saved if i in kept}, "param_groups": own})
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -58,14 +88,12 @@ class CombinedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for i, part in enumerate(self.parts):
-            part.param_groups = [group for group in self.param_groups if group["part"] == i]
-            part.state = self.state
+        for part in self.parts:
             part.step()
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "parts": self.parts}
+        return {"defaults": self.defaults, "param_groups": self.param_groups, "parts": self.parts}
 
 
 def optimizer_class(name: str) -> type[Optimizer]:

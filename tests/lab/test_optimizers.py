@@ -88,6 +88,10 @@ def test_combined_it_goes_on_from_its_state():
     train(loss, [second], [], 3)
     for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(one, other)
+    # What is kept is the parts' own, after loading too.
+    assert {id(p) for p in second.state} == {id(p) for p in resumed.parameters()}
+    assert all(second.state[p] is part.state[p] for part in second.parts for g in part.param_groups for p in g["params"])
+    assert [id(g) for g in second.param_groups] == [id(g) for part in second.parts for g in part.param_groups]
 
 
 def test_a_copy_leaves_the_original_as_it_is():
@@ -105,13 +109,14 @@ def test_a_copy_leaves_the_original_as_it_is():
         assert torch.equal(one, other)
 
 
-def test_a_group_that_is_added_gets_the_defaults_of_its_part():
+def test_parts_that_do_not_fit_are_refused():
     model, _ = problem()
     muon, adamw = parts(model)
     optimizer = CombinedOptimizer(muon, adamw)
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "part": 1, "lr": 0.5})
-    added = optimizer.param_groups[-1]
-    assert (added["lr"], added["betas"], added["weight_decay"]) == (0.5, adamw.defaults["betas"], 0.0)
+    with pytest.raises(ValueError, match="add it to an optimizer before it is combined"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    with pytest.raises(ValueError, match="1 groups of parameters are not allowed; allowed: 2"):
+        optimizer.load_state_dict(adamw.state_dict())
     with pytest.raises(ValueError, match="more than one parameter group"):
         CombinedOptimizer(muon, SGD(model.parameters(), lr=1.0))
     with pytest.raises(ValueError, match="one optimizer or more"):
@@ -184,7 +189,7 @@ def test_muon_for_hidden_matrices_and_adamw_for_the_rest(tmp_path):
     settings |= {"parameter_learning_rates": {"norm": 3e-3}, "optimizer_settings": {"momentum": 0.9}}
     optimizer = make_optimizer(model, arguments(tmp_path, optimizer="muon+adamw", **settings))
     assert isinstance(optimizer, CombinedOptimizer)
-    by_part = [[g for g in optimizer.param_groups if g["part"] == i] for i in (0, 1)]
+    by_part = [part.param_groups for part in optimizer.parts]
     assert {name for g in by_part[0] for name in names(model, g["params"])} == names(model, hidden_matrices(model))
     assert [(g["lr"], g["momentum"], g["adjust_lr_fn"]) for g in by_part[0]] == [(2e-2, 0.9, "match_rms_adamw")]
     assert {(g["lr"], g["weight_decay"], g["betas"]) for g in by_part[1]} == {
