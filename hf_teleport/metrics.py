@@ -83,9 +83,11 @@ def mean_squared_error(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def perplexity(prediction: EvalPrediction) -> dict[str, float]:
-    """Perplexity, from what `token_losses` has made of the logits (N, length - 1); labels (N, length) of -100 are left out."""
-    counted = np.asarray(prediction.label_ids)[:, 1:] != _IGNORED
-    return Perplexity().compute(predictions=np.asarray(prediction.predictions)[counted])
+    """Perplexity, from what `token_losses` or `masked_token_losses` has made of the logits; labels of -100 are left out."""
+    losses = np.asarray(prediction.predictions)
+    # Those of the next token have none for the first.
+    counted = np.asarray(prediction.label_ids)[:, -losses.shape[1] :] != _IGNORED
+    return Perplexity().compute(predictions=losses[counted])
 
 
 def classes(logits: Any, labels: Tensor) -> Tensor:
@@ -107,6 +109,11 @@ def token_losses(logits: Any, labels: Tensor) -> Tensor:
     return F.cross_entropy(predicted, labels[:, 1:].flatten(), reduction="none").view(len(labels), -1)
 
 
+def masked_token_losses(logits: Any, labels: Tensor) -> Tensor:
+    """Losses (N, length) by logits (N, length, vocabulary), each for the token at its own place; 0 where the label is -100."""
+    return F.cross_entropy(_first(logits).float().mT, labels, reduction="none")
+
+
 def _first(logits: Any) -> Tensor:
     return logits if isinstance(logits, torch.Tensor) else logits[0]
 
@@ -115,6 +122,7 @@ _ARGUMENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "accuracy": (accuracy, classes),
     "mean_squared_error": (mean_squared_error, distances),
     "perplexity": (perplexity, token_losses),
+    "masked_perplexity": (perplexity, masked_token_losses),
 }
 
 

@@ -11,7 +11,6 @@ Two keys are this module's own:
     clock: 'seconds' or 'cpu_seconds', by which time is compared; CPU time is for one process on a CPU that has other work
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 
 from hf_teleport.arguments import TeleportTrainingArguments
 from hf_teleport.lab.plot import Choices
-from hf_teleport.lab.results import evaluations, final
+from hf_teleport.lab.results import best_rates, evaluations
 from hf_teleport.lab.runs import execute
 from hf_teleport.lab.settings import Experiment, Settings, plan
 from hf_teleport.lab.verdict import CLOCKS, Verdict, verdict
@@ -54,6 +53,15 @@ class Protocol:
     def grid(self) -> Experiment:
         """The first stage."""
         return replace(self.whole, runs=[r for r in self.whole.runs if r.arm in self.arms and r.seed == self.seeds[0]])
+
+    def best(self, frame: Any) -> dict[str, float | None]:
+        """For each arm the learning rate with the lowest final training loss of the first seed; None: it diverged at all of them.
+
+        Args:
+            frame: as `results.evaluations`.
+        """
+        found = best_rates(_of(frame, self.grid()))
+        return {arm: found.get(arm) for arm in self.arms}
 
     def second(self, best: dict[str, float | None]) -> Experiment:
         """Both stages, so that a bar over the runs counts all of them."""
@@ -144,7 +152,7 @@ def compare(made: Protocol) -> Comparison:
         ModuleNotFoundError: a library of the experiments is not installed.
     """
     execute(made.grid())
-    best = _shared(lambda: best_rates(evaluations(made.whole.output), made))
+    best = _shared(lambda: made.best(evaluations(made.whole.output)))
     second = made.second(best)
     execute(second)
     frame = _shared(lambda: _of(evaluations(made.whole.output), second))
@@ -153,21 +161,6 @@ def compare(made: Protocol) -> Comparison:
     pairs = dict.fromkeys(pair for rates in choices.values() for pair in rates.items())
     verdicts = [verdict(frame, reference, pair, made.clock) for pair in pairs]
     return Comparison(made, frame, best, choices, verdicts, made.remarks(best))
-
-
-def best_rates(frame: Any, made: Protocol) -> dict[str, float | None]:
-    """For each arm the learning rate with the lowest final training loss of the first seed; None if it diverged at all of them.
-
-    Args:
-        frame: as `results.evaluations`.
-    """
-    ends = final(_of(frame, made.grid()))
-    ends = ends[ends["train_loss"] < math.inf].set_index("learning_rate")
-    best: dict[str, float | None] = {}
-    for arm in made.arms:
-        losses = ends.loc[ends["arm"] == arm, "train_loss"]
-        best[arm] = float(losses.idxmin()) if len(losses) else None
-    return best
 
 
 def _of(frame: Any, experiment: Experiment) -> Any:

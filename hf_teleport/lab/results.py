@@ -106,13 +106,15 @@ def final(frame: Any) -> Any:
 def best_rates(frame: Any) -> dict[str, float]:
     """For each arm the learning rate with the lowest final training loss, mean over the seeds.
 
-    A rate that fewer seeds have run with than another, to see that it is no good, is left out.
+    A rate that fewer seeds have run with than another, to see that it is no good, is left out, and so is an arm that diverged at
+    all of its rates.
     """
     runs = final(frame).groupby(["arm", "learning_rate"])["train_loss"].agg(["mean", "size"])
     best = {}
     for arm, rates in runs.groupby("arm"):
-        whole = rates[rates["size"] == rates["size"].max()]
-        best[arm] = float(whole["mean"].idxmin()[1])
+        whole = rates.loc[(rates["size"] == rates["size"].max()) & (rates["mean"] < float("inf")), "mean"]
+        if len(whole):
+            best[arm] = float(whole.idxmin()[1])
     return best
 
 

@@ -14,12 +14,14 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, TrainerCallback, TrainerState, default_data_collator, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainerState, set_seed
 
+from hf_teleport.lab.arguments import given
 from hf_teleport.lab.data import Pipeline
 from hf_teleport.lab.history import History
+from hf_teleport.lab.optimizers import make_optimizer
 from hf_teleport.lab.settings import Experiment, Run
-from hf_teleport.lab.task import Task, evenly
+from hf_teleport.lab.workload import Workload, evenly
 from hf_teleport.reporting.extras import require_extra
 from hf_teleport.trainer import TeleportTrainer
 
@@ -46,7 +48,7 @@ def execute(experiment: Experiment) -> int:
         experiment.output.mkdir(parents=True, exist_ok=True)
         _write(experiment.output / ALL_SETTINGS, yaml.safe_dump(experiment.settings, sort_keys=False))
     with processes.main_process_first():
-        data = experiment.task.data
+        data = experiment.workload.data
     hidden = experiment.runs[0].training.disable_tqdm or not processes.is_main_process
     with tqdm(total=len(experiment.runs), initial=len(experiment.runs) - len(pending[0]), unit="run", disable=hidden) as bar:
         for index in pending[0]:
@@ -54,7 +56,7 @@ def execute(experiment: Experiment) -> int:
             bar.set_description(str(run))
             bar.set_postfix_str("")
             try:
-                _carry_out(run, experiment.task, data, metrics.trainer_arguments(data.measure), bar)
+                _carry_out(run, experiment.workload, data, metrics.trainer_arguments(data.measure), bar)
             except ValueError as error:
                 raise ValueError(f"{run}: {error}") from error
             bar.update()
@@ -85,7 +87,7 @@ def _require_same(run: Run, old: dict[str, Any]) -> None:
             )
 
 
-def _carry_out(run: Run, task: Task, data: Pipeline, measures: dict[str, Any], bar: Any) -> None:
+def _carry_out(run: Run, workload: Workload, data: Pipeline, measures: dict[str, Any], bar: Any) -> None:
     """Train, from the last checkpoint if the run was interrupted, and keep the history."""
     processes = PartialState()
     if processes.is_main_process:
@@ -95,7 +97,7 @@ def _carry_out(run: Run, task: Task, data: Pipeline, measures: dict[str, Any], b
     processes.wait_for_everyone()
     checkpoint = max(_checkpoints(run.folder), key=_step, default=None)
     history = History() if checkpoint is None else History.from_state(_state(checkpoint).stateful_callbacks["History"])
-    trainer = make_trainer(run, task, data, measures)
+    trainer = make_trainer(run, workload, data, measures)
     trainer.add_callback(history)
     trainer.add_callback(_Progress(bar))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -113,15 +115,15 @@ def _carry_out(run: Run, task: Task, data: Pipeline, measures: dict[str, Any], b
         (run.folder / DONE).touch()
 
 
-def make_trainer(run: Run, task: Task, data: Pipeline, measures: dict[str, Any]) -> TeleportTrainer:
+def make_trainer(run: Run, workload: Workload, data: Pipeline, measures: dict[str, Any]) -> TeleportTrainer:
     """A run's trainer; the seed decides the weights of its fresh model.
 
     Args:
         measures: a Trainer's `compute_metrics` and `preprocess_logits_for_metrics`.
     """
     set_seed(run.seed)
-    model = task.make_model(data)
-    train = evenly(data.train, task.train_rows)
+    model = workload.make_model(data)
+    train = evenly(data.train, workload.train_rows)
     # The bar over the runs stands for theirs. A copy, for whoever runs more of the experiment wants to know what was given.
     training = copy(run.training)
     training.disable_tqdm = True
@@ -129,8 +131,13 @@ def make_trainer(run: Run, task: Task, data: Pipeline, measures: dict[str, Any])
         model,
         training,
         train_dataset=train,
-        eval_dataset={"train": evenly(train, task.train_loss_rows), "test": evenly(data.test, task.test_rows)},
-        data_collator=default_data_collator,
+        eval_dataset={
+            "train": data.fixed(evenly(train, workload.train_loss_rows)),
+            "test": data.fixed(evenly(data.test, workload.test_rows)),
+        },
+        data_collator=data.collator(run.seed),
+        # A function that makes the optimizer, which Trainer calls without arguments.
+        optimizer_cls_and_kwargs=(lambda: make_optimizer, {"arguments": training}) if given(training) else None,
         **measures,
     )
     trainer.remove_callback(PrinterCallback)

@@ -1,6 +1,7 @@
 """An experiment's settings: from YAML files that inherit and the words of a command line to checked runs.
 
-The keys of a file are those of `Task` and of its data (`task.OPTIONS`), every field of `TeleportTrainingArguments`, and
+The keys of a file are those of `Workload` and of its data (`workload.OPTIONS`), every field of `ExperimentArguments` (training,
+teleports, optimizer, learning rates by groups of parameters), and
 
     base: a YAML file, or a list of them, by their paths from this one; what stands here wins, and a later one over an earlier
     arms: for each name the training arguments in which this arm differs; null drops an inherited arm
@@ -25,17 +26,17 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from hf_teleport.arguments import TeleportTrainingArguments
+from hf_teleport.lab.arguments import ExperimentArguments
 from hf_teleport.lab.keys import from_yaml, require_fit, require_known
-from hf_teleport.lab.task import OPTIONS, Task
+from hf_teleport.lab.workload import OPTIONS, Workload
 
 Settings = dict[str, Any]
 
-_TASK = [f.name for f in fields(Task) if f.name != "options"]
+_WORKLOAD = [f.name for f in fields(Workload) if f.name != "options"]
 _DATA = list(dict.fromkeys(name for names in OPTIONS.values() for name in names))
 _GRID = ["arms", "learning_rates", "seeds", "paper_learning_rate", "save_model"]
 _COMPARISON = ["controls", "clock"]
-_TRAINING = [f.name for f in fields(TeleportTrainingArguments) if f.init]
+_TRAINING = [f.name for f in fields(ExperimentArguments) if f.init]
 _REQUIRED = ["dataset", "model", "arms", "learning_rates", "seeds"]
 
 # Set by the grid, for each run.
@@ -58,7 +59,7 @@ class Run:
     arm: str
     learning_rate: float
     seed: int
-    training: TeleportTrainingArguments
+    training: ExperimentArguments
     settings: Settings
     save_model: bool = False
 
@@ -79,7 +80,7 @@ class Experiment:
         settings: all of them, as one YAML file could have them.
     """
 
-    task: Task
+    workload: Workload
     runs: list[Run]
     output: Path
     settings: Settings
@@ -114,7 +115,7 @@ def plan(settings: Settings) -> Experiment:
         ValueError: a key that is missing, unknown, or set by the grid, or a value that is not allowed.
     """
     for key in settings:
-        _require_free(key, [*_TASK, *_DATA, *_GRID, *_COMPARISON, *_TRAINING], "the settings")
+        _require_free(key, [*_WORKLOAD, *_DATA, *_GRID, *_COMPARISON, *_TRAINING], "the settings")
     if missing := [key for key in _REQUIRED if settings.get(key) in (None, {}, [])]:
         raise ValueError(f"{missing[0]!r} is missing from the settings; needed are {', '.join(_REQUIRED)}.")
     rates = _numbers(settings, "learning_rates", float)
@@ -122,11 +123,11 @@ def plan(settings: Settings) -> Experiment:
     paper = settings.get("paper_learning_rate")
     if paper is not None and float(paper) not in rates:
         raise ValueError(f"paper_learning_rate = {paper!r} is not allowed; allowed: one of learning_rates = {rates}.")
-    task = Task(
+    workload = Workload(
         options={key: settings[key] for key in _DATA if key in settings},
-        **{key: settings[key] for key in _TASK if key in settings},
+        **{key: settings[key] for key in _WORKLOAD if key in settings},
     )
-    require_fit("output_dir", settings["output_dir"], TeleportTrainingArguments)
+    require_fit("output_dir", settings["output_dir"], ExperimentArguments)
     output = Path(settings["output_dir"])
     common = {key: settings[key] for key in _TRAINING if key in settings}
     save_model = settings.get("save_model", False)
@@ -135,16 +136,16 @@ def plan(settings: Settings) -> Experiment:
     runs = [
         replace(run, save_model=save_model, settings=run.settings | ({"save_model": True} if save_model else {}))
         for arm, own in _arms(settings["arms"]).items()
-        for run in _runs(arm, common | own, rates, seeds, task, output)
+        for run in _runs(arm, common | own, rates, seeds, workload, output)
     ]
-    return Experiment(task, sorted(runs, key=lambda run: seeds.index(run.seed)), output, settings)
+    return Experiment(workload, sorted(runs, key=lambda run: seeds.index(run.seed)), output, settings)
 
 
-def _runs(arm: str, training: Settings, rates: list[float], seeds: list[int], task: Task, output: Path) -> list[Run]:
-    parser = HfArgumentParser([TeleportTrainingArguments], exit_on_error=False)
+def _runs(arm: str, training: Settings, rates: list[float], seeds: list[int], workload: Workload, output: Path) -> list[Run]:
+    parser = HfArgumentParser([ExperimentArguments], exit_on_error=False)
     for key, value in training.items():
         try:
-            require_fit(key, value, TeleportTrainingArguments)
+            require_fit(key, value, ExperimentArguments)
         except ValueError as error:
             raise ValueError(f"arm {arm!r}: {error}") from error
     # Texts are read as on a command line; what is no text is taken as it is.
@@ -162,9 +163,9 @@ def _runs(arm: str, training: Settings, rates: list[float], seeds: list[int], ta
             plain = arguments.to_dict()
             decisive = {key: plain[key] for key in [*training, *own] if key not in _WITHOUT_EFFECT}
             decisive |= {"arm": arm, "processes": arguments.world_size}
-            of_task = {f.name: getattr(task, f.name) for f in fields(Task) if f.name != "options"} | task.options
+            of_workload = {f.name: getattr(workload, f.name) for f in fields(Workload) if f.name != "options"} | workload.options
             # Left out as in the folders of runs from before there was such a key, which are still good.
-            decisive |= {key: value for key, value in of_task.items() if (key, value) != ("pretrained", None)}
+            decisive |= {key: value for key, value in of_workload.items() if (key, value) != ("pretrained", None)}
             runs.append(Run(arm, rate, seed, arguments, json.loads(json.dumps(decisive))))
     return runs
 

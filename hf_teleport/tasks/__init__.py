@@ -1,7 +1,7 @@
 """The well-known Transformers examples with teleportation, each a module with `main(argv)`.
 
 hf-teleport train clm configs/examples/ptb_clm.yaml --learning_rate 1e-3
-accelerate launch scripts/examples/run_clm.py configs/examples/ptb_clm.yaml
+accelerate launch -m hf_teleport.cli train clm configs/examples/ptb_clm.yaml
 """
 
 from importlib import import_module

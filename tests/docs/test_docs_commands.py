@@ -36,7 +36,7 @@ printf '\\036' >> "$CALLS"
 """
 
 # A script of the reader's own takes the arguments of any other one.
-OWN_SCRIPTS = dict.fromkeys(["your_script.py", "script.py"], "scripts/run_image_classification.py")
+OWN_SCRIPTS = dict.fromkeys(["your_script.py", "script.py"], "scripts/examples/run_image_classification.py")
 
 
 class Accepted(Exception):  # noqa: N818  (it is none)
@@ -155,26 +155,11 @@ def check_script(script, *words):
         return
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "argv", [script, *words])
-        patched.syspath_prepend(str(ROOT / "scripts"))
+        patched.syspath_prepend(str(Path(script).resolve().parent))
         stop_after(patched, argparse.ArgumentParser, "parse_args")
         stop_after(patched, HfArgumentParser, "parse_args_into_dataclasses")
         with pytest.raises(Accepted):
             runpy.run_path(script, run_name="__main__")
-    if script == "scripts/grid.py":
-        check_grid(words)
-
-
-def check_grid(words):
-    """The settings of a grid are arguments of the script that it runs."""
-    given = argparse.ArgumentParser()
-    given.add_argument("config")
-    given.add_argument("--script", default="run_image_classification.py")
-    for name in ("--set", "--grid"):
-        given.add_argument(name, nargs="+", default=[])
-    known, _ = given.parse_known_args(words)
-    settings = [setting.partition("=") for setting in [*known.set, *known.grid]]
-    overrides = [word for name, _, values in settings for word in (f"--{name}", values.split(",")[0])]
-    check_script(f"scripts/{known.script}", known.config, *overrides, "--history", "history.json", "--output_dir", "runs/grid")
 
 
 def stop_after(patched, owner, name):
@@ -223,9 +208,9 @@ def test_commands_within_the_text_are_accepted(page, clone, monkeypatch):
         "hf-teleport compare configs/compare/none.yaml",
         "hf-teleport compare configs/compare/digits_mlp_sgd.yaml --seed 3",
         "hf-teleport train clm --no_such_argument 3",
-        "accelerate launch --no_such_option scripts/run_task.py",
+        "accelerate launch --no_such_option scripts/examples/run_clm.py",
         "python scripts/none.py",
-        "python scripts/grid.py configs/digits_mlp.yaml --output x.csv --grid no_such_setting=1",
+        "python scripts/examples/run_clm.py --no_such_argument 1",
         "make none",
         "unknown --help",
     ],

@@ -14,12 +14,12 @@ import yaml
 
 from hf_teleport import TeleportTrainer
 from hf_teleport.cli import main
-from hf_teleport.lab.compare import AT_BASELINES, AT_OWN, best_rates, compare, protocol
+from hf_teleport.lab.compare import AT_BASELINES, AT_OWN, compare, protocol
 from hf_teleport.lab.report import FIGURE, NUMBERS, RECORD, sentences
 from hf_teleport.lab.runs import execute
 from hf_teleport.lab.settings import plan, read
-from hf_teleport.lab.task import Task
 from hf_teleport.lab.verdict import BETTER, ONE_SEED, interval, verdict
+from hf_teleport.lab.workload import Workload
 
 import ranks
 
@@ -169,7 +169,7 @@ def test_the_best_rate_has_the_lowest_final_loss_of_the_first_seed(config):
     frame = ends({"baseline": {0.1: 3.0, 0.3: 2.0, 0.5: math.inf}, "null_space": {0.1: 1.0, 0.3: 2.0, 0.5: 3.0}})
     # Other runs in the folder, and a seed that only the second stage has run, change nothing.
     others = [ends({"baseline": {0.1: 0.1, 0.9: 0.1}}, seed=1), ends({"baseline": {0.9: 0.1}, "warmup": {0.1: 0.1}})]
-    assert best_rates(pd.concat([frame, *others]), made) == {"baseline": 0.3, "null_space": 0.1}
+    assert made.best(pd.concat([frame, *others])) == {"baseline": 0.3, "null_space": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_from_the_command_to_the_files(config, mnist, tmp_path, monkeypatch, cap
     # Nothing is trained, and the numbers are the same.
     before = (folder / NUMBERS).read_text()
     with monkeypatch.context() as patch:
-        patch.setattr(Task, "load", lambda self: pytest.fail("there is nothing to do"))
+        patch.setattr(Workload, "load", lambda self: pytest.fail("there is nothing to do"))
         assert main(["compare", str(folder / "experiment.yaml")]) == 0
     assert (folder / NUMBERS).read_text() == before
     assert (folder / FIGURE).read_bytes().startswith(b"\x89PNG")
@@ -409,7 +409,7 @@ def test_every_file_is_a_comparison(file):
     controls = {run.arm for run in made.whole.runs} - set(made.arms)
     assert set(CONTROLS) <= controls
     assert ("basis" in made.arms) == ("basis.random_move" in controls)
-    assert made.whole.task.dataset == "digits" or Path(made.whole.task.folder).parts[:3] == ("..", "shared", "data")
+    assert made.whole.workload.dataset == "digits" or Path(made.whole.workload.folder).parts[:3] == ("..", "shared", "data")
 
 
 @needs_data

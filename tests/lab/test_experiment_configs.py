@@ -11,7 +11,7 @@ import pytest
 from hf_teleport.lab.data import load
 from hf_teleport.lab.runs import execute
 from hf_teleport.lab.settings import plan, read
-from hf_teleport.lab.task import Task
+from hf_teleport.lab.workload import Workload
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -49,9 +49,9 @@ def test_every_file_is_the_papers_experiment(file):
     experiment = plan(read(file))
     dataset, _, optimizer = file.stem.rpartition("_")
     full = file.parent == PAPER
-    assert experiment.task.dataset == dataset
-    assert experiment.task.model == MODELS[dataset]
-    assert (experiment.task.train_rows is None) or not full
+    assert experiment.workload.dataset == dataset
+    assert experiment.workload.model == MODELS[dataset]
+    assert (experiment.workload.train_rows is None) or not full
     assert {run.seed for run in experiment.runs} == {0, 1, 2}
     assert experiment.settings["paper_learning_rate"] in {run.learning_rate for run in experiment.runs}
     arms = {run.arm: run.training for run in experiment.runs}
@@ -109,7 +109,7 @@ def loaded(dataset, folder, options):
 def test_reduced_experiments_train_and_teleport(name, heads, tmp_path, monkeypatch):
     """Two steps with a teleport before the first, over the file's own data, network, optimizer and method."""
     folder = heads(read(PAPER / "cpu" / f"{name}.yaml")["folder"])
-    monkeypatch.setattr(Task, "load", lambda self: loaded(self.dataset, self.folder, json.dumps(self.options)))
+    monkeypatch.setattr(Workload, "load", lambda self: loaded(self.dataset, self.folder, json.dumps(self.options)))
     short = {
         "output_dir": tmp_path,
         "folder": folder,

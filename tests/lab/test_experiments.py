@@ -7,107 +7,28 @@ import os
 import signal
 import sys
 import time
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForSequenceClassification
+from transformers import TrainerCallback
 
-from hf_teleport import TeleportTrainer, TeleportTrainingArguments
 from hf_teleport.cli import main
+from hf_teleport.lab.arguments import ExperimentArguments
 from hf_teleport.lab.data.pipelines import _PIPELINES
+from hf_teleport.lab.history import History
 from hf_teleport.lab.plot import FIGURE, NUMBERS
 from hf_teleport.lab.results import best_rates, choices, curves, evaluations
-from hf_teleport.lab.runs import execute
+from hf_teleport.lab.runs import execute, make_trainer
 from hf_teleport.lab.settings import plan, read
-from hf_teleport.lab.task import OPTIONS, Task, evenly
+from hf_teleport.lab.workload import OPTIONS, Workload, evenly
 from hf_teleport.reporting import extras
 
 import forks
 import ranks
-
-ROOT = Path(__file__).resolve().parents[2]
-SHARED = ROOT.parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not SHARED.exists(), reason=f"needs the data sets in {SHARED}")
-
-
-@pytest.fixture(scope="module")
-def mnist(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mnist")
-    for path in (SHARED / "mnist").glob("*.parquet"):
-        pq.write_table(pq.read_table(path).slice(0, 200), folder / path.name)
-    return folder
-
-
-@pytest.fixture
-def config(mnist, tmp_path):
-    """A function that writes a YAML file and returns its path: 6 steps with a teleport before the third."""
-
-    def write(**settings):
-        defaults = {
-            "dataset": "mnist",
-            "folder": str(mnist),
-            "model": "mlp",
-            "sizes": {"hidden_sizes": [24, 24], "hidden_act": "leaky_relu"},
-            "train_rows": 96,
-            "test_rows": 40,
-            "output_dir": str(tmp_path / "out"),
-            "arms": {"baseline": {"teleport_epochs": 0}, "null_space": {"teleport_method": "null_space"}},
-            "learning_rates": [0.1],
-            "seeds": [0],
-            "num_train_epochs": 1,
-            "per_device_train_batch_size": 16,
-            "optim": "sgd",
-            "lr_scheduler_type": "constant",
-            "eval_strategy": "steps",
-            "eval_steps": 3,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "use_cpu": True,
-            "dataloader_pin_memory": False,
-            "disable_tqdm": True,
-            "teleport_warmup_steps": 2,
-            "teleport_num_batches": 2,
-            "teleport_batch_size": 8,
-            "teleport_steps_per_batch": 2,
-        }
-        file = tmp_path / "tiny.yaml"
-        file.write_text(yaml.safe_dump({**defaults, **settings}, sort_keys=False))
-        return file
-
-    return write
-
-
-def run(file, *words):
-    experiment = plan(read(file, words))
-    return experiment, execute(experiment)
-
-
-def history(run):
-    """A run's log without what is measured with a clock, and without Trainer's summary."""
-    rows = json.loads((run.folder / "history.json").read_text())
-    timed = ("seconds", "runtime", "per_second")
-    return [{k: v for k, v in row.items() if not k.endswith(timed)} for row in rows if "train_runtime" not in row]
-
-
-def interrupted_at(step, monkeypatch, seen=None):
-    """Let training stop in the middle of a step, as by Ctrl-C."""
-    real = TeleportTrainer.training_step
-
-    def training_step(self, *args, **kwargs):
-        if seen is not None:
-            seen.append((self.args.output_dir, self.state.global_step))
-        if self.state.global_step == step:
-            raise KeyboardInterrupt
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(TeleportTrainer, "training_step", training_step)
-
+from tiny_experiments import history, interrupted_at, needs_data, run
 
 # --- settings -------------------------------------------------------------------------------------------------------------
 
@@ -153,13 +74,13 @@ def test_every_run_has_its_arguments(config):
         (0, "on", 0.1),
         (4, "off", 0.3),
     ]
-    for run in runs:
-        training = run.training
-        assert (training.seed, training.data_seed, training.teleport_seed) == (run.seed,) * 3
-        assert (training.learning_rate, training.max_grad_norm) == (run.learning_rate, 0.5)
-        assert training.optim == ("sgd" if run.arm == "off" else "adamw_torch")
-        assert bool(training.teleport_config().epochs) == (run.arm == "on")
-        assert run.folder.parts[-3:] == (run.arm, f"lr{run.learning_rate}", f"seed{run.seed}")
+    for one in runs:
+        training = one.training
+        assert (training.seed, training.data_seed, training.teleport_seed) == (one.seed,) * 3
+        assert (training.learning_rate, training.max_grad_norm) == (one.learning_rate, 0.5)
+        assert training.optim == ("sgd" if one.arm == "off" else "adamw_torch")
+        assert bool(training.teleport_config().epochs) == (one.arm == "on")
+        assert one.folder.parts[-3:] == (one.arm, f"lr{one.learning_rate}", f"seed{one.seed}")
 
 
 @needs_data
@@ -212,8 +133,8 @@ def test_options_are_those_of_the_pipelines():
         kind: set(list(inspect.signature(make).parameters)[2:]) for kind, make in _PIPELINES.items()
     }
     # One name is one key of a file.
-    training = set(TeleportTrainingArguments.__dataclass_fields__)
-    assert not training & {*Task.__dataclass_fields__, *(name for names in OPTIONS.values() for name in names)}
+    training = set(ExperimentArguments.__dataclass_fields__)
+    assert not training & {*Workload.__dataclass_fields__, *(name for names in OPTIONS.values() for name in names)}
 
 
 def test_rows_are_spread_evenly():
@@ -275,7 +196,7 @@ def test_what_is_finished_is_skipped(config, monkeypatch):
     assert count == 2
     before = [(run.folder / "history.json").stat().st_mtime_ns for run in experiment.runs]
     with monkeypatch.context() as patch:
-        patch.setattr(Task, "load", lambda self: pytest.fail("there is nothing to do"))
+        patch.setattr(Workload, "load", lambda self: pytest.fail("there is nothing to do"))
         assert run(file)[1] == 0
     # More runs, and ways of keeping them that change no outcome.
     more, count = run(file, "--seeds", "0", "1", "--save_strategy", "epoch", "--arms.null_space", "null")
@@ -359,6 +280,63 @@ def test_killed_at_the_command_line_it_goes_on(config, tmp_path):
     assert history(resumed) == history(whole)
 
 
+OPTIMIZERS = {
+    "adamw": {"optim": "adamw_torch", "adam_beta2": 0.95, "embedding_learning_rate": 0.02},
+    "soap": {"optimizer": "SOAP", "optimizer_settings": {"precondition_frequency": 2}, "embedding_learning_rate": 0.02},
+    "muon": {"optimizer": "muon+adamw", "embedding_learning_rate": 0.02, "parameter_learning_rates": {"norm": 0.005}},
+}
+
+
+@needs_data
+def test_optimizers_side_by_side_and_gone_on_with(short, tmp_path, monkeypatch):
+    """A tiny Llama on Penn Treebank: from the same weights on the same rows; each interrupted and gone on with."""
+    arms = {name: {"teleport_epochs": 0, **settings} for name, settings in OPTIMIZERS.items()}
+    settings = {"arms": arms, "learning_rates": [0.01], "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    settings |= {"lr_scheduler_type": "linear", "warmup_steps": 2, "weight_decay": 0.1}
+    whole, _ = run(short("llama", **settings, output_dir=str(tmp_path / "whole")))
+    logs = {one.arm: history(one) for one in whole.runs}
+    losses = {arm: [row["loss"] for row in rows if "loss" in row] for arm, rows in logs.items()}
+    assert len({rows[0] for rows in losses.values()}) == 1
+    assert len({rows[-1] for rows in losses.values()}) == 3
+    assert all(rows[-1] < rows[0] for rows in losses.values())
+    # Trainer logs the learning rate, not that of the embeddings; a warm-up and a decay go over all groups alike.
+    rates = [[row["learning_rate"] for row in rows if "loss" in row] for rows in logs.values()]
+    assert all(each == pytest.approx([0.0, 0.005, 0.01, 0.0075, 0.005, 0.0025]) for each in rates)
+    for one in whole.runs:
+        file = short("llama", **{**settings, "arms": {one.arm: arms[one.arm]}})
+        with monkeypatch.context() as patch:
+            interrupted_at(3, patch)
+            with pytest.raises(KeyboardInterrupt):
+                run(file)
+        (resumed,) = plan(read(file)).runs
+        assert (resumed.folder / "checkpoint-2").exists()
+        run(file)
+        assert history(resumed) == history(one)
+
+
+@needs_data
+def test_evaluation_does_not_count_as_training_time(short, monkeypatch):
+    class Slow(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            time.sleep(0.5)
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            time.sleep(0.05)
+
+    experiment = plan(read(short("forecaster", arms={"off": {"teleport_epochs": 0}}, max_steps=4, eval_on_start=True)))
+    trainer = make_trainer(experiment.runs[0], experiment.workload, experiment.workload.data, {})
+    log = History()
+    for callback in (log, Slow()):
+        trainer.add_callback(callback)
+    trainer.train()
+    ends = {row["step"]: row for row in log.rows if "eval_test_loss" in row}
+    assert sorted(ends) == [0, 2, 4]
+    assert ends[0]["seconds"] == 0
+    # Four evaluations of half a second and more are left out, four steps with their naps are in.
+    assert 0.2 <= ends[4]["seconds"] < 2
+    assert 0 < ends[2]["seconds"] < ends[4]["seconds"]
+
+
 def in_processes(rank, size):
     """What one of several processes carries out, what is left then, and what it shows."""
     words = ["--disable_tqdm", "false", "--per_device_train_batch_size", "8"]
@@ -393,188 +371,6 @@ def test_a_missing_library_is_named_with_the_way_to_get_it(tmp_path, capsys, mon
     assert "pip install 'hf_teleport[experiments]'" in capsys.readouterr().err
     with pytest.raises(ModuleNotFoundError, match="needs not_there, which"):
         extras.require_extra("not_there")
-
-
-# --- models of Transformers, and saved ones -------------------------------------------------------------------------------
-
-NARROW = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-MODELS = {
-    "llama": {"dataset": "ptb", "sizes": NARROW, "length": 16},
-    "gpt2": {"dataset": "ptb", "sizes": {"n_embd": 16, "n_layer": 1, "n_head": 2}, "length": 16},
-    "bert": {"dataset": "sst2", "sizes": {**NARROW, "initializer_range": 0.1}, "length": 16},
-    "vit": {"dataset": "mnist", "sizes": {**NARROW, "patch_size": 14}},
-}
-SHORT = {
-    "train_rows": 24,
-    "test_rows": 8,
-    "train_loss_rows": 8,
-    "max_steps": 2,
-    "per_device_train_batch_size": 4,
-    "optim": "adamw_torch",
-    "eval_steps": 2,
-    "learning_rates": [1e-3],
-    "teleport_warmup_steps": 1,
-    "teleport_num_batches": 1,
-    "teleport_batch_size": 2,
-    "arms": {"null_space": {"teleport_method": "null_space"}},
-}
-
-
-@pytest.fixture(scope="module")
-def heads(tmp_path_factory):
-    """The first rows of each data set, by its name."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("ptb", "sst2", "mnist")}
-    for name, folder in folders.items():
-        for path in (SHARED / name).glob("*.parquet"):
-            pq.write_table(pq.read_table(path).slice(0, 60), folder / path.name)
-    return folders
-
-
-@pytest.fixture
-def short(config, heads):
-    """A function that writes the YAML file of two steps of a model on its data."""
-
-    def write(model, **settings):
-        own = MODELS[model]
-        return config(**{**SHORT, "model": model, **own, "folder": str(heads[own["dataset"]]), **settings})
-
-    return write
-
-
-def trained(file, *words):
-    """Run, and return the task with its one run."""
-    experiment, _ = run(file, *words)
-    (one,) = experiment.runs
-    return experiment.task, one
-
-
-@needs_data
-@pytest.mark.parametrize("name", MODELS)
-def test_models_of_transformers_train_and_teleport(short, name):
-    task, one = trained(short(name))
-    rows = history(one)
-    (event,) = [row for row in rows if "teleport/steps" in row]
-    assert event["teleport/loss_after"] == pytest.approx(event["teleport/loss_before"], rel=1e-3)
-    (test,) = [row for row in rows if "eval_test_loss" in row]
-    assert 0 < test["eval_test_loss"] < 20
-    assert ("eval_test_accuracy" in test) == (name in ("bert", "vit"))
-    model, data = task.make_model(task.data), task.data
-    assert (
-        type(model).__name__
-        == {
-            "llama": "LlamaForCausalLM",
-            "gpt2": "GPT2LMHeadModel",
-            "bert": "BertForSequenceClassification",
-            "vit": "ViTForImageClassification",
-        }[name]
-    )
-    config, tokens = model.config, data.tokenizer
-    if name == "vit":
-        assert (config.image_size, config.num_channels, config.num_labels, config.patch_size) == (28, 1, 10, 14)
-    else:
-        assert (config.vocab_size, config.max_position_embeddings) == (len(tokens), 16)
-        assert config.pad_token_id == tokens.pad_token_id
-    if name == "bert":
-        assert config.num_labels == 2
-
-
-@pytest.mark.parametrize(
-    ("model", "words", "message"),
-    [
-        (
-            "llama",
-            ["--sizes.hiden_size", "8"],
-            r"unknown key 'hiden_size' in .* 'llama'; the nearest is 'hidden_size'",
-        ),
-        ("gpt2", ["--sizes.n_emb", "8"], r"the nearest is 'n_embd'"),
-        ("bert", ["--sizes.hidden_size", "many"], r"sizes of 'bert': (?s:.)*'hidden_size' expected int"),
-        ("bert", ["--dataset", "ptb"], r"model = 'bert' classifies texts, but label_column = None"),
-        (
-            "llama",
-            ["--dataset", "sst2"],
-            r"'llama' reads running text, but label_column = 'label'; .* kind: text",
-        ),
-        ("vit", ["--dataset", "ptb"], r"takes data of kind 'image'"),
-        ("vit", ["--save_model", "maybe"], r"save_model = 'maybe' is not allowed; allowed: true or false"),
-    ],
-)
-def test_settings_that_do_not_suit_a_model(config, model, words, message):
-    with pytest.raises(ValueError, match=message):
-        plan(read(config(**{**SHORT, "model": model, **MODELS[model], "folder": None}), words))
-
-
-@needs_data
-def test_one_size_has_one_value_whatever_its_name(short):
-    """GPT-2's `n_positions` is `max_position_embeddings` elsewhere, which the data decide where the file does not."""
-    task = plan(read(short("gpt2"), ["--sizes.n_positions", "20"])).task
-    assert task.make_model(task.data).config.n_positions == 20
-
-
-@needs_data
-@pytest.mark.parametrize("name", ["bert", "vit", "llama", "mlp"])
-def test_a_saved_model_is_gone_on_with(short, config, tmp_path, name):
-    file = config(**SHORT) if name == "mlp" else short(name)
-    _, first = trained(file, "--save_model", "true", "--output_dir", str(tmp_path / "pretraining"))
-    files = ["done", "history.json", "model", "settings.json", "teleports.json"]
-    assert sorted(path.name for path in first.folder.iterdir()) == files
-    saved = first.folder / "model"
-    task, one = trained(file, "--pretrained", str(saved), "--output_dir", str(tmp_path / "tuning"))
-    assert not (one.folder / "model").exists()
-    kept = task.network.auto.from_pretrained(saved)
-    # The file names the saved model's sizes, and need not.
-    for sizes in (task.sizes, {}):
-        model = replace(task, sizes=sizes).make_model(task.data)
-        torch.testing.assert_close(model.state_dict(), kept.state_dict(), rtol=0, atol=0)
-    losses = [[row["loss"] for row in history(r) if "loss" in row] for r in (first, one)]
-    assert losses[0][0] != losses[1][0]
-    if name in ("bert", "llama"):
-        assert task.data.tokenizer.get_vocab() == plan(read(file)).task.data.tokenizer.get_vocab()
-
-
-@needs_data
-def test_another_number_of_classes_gets_a_new_head_and_the_tokenizer_stays(short, heads, tmp_path):
-    """Fine-tuned on text with other words and three classes."""
-    _, first = trained(short("bert"), "--save_model", "true", "--output_dir", str(tmp_path / "pretraining"))
-    saved, other = first.folder / "model", tmp_path / "other"
-    other.mkdir()
-    for part in ("train", "test"):
-        rows = [{"sentence": f"a {word} film", "label": i % 3} for i, word in enumerate(["good", "bad", "zzyzx"] * 8)]
-        pd.DataFrame(rows).to_parquet(other / f"{part}.parquet")
-    task, _ = trained(short("bert", folder=str(other), pretrained=str(saved)))
-    model, tokenizer = task.make_model(task.data), task.data.tokenizer
-    assert model.classifier.weight.shape[0] == 3
-    assert tokenizer.get_vocab() == plan(read(short("bert"))).task.data.tokenizer.get_vocab()
-    kept = AutoModelForSequenceClassification.from_pretrained(saved)
-    torch.testing.assert_close(model.bert.state_dict(), kept.bert.state_dict(), rtol=0, atol=0)
-
-
-@needs_data
-def test_saved_models_that_do_not_fit(short, config, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"pretrained = 'no/where' has no saved model: .* save_model: true"):
-        plan(read(short("bert"), ["--pretrained", "no/where"]))
-    _, first = trained(short("bert"), "--save_model", "true", "--output_dir", str(tmp_path / "pretraining"))
-    saved = first.folder / "model"
-
-    def model_of(*words):
-        task = plan(read(short("bert"), ["--pretrained", str(saved), *words])).task
-        return task.make_model(task.data)
-
-    with pytest.raises(ValueError, match=r"intermediate.dense.bias has the shape \[32\] by sizes = .* allowed: \[24\]"):
-        model_of("--sizes.intermediate_size", "32")
-    with pytest.raises(ValueError, match=r"max_position_embeddings = 20 of the data is not allowed; allowed: 16, that of"):
-        model_of("--length", "20")
-    with pytest.raises(ValueError, match=r"vocabulary_size = 50 is not allowed; allowed: none, for the tokenizer has its own"):
-        model_of("--vocabulary_size", "50")
-    with pytest.raises(ValueError, match=r"model = 'llama' is not allowed; allowed: a 'bert', which pretrained = "):
-        plan(read(short("llama"), ["--pretrained", str(saved)]))
-    # Runs from weights of their own are others.
-    experiment = plan(read(short("bert")))
-    execute(experiment)
-    with pytest.raises(ValueError, match=r"pretrained = .* is not allowed; allowed: not given"):
-        execute(plan(read(short("bert"), ["--pretrained", str(saved)])))
-    (saved / "tokenizer_config.json").unlink()
-    with pytest.raises(ValueError, match="has no tokenizer, without which its embeddings mean nothing"):
-        plan(read(short("bert"), ["--pretrained", str(saved)]))
 
 
 # --- what came of them ----------------------------------------------------------------------------------------------------

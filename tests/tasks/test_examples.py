@@ -1,4 +1,4 @@
-"""The example scripts, run for real on a few rows of real data, a few steps with a teleport in them.
+"""The tasks of `hf-teleport train`, run for real on a few rows of real data, a few steps with a teleport in them.
 
 Sounds alone are made here, for there are no real ones at hand.
 """
@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import runpy
 import subprocess
 import sys
 import wave
@@ -85,12 +84,10 @@ def words(**settings):
     return [str(word) for name, value in {**SHORT, **settings}.items() for word in (f"--{name}", value)]
 
 
-def script(task, argv, monkeypatch):
-    """Run a script as `python` does, in this process: the import of Transformers takes longer than the rest."""
-    path = ROOT / "scripts" / "examples" / f"run_{task}.py"
-    monkeypatch.setattr(sys, "argv", [str(path), *argv])
+def command(task, argv, monkeypatch):
+    """Run `hf-teleport train`, in this process: the import of Transformers takes longer than the rest."""
     monkeypatch.chdir(ROOT)
-    runpy.run_path(str(path), run_name="__main__")
+    assert main(["train", task, *argv]) == 0
 
 
 def history(folder):
@@ -115,9 +112,9 @@ def check_run(folder, steps=3, teleports=(1,)):
 
 @needs_data
 @pytest.mark.parametrize("task", EXAMPLES)
-def test_a_script_trains_teleports_evaluates_and_saves(task, tmp_path, monkeypatch):
+def test_a_task_trains_teleports_evaluates_and_saves(task, tmp_path, monkeypatch):
     config, sizes, auto = EXAMPLES[task]
-    script(task, [f"configs/examples/{config}.yaml", *words(output_dir=tmp_path, **sizes)], monkeypatch)
+    command(task, [f"configs/examples/{config}.yaml", *words(output_dir=tmp_path, **sizes)], monkeypatch)
     measured = check_run(tmp_path)
     wanted = {
         "clm": "perplexity",
@@ -188,7 +185,15 @@ def test_with_accelerate_on_two_processes(tmp_path):
     launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     done = subprocess.run(
-        [*launch, "scripts/examples/run_clm.py", f"configs/examples/{config}.yaml", *words(output_dir=tmp_path, **sizes)],
+        [
+            *launch,
+            "-m",
+            "hf_teleport.cli",
+            "train",
+            "clm",
+            f"configs/examples/{config}.yaml",
+            *words(output_dir=tmp_path, **sizes),
+        ],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -217,7 +222,7 @@ def test_a_run_is_pushed_with_its_card(tmp_path):
     settings |= {"config_overrides": SMALL_TEXT, "push_to_hub": "true", "hub_model_id": "somebody/example", "save_strategy": "no"}
     with running_hub() as double:
         done = subprocess.run(
-            [sys.executable, "scripts/examples/run_clm.py", *words(output_dir=tmp_path / "run", **settings)],
+            [sys.executable, "-m", "hf_teleport.cli", "train", "clm", *words(output_dir=tmp_path / "run", **settings)],
             capture_output=True,
             text=True,
             cwd=ROOT,
@@ -263,7 +268,7 @@ def test_audio_of_tones_made_here(source, tmp_path, monkeypatch):
         "classifier_proj_size=8,mask_time_prob=0.0"
     )
     argv = words(config_name="wav2vec2", config_overrides=overrides, max_length_seconds=0.1, output_dir=tmp_path / "run", **where)
-    script("audio_classification", argv, monkeypatch)
+    command("audio_classification", argv, monkeypatch)
     measured = check_run(tmp_path / "run")
     assert "eval_accuracy" in measured
     assert transformers.AutoConfig.from_pretrained(tmp_path / "run").label2id == {"high": 0, "low": 1}

@@ -2,6 +2,7 @@
 
 from hf_teleport.lab.data.catalogue import CATALOGUE, Source
 from hf_teleport.lab.data.images import ImageTensors, load_images
+from hf_teleport.lab.data.masking import Masking
 from hf_teleport.lab.data.pipelines import Pipeline, load
 from hf_teleport.lab.data.rows import TensorRows
 from hf_teleport.lab.data.sequences import load_sequences
@@ -11,6 +12,7 @@ from hf_teleport.lab.data.text import Texts, language_model_rows, load_texts, se
 __all__ = [
     "CATALOGUE",
     "ImageTensors",
+    "Masking",
     "Pipeline",
     "SeriesWindows",
     "Source",

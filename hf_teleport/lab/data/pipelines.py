@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, default_data_collator
 
 from hf_teleport.lab.data.catalogue import CATALOGUE, KINDS, Source, find
 from hf_teleport.lab.data.images import load_images
+from hf_teleport.lab.data.masking import Masking
+from hf_teleport.lab.data.rows import TensorRows
 from hf_teleport.lab.data.sequences import load_sequences
 from hf_teleport.lab.data.series import load_series
 from hf_teleport.lab.data.text import (
@@ -31,13 +33,14 @@ class Pipeline:
 
     Attributes:
         kind: 'image' (rows of `pixel_values` and `labels`), 'sequence' (`inputs` and `labels`), 'series' (`inputs` and `labels`),
-            or 'text' (`input_ids` and `labels`).
-        measure: what to report of such data: 'accuracy', 'mean_squared_error' or 'perplexity', by the names of
-            `hf_teleport.metrics`.
+            or 'text' (`input_ids` and `labels`; without labels where words are masked).
+        measure: what to report of such data: 'accuracy', 'mean_squared_error', 'perplexity' or 'masked_perplexity', by the names
+            of `hf_teleport.metrics`.
         train: training rows.
         test: test rows.
         validation: rows held out for choices of settings, where the data have them.
         tokenizer: of text.
+        mask_probability: the share of words that are masked, if there are any.
     """
 
     kind: str
@@ -46,6 +49,17 @@ class Pipeline:
     test: Dataset
     validation: Dataset | None = None
     tokenizer: PreTrainedTokenizerFast | None = None
+    mask_probability: float | None = None
+
+    def collator(self, seed: int) -> Callable[..., Any]:
+        """What makes batches of training rows; the seed decides which words it masks."""
+        if self.mask_probability is None:
+            return default_data_collator
+        return Masking(self.tokenizer, mlm_probability=self.mask_probability, seed=seed)
+
+    def fixed(self, rows: Any) -> Dataset:
+        """Rows as they are evaluated: words that training masks at random are masked once, the same in every run."""
+        return rows if self.mask_probability is None else TensorRows(**self.collator(seed=0)([rows[i] for i in range(len(rows))]))
 
 
 def load(source: str | Source, folder: str | Path | None = None, kind: str | None = None, **options: Any) -> Pipeline:
@@ -63,7 +77,7 @@ def load(source: str | Source, folder: str | Path | None = None, kind: str | Non
             shares (0.6 and 0.2, the rest for the test), columns, split, series_column, as for `load_series`.
             text: text_column, label_column (default: the catalogue's; without one it is for a language model), length (256 tokens
             in a row), vocabulary_size (default: every word of the training text), tokenizer (a folder or Hub id; default: one
-            made from the words of the training text).
+            made from the words of the training text), mask_probability (for a masked language model; default: no masks).
 
     Raises:
         FileNotFoundError: the data are neither here nor within reach.
@@ -138,6 +152,7 @@ def _text(
     length: int = 256,
     vocabulary_size: int | None = None,
     tokenizer: str | Path | None = None,
+    mask_probability: float | None = None,
 ) -> Pipeline:
     label_column = label_column or source.label_column
     parts = load_text_roles(source, text_column, label_column, folder=folder)
@@ -147,15 +162,17 @@ def _text(
     # A tokenizer of words takes them between blanks; any other one finds them in the text as it is.
     if tokens is None or splits_at_blanks(tokens):
         parts = {role: Texts(treebank_words(texts.sentences), texts.labels) for role, texts in parts.items()}
-    tokens = tokens or word_tokenizer(parts["train"].sentences, vocabulary_size, masked=label_column is not None)
+    tokens = tokens or word_tokenizer(parts["train"].sentences, vocabulary_size, masked=bool(label_column or mask_probability))
 
     def rows(texts: Texts) -> Dataset:
-        if label_column is None:
-            return language_model_rows(texts.sentences, tokens, length)
-        return sentence_rows(texts, tokens, length)
+        if label_column is not None:
+            return sentence_rows(texts, tokens, length)
+        blocks = language_model_rows(texts.sentences, tokens, length)
+        return blocks if mask_probability is None else TensorRows(input_ids=blocks.columns["input_ids"])
 
-    measure = "perplexity" if label_column is None else "accuracy"
-    return Pipeline("text", measure, tokenizer=tokens, **{role: rows(texts) for role, texts in parts.items()})
+    measure = "accuracy" if label_column else "masked_perplexity" if mask_probability else "perplexity"
+    made = {role: rows(texts) for role, texts in parts.items()}
+    return Pipeline("text", measure, tokenizer=tokens, mask_probability=mask_probability, **made)
 
 
 _PIPELINES: dict[str, Callable[..., Pipeline]] = {"image": _images, "sequence": _sequences, "series": _series, "text": _text}

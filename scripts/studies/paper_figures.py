@@ -1,7 +1,7 @@
 """Two of the paper's figures from its experiments' settings: what a few eigenvectors capture, and what tau does to a teleport.
 
-    python scripts/paper_figures.py variance configs/paper/cpu/{mnist,cifar10,smnist}_sgd.yaml --output runs/variance.png
-    python scripts/paper_figures.py thresholds configs/paper/cpu/{mnist,cifar10,smnist}_sgd.yaml --output runs/thresholds.png
+    python scripts/studies/paper_figures.py variance configs/paper/cpu/{mnist,cifar10}_sgd.yaml --output runs/variance.png
+    python scripts/studies/paper_figures.py thresholds configs/paper/cpu/{mnist,cifar10}_sgd.yaml --output runs/thresholds.png
 
 Each experiment gives the data, the network, the batch size of a teleport and, for `--train_steps`, the optimizer at the
 paper-like learning rate. The numbers are written beside the figure as a CSV file.
@@ -22,7 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
-from benchmark_contestants import rows_of
+import torch
 from torch import nn
 
 from hf_teleport import TeleportConfig
@@ -47,11 +47,11 @@ def prepared(file: str, train_steps: int) -> tuple[nn.Module, list[Any]]:
     settings |= {"learning_rates": [settings["paper_learning_rate"]], "save_strategy": "no", "eval_strategy": "no"}
     experiment = plan(settings)
     runs = {run.arm: run for run in experiment.runs}
-    data = experiment.task.load()
-    baseline = make_trainer(runs["baseline"], experiment.task, data, {})
+    data = experiment.workload.load()
+    baseline = make_trainer(runs["baseline"], experiment.workload, data, {})
     if train_steps:
         baseline.train()
-    loader = make_trainer(runs["null_space"], experiment.task, data, {}).get_teleport_dataloader(0)
+    loader = make_trainer(runs["null_space"], experiment.workload, data, {}).get_teleport_dataloader(0)
     batches = iter(loader)
     return baseline.model, [next(batches), next(batches)]
 
@@ -71,7 +71,8 @@ def variance(task: str, model: nn.Module, batches: list[Any], args: argparse.Nam
     method, point = surveyed(model, batches[0])
     for layer in method.layers:
         representation = Representation()
-        representation.add(rows_of(layer, point))
+        uses = point.trace.uses[layer.weight][layer.region]
+        representation.add(torch.cat([layer.rows(use.call.projector, use.call.input.detach()) for use in uses], dim=1))
         values, vectors = representation.decompose()
         shares = (values.square().cumsum(-1) / values.square().sum(-1, keepdim=True)).mean(0)
         width = vectors.shape[1]

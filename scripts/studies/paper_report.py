@@ -1,7 +1,7 @@
 """The paper's experiments side by side: one table, one CSV file and one figure from the folders that they left.
 
-    python scripts/paper_report.py runs/cpu/*_sgd runs/cpu/*_adam --output docs/results/paper
-    python scripts/paper_report.py --output docs/results/paper      # the figure again, from the CSV file
+    python scripts/studies/paper_report.py runs/cpu/*_sgd runs/cpu/*_adam --output docs/results/paper
+    python scripts/studies/paper_report.py --output docs/results/paper      # the figure again, from the CSV file
 
 Each experiment is shown at the paper-like learning rate and at the baseline's best one, each arm with the same seeds. Time is CPU
 time of the process, teleports included: other work on the machine does not enter into it.
@@ -17,10 +17,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from grid_report import interval, markdown
 
 from hf_teleport.lab.results import best_rates, curves, evaluations, final, paper_rate
-from hf_teleport.lab.verdict import passage
+from hf_teleport.lab.verdict import interval, passage
 from hf_teleport.reporting.plots import scale_of
 
 HEADER = ["data, optimizer", "rate", "baseline", "null space", "difference", "test, difference", "CPU time", "to baseline's loss"]
@@ -61,11 +60,10 @@ def line(name: str, label: str, frame: pd.DataFrame, rate: float) -> list[str] |
 
 def _signed(differences: np.ndarray) -> str:
     """Mean and 95 % interval; bold where it does not contain zero."""
-    if not np.isfinite(differences).all():
+    found = interval(differences)
+    if found.half is None:
         return "diverged"
-    text = interval(differences, 3)
-    mean, half = (float(part) for part in text.split(" ± "))
-    return f"**{text}**" if abs(mean) > half else text
+    return f"**{found}**" if found.sign else str(found)
 
 
 def draw(shown: dict[str, tuple[Any, dict[str, float]]], path: Path) -> None:
@@ -127,7 +125,7 @@ def main(words: list[str] | None = None) -> str:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     pd.concat(frames).to_csv(args.output.with_suffix(".csv"), index=False, float_format="%.6g")
     draw(shown, args.output.with_suffix(".png"))
-    text = markdown(HEADER, table)
+    text = "\n".join("| " + " | ".join(cells) + " |" for cells in [HEADER, ["---"] * len(HEADER), *table])
     print(text)
     return text
 

@@ -1,8 +1,8 @@
 """What teleportation costs beside a training step: time and peak memory on several models, as ratios.
 
-    python scripts/benchmark.py --json runs/benchmark.json              # about five minutes on two CPU cores
-    python scripts/benchmark.py --models llama-1024x12 --device cuda    # FAMILY-WIDTHxDEPTH, any width and depth
-    python scripts/benchmark.py --models --scaling runs/scaling.png     # only how an event scales, with a CSV beside the plot
+    python scripts/bench/benchmark.py --json runs/benchmark.json              # about five minutes on two CPU cores
+    python scripts/bench/benchmark.py --models llama-1024x12 --device cuda    # FAMILY-WIDTHxDEPTH, any width and depth
+    python scripts/bench/benchmark.py --models --scaling runs/scaling.png     # how an event scales, with a CSV beside the plot
 
 Everything is float32 at tau = 1 on random inputs, of fewer tokens than the width, so that transformers have a null space. The
 contestants take turns, one round after the other; a time is the median over rounds, a ratio the median of each round's ratio.

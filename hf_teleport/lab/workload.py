@@ -1,155 +1,44 @@
 """What is trained on what: the data part and the model part of an experiment."""
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import Dataset, Subset
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoModelForTimeSeriesPrediction,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedModel
 
-from hf_teleport.lab import models  # noqa: F401 - puts the paper's networks into Transformers' Auto classes
 from hf_teleport.lab.data import Pipeline, load
 from hf_teleport.lab.data.catalogue import KINDS, find
 from hf_teleport.lab.keys import require_known
+from hf_teleport.lab.networks import NETWORKS, Network
 
 # What `data.load` takes for each kind of data.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "image": ("image_size", "image_column", "label_column"),
     "sequence": ("length", "image_column", "label_column"),
     "series": ("context", "horizon", "shift", "shares", "columns", "split", "series_column"),
-    "text": ("text_column", "label_column", "length", "vocabulary_size", "tokenizer"),
+    "text": ("text_column", "label_column", "length", "vocabulary_size", "tokenizer", "mask_probability"),
 }
-
 
 # Of a saved model: these must be at least what the data need, those exactly.
 _ROOM = ("vocab_size", "max_position_embeddings", "length")
-_EXACT = ("image_size", "num_channels", "input_size")
+_EXACT = ("image_size", "num_channels", "input_size", "channels", "context", "horizon")
+
+# Of the words, as for BERT.
+_MASKED_SHARE = 0.15
 
 
 @dataclass(frozen=True)
-class Network:
-    """A model of Transformers or one of the paper's, which are registered there.
-
-    Attributes:
-        kind: of the data that it takes.
-        model_type: the name of its config.
-        auto: the class that makes or loads it, by its config.
-        from_data: the settings of its config that the data decide.
-    """
-
-    kind: str
-    model_type: str
-    auto: Any
-    from_data: Callable[[Pipeline], dict[str, Any]]
-
-    @property
-    def classifies(self) -> bool:
-        """Whether its rows have one class each."""
-        return self.auto in (AutoModelForImageClassification, AutoModelForSequenceClassification)
-
-    def sizes(self) -> list[str]:
-        """Names of the settings of its config, from the inputs' to the labels'."""
-        bases = [base for base in CONFIG_MAPPING[self.model_type].__mro__ if issubclass(base, PreTrainedConfig)]
-        of_all = inspect.signature(PreTrainedConfig).parameters
-        names = dict.fromkeys(name for base in bases for name in inspect.signature(base).parameters)
-        return [name for name in names if name not in ("kwargs", *of_all)]
-
-    def config(self, **settings: Any) -> PreTrainedConfig:
-        """Its config.
-
-        Raises:
-            ValueError: a value that is not allowed.
-        """
-        # One setting has several names in Transformers, and the later of two would win.
-        names = CONFIG_MAPPING[self.model_type].attribute_map
-        try:
-            return AutoConfig.for_model(self.model_type, **{names.get(name, name): value for name, value in settings.items()})
-        except StrictDataclassError as error:
-            raise ValueError(f"sizes of {self.model_type!r}: {error}") from error
-
-
-def _image(data: Pipeline) -> dict[str, Any]:
-    return {"image_size": data.train[0]["pixel_values"].shape[-1], "num_labels": data.train.num_labels}  # type: ignore[attr-defined]
-
-
-def _image_and_channels(data: Pipeline) -> dict[str, Any]:
-    return {**_image(data), "num_channels": len(data.train[0]["pixel_values"])}
-
-
-def _classes(data: Pipeline) -> dict[str, Any]:
-    labels = data.train.columns["labels"]  # type: ignore[attr-defined]
-    return {"num_labels": int(labels.max()) + 1}
-
-
-def _sequence(data: Pipeline) -> dict[str, Any]:
-    return {**_series(data), **_classes(data)}
-
-
-def _series(data: Pipeline) -> dict[str, Any]:
-    length, channels = data.train[0]["inputs"].shape
-    return {"length": length, "input_size": channels}
-
-
-def _text(data: Pipeline) -> dict[str, Any]:
-    return {"length": len(data.train[0]["input_ids"]), "vocab_size": len(data.tokenizer)}  # type: ignore[arg-type]
-
-
-def _tokens(data: Pipeline) -> dict[str, Any]:
-    sizes, tokenizer = _text(data), data.tokenizer
-    return {
-        "vocab_size": sizes["vocab_size"],
-        "max_position_embeddings": sizes["length"],
-        "pad_token_id": tokenizer.pad_token_id,  # type: ignore[union-attr]
-    }
-
-
-def _next_token(data: Pipeline) -> dict[str, Any]:
-    end = data.tokenizer.eos_token_id  # type: ignore[union-attr]
-    return {**_tokens(data), "bos_token_id": end, "eos_token_id": end, "use_cache": False}
-
-
-def _sentence(data: Pipeline) -> dict[str, Any]:
-    return {**_tokens(data), **_classes(data)}
-
-
-_IMAGES, _TEXTS, _WORDS = AutoModelForImageClassification, AutoModelForSequenceClassification, AutoModelForCausalLM
-
-NETWORKS: dict[str, Network] = {
-    "mlp": Network("image", "teleport-mlp", _IMAGES, _image_and_channels),
-    "cnn": Network("image", "teleport-cnn", _IMAGES, _image),
-    "residual_cnn": Network("image", "teleport-residual-cnn", _IMAGES, _image),
-    "transformer_classifier": Network("sequence", "teleport-sequence-classifier", _TEXTS, _sequence),
-    "transformer_regressor": Network("series", "teleport-sequence-regressor", AutoModelForTimeSeriesPrediction, _series),
-    "transformer_lm": Network("text", "teleport-causal-lm", _WORDS, _text),
-    "llama": Network("text", "llama", _WORDS, _next_token),
-    "gpt2": Network("text", "gpt2", _WORDS, _next_token),
-    "bert": Network("text", "bert", _TEXTS, _sentence),
-    "vit": Network("image", "vit", _IMAGES, _image_and_channels),
-}
-
-
-@dataclass(frozen=True)
-class Task:
+class Workload:
     """A data set, a network for it, and how much of both.
 
     Args:
         dataset: a name of the catalogue, a Hub id, or a local folder, as for `data.load`.
         model: one of the paper's, 'mlp', 'cnn', 'residual_cnn', 'transformer_classifier', 'transformer_regressor' and
-            'transformer_lm', or of Transformers, 'llama', 'gpt2', 'bert' (which classifies) and 'vit'.
+            'transformer_lm'; of Transformers, 'llama', 'qwen3', 'gemma', 'gpt2', 'bert' (which classifies), 'bert_mlm' (which
+            finds masked words) and 'vit'; or 'forecaster', a small transformer that forecasts the next `horizon` steps of series.
         folder: a local copy of what `dataset` names.
         kind: of the data; default: the catalogue's.
         options: of `data.load`, those in `OPTIONS`.
@@ -200,6 +89,11 @@ class Task:
         network.config(**self.sizes)
         if kind == "text":
             self._check_classes()
+        share = self.options.get("mask_probability", _MASKED_SHARE)
+        if "mask_probability" in self.options and not network.is_masked:
+            raise ValueError(f"mask_probability = {share!r} is not allowed with model = {self.model!r}; allowed: bert_mlm.")
+        if not isinstance(share, (int, float)) or not 0 < share < 1:
+            raise ValueError(f"mask_probability = {share!r} is not allowed; allowed: a number between 0 and 1.")
         if self.pretrained is not None:
             self._check_pretrained()
         for name in ("train_rows", "test_rows", "train_loss_rows"):
@@ -251,8 +145,10 @@ class Task:
         Raises:
             FileNotFoundError, ValueError: as `data.load`.
         """
-        trained = {"tokenizer": self.pretrained} if self.pretrained and self.network.kind == "text" else {}
-        return load(self.dataset, self.folder, self.kind, **{**trained, **self.options})
+        own: dict[str, Any] = {"tokenizer": self.pretrained} if self.pretrained and self.network.kind == "text" else {}
+        if self.network.is_masked:
+            own["mask_probability"] = _MASKED_SHARE
+        return load(self.dataset, self.folder, self.kind, **{**own, **self.options})
 
     def make_model(self, data: Pipeline) -> PreTrainedModel:
         """A fresh model, with random weights from torch's generator; or the saved one, with a head that fits the data.

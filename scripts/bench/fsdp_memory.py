@@ -1,6 +1,6 @@
 """Memory that an event takes under FSDP2, with weights that stay sharded and with weights gathered whole: peak RSS of a process.
 
-    python scripts/fsdp_memory.py --processes 2
+    python scripts/bench/fsdp_memory.py --processes 2
 
 Prints for each way the peak beyond what a process held before the event, in MB and in sizes of the whole model. Linux only.
 """

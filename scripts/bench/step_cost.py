@@ -1,6 +1,6 @@
 """Does a change of basis make the steps after it slower? Times training steps of one model with and without it, side by side.
 
-python scripts/step_cost.py --hidden_size 256 --layers 4
+python scripts/bench/step_cost.py --hidden_size 256 --layers 4
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """How the time of an event's decompositions falls with the number of processes: measured here, and computed for a 7B Llama.
 
-    python scripts/benchmark_ranks.py --json runs/ranks.json
+    python scripts/bench/benchmark_ranks.py --json runs/ranks.json
 
 Measured: the null spaces at tau = 0.99 of as many layers as a small Llama has, from Gram matrices, by 1, 2 and 4 gloo processes
 of one thread each. The time is CPU time of the process that needs the most, so that processes may be more than cores.

@@ -1,8 +1,0 @@
-"""`hf-teleport train audio_classification` as a script, for `accelerate launch`."""
-
-import sys
-
-from hf_teleport.tasks.audio_classification import main
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
