@@ -100,9 +100,9 @@ class BasisTurn(TurningMethod):
         self.reports = describe(self.model, point, self.config)
         immovable = {parameter: report.reason for parameter, report in self.reports.items() if report.reason}
         self._immovable = frozenset(map(self.weights.origin, immovable))
-        if known := self.tracker.known(self._immovable):
-            self._tracked = {symmetry.of(self.weights.stand_in): symmetry for symmetry in known}
-            symmetries = list(self._tracked)
+        known = {s.of(self.weights.stand_in): s for s in self.tracker.known(self._immovable)}
+        if known and all(symmetry.reason or symmetry.holds for symmetry in known):
+            self._tracked, symmetries = known, list(known)
             reasons = {self.weights.stand_in(parameter): reason for parameter, reason in self.tracker.reasons.items()}
         else:
             round_gains = self.config.blocking_gains == "round"

@@ -85,7 +85,7 @@ def _folded_gains(symmetries: Iterable[Symmetry]) -> Factors:
     """What folding all gains does to gradients: `W' = W diag(g)` has `G diag(1/g)`, and a norm's bias `b / g` has `G g`."""
     factors: Factors = defaultdict(list)
     for fold in {fold.norm.gain: fold for symmetry in symmetries for fold in symmetry.folds}.values():
-        gain = effective(fold.norm)
+        gain = _whole(effective(fold.norm))
         for parameter, dim, elements in fold.readers:
             factors[parameter].append((dim, 1 / gain[elements.to(gain.device)]))
         if fold.norm.bias is not None:
@@ -100,7 +100,7 @@ def _moment(gradient: Any, part: Part, factors: list[tuple[int, Tensor]]) -> Ten
         # The rows of the first axis are spread over the ranks. Along another axis each rank adds up what it has.
         spread = part.dim != 0 and tuple(gradient.placements) == (Split(0),)
         mesh = gradient.device_mesh if spread else None
-        gradient = gradient.to_local() if spread else gradient.full_tensor()
+        gradient = gradient.to_local() if spread else _whole(gradient)
     gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     for dim, along in factors:
         own = along if mesh is None or dim != 0 else _own_rows(along, mesh.size(), mesh.get_local_rank())
@@ -110,6 +110,10 @@ def _moment(gradient: Any, part: Part, factors: list[tuple[int, Tensor]]) -> Ten
     if mesh is not None:
         dist.all_reduce(moment, group=mesh.get_group())
     return moment
+
+
+def _whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _own_rows(factors: Tensor, size: int, rank: int) -> Tensor:

@@ -38,8 +38,8 @@ class Tracker:
         Args:
             immovable: parameters that must stay; others than last time may free a symmetry, or stop one.
         """
-        holds = immovable == self._immovable and all(UNUSED not in symmetry.reason for symmetry in self._all)
-        return self._all if holds and all(symmetry.reason or symmetry.holds for symmetry in self._all) else []
+        used = all(UNUSED not in symmetry.reason for symmetry in self._all)
+        return self._all if used and immovable == self._immovable else []
 
     @property
     def seen(self) -> bool:
