@@ -13,13 +13,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from hf_teleport.config import TeleportConfig, parse_epochs
 
 
-def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int) -> dict[int, int]:
+def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int, prefix: str = "") -> dict[int, int]:
     """The optimizer steps before which to teleport, each with the epoch it belongs to.
 
     Args:
         config: `epochs`, `warmup_steps`, `steps` and `every_steps` are read.
         steps_per_epoch: optimizer steps in one epoch.
         max_steps: optimizer steps in the whole run.
+        prefix: of the settings' names in messages, for a user who gave them as training arguments.
 
     Returns:
         `{step: epoch}`, both counted from 0; an event happens just before its step. Empty: never.
@@ -28,13 +29,13 @@ def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int)
         ValueError: a listed epoch or step lies beyond the run, or the warm-up outlasts every scheduled epoch.
     """
     if config.steps is not None:
-        return _repeated(config, _listed(config.steps, max_steps), steps_per_epoch, max_steps)
+        return _repeated(config, _listed(config.steps, max_steps, prefix), steps_per_epoch, max_steps)
     num_epochs = -(-max_steps // steps_per_epoch)
     scheduled = parse_epochs(config.epochs)
     if isinstance(scheduled, int):
         if scheduled > num_epochs:
             warnings.warn(
-                f"teleport epochs = {scheduled} asks for more first epochs than the run has; "
+                f"{prefix or 'teleport '}epochs = {scheduled} asks for more first epochs than the run has; "
                 f"it has {num_epochs}, and each of them will begin with a teleport. If that is not meant, lower it.",
                 stacklevel=2,
             )
@@ -45,7 +46,7 @@ def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int)
         if beyond:
             raise ValueError(
                 f"teleport epochs {beyond} lie beyond the run, which has {num_epochs} epochs (0 to {num_epochs - 1}); "
-                "train for longer or remove them from `epochs`."
+                f"train for longer or remove them from `{prefix}epochs`."
             )
     steps = {}
     for epoch in epochs:
@@ -54,17 +55,17 @@ def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int)
             steps[step] = epoch
     if epochs and not steps:
         raise ValueError(
-            f"warmup_steps = {config.warmup_steps} outlasts every scheduled epoch ({epochs}, {steps_per_epoch} steps "
+            f"{prefix}warmup_steps = {config.warmup_steps} outlasts every scheduled epoch ({epochs}, {steps_per_epoch} steps "
             "each), so no teleport would happen; lower it or schedule later epochs."
         )
     return _repeated(config, list(steps), steps_per_epoch, max_steps)
 
 
-def _listed(steps: list[int], max_steps: int) -> list[int]:
+def _listed(steps: list[int], max_steps: int, prefix: str) -> list[int]:
     if beyond := [step for step in steps if step >= max_steps]:
         raise ValueError(
             f"teleport steps {beyond} lie beyond the run, which has {max_steps} optimizer steps (0 to {max_steps - 1}); "
-            "train for longer or remove them from `steps`."
+            f"train for longer or remove them from `{prefix}steps`."
         )
     return steps
 
