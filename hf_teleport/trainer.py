@@ -27,6 +27,7 @@ from hf_teleport.training.callback import TeleportCallback
 from hf_teleport.training.card import add_to_card
 from hf_teleport.training.drawing import (
     Drawn,
+    EmptyError,
     ReadOnceError,
     draw,
     items_per_sample,
@@ -35,7 +36,7 @@ from hf_teleport.training.drawing import (
     redrawn,
     unless_read_once,
 )
-from hf_teleport.training.plan import EMPTY, Course, Plan, without_a_loss
+from hf_teleport.training.plan import Course, Plan, without_a_loss
 from hf_teleport.training.schedule import upcoming_rates
 from hf_teleport.training.settings import Settings
 from hf_teleport.weights.isolation import own_copy, preserved_generators, preserved_rng, unnoted
@@ -117,7 +118,7 @@ class TeleportMixin(_Base):
         scheduled = self.teleport_config.epochs if self.teleport_config.steps is None else self.teleport_config.steps
         rows = None if self._loads_its_own_way else self.teleport_dataset
         if scheduled and isinstance(rows, Sized) and not len(rows):
-            raise ValueError(EMPTY)
+            raise EmptyError
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -126,7 +127,10 @@ class TeleportMixin(_Base):
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """A training step; before the first micro-batch of a scheduled step, a teleport."""
         if self._plan.due(self.state.global_step):
-            self.teleport()
+            try:
+                self.teleport()
+            except EmptyError as error:  # a stream of rows to teleport on that has come to its end
+                self._tell(f"No teleport before step {self.state.global_step}: {error}", logging.WARNING)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def teleport(self) -> TeleportReport:
@@ -138,6 +142,8 @@ class TeleportMixin(_Base):
         step, plan = self.state.global_step, self._plan
         with preserved_rng():
             drawn = self._draw(plan.settings.num_batches, event=step)
+        if not drawn.batches:
+            raise EmptyError
         if drawn.left_out:
             self._tell(f"Teleport before step {step}: {drawn.left_out} batches with no label to learn from were passed over.")
         for config in plan.settings.each_method():
@@ -197,7 +203,7 @@ class TeleportMixin(_Base):
             unless_read_once(self.train_dataset)
         dataset, collator = own_copy(self.teleport_dataset), own_copy(self.data_collator)
         if dataset is None:
-            raise ValueError(EMPTY)
+            raise EmptyError
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description="teleport")
         else:

@@ -59,6 +59,7 @@ def redrawn(training: Any, batch_size: int | None, ranks: int, seed: int) -> Any
     if not streamed and type(batches) is not BatchSampler:  # rows that it puts together belong together
         parts = [list(keys)[:batch_size] for keys in _shuffled(batches, generator)]
         return DataLoader(rows, batch_sampler=parts, collate_fn=collate, generator=generator)
+    assert isinstance(batches, BatchSampler)
     size = batch_size or batches.batch_size * ranks
     if streamed or isinstance(sampler, (RandomSampler, SequentialSampler)):
         return loader(rows, collate, size, seed)
@@ -77,6 +78,15 @@ def _shuffled(sampler: Any, generator: torch.Generator) -> list[Any]:
     """What a sampler yields, in a random order."""
     keys = list(islice(own_copy(sampler), len(sampler) if isinstance(sampler, Sized) else _KEYS))
     return [keys[i] for i in RandomSampler(keys, generator=generator)] if keys else []
+
+
+class EmptyError(ValueError):
+    """There is nothing to draw batches from, or nothing any more."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the data set to teleport on is empty: pass rows as train_dataset or teleport_dataset, or use plain Trainer."
+        )
 
 
 class ReadOnceError(ValueError):

@@ -19,9 +19,8 @@ from hf_teleport.methods.reasons import NO_STEP
 from hf_teleport.optimizers.state import keeps_copies, unwrapped
 from hf_teleport.report import share
 from hf_teleport.teleporter import Teleporter
+from hf_teleport.training.drawing import EmptyError
 from hf_teleport.training.schedule import teleport_steps
-
-EMPTY = "the data set to teleport on is empty: pass rows as train_dataset or teleport_dataset, or use plain Trainer."
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ class Plan:
             if not any(without_a_loss(check) for check in checks):
                 break
         if not checks:
-            raise ValueError(EMPTY)
+            raise EmptyError
         seconds = time.perf_counter() - start
         if not self.upcoming:
             return
