@@ -51,6 +51,10 @@ class TeleportArguments(_Settings):  # type: ignore[misc, valid-type]
             value = settings[name]
             if isinstance(value, list) and len(value) == 1 and not re.fullmatch(r"(?!all-linear$)[\w.-]+", value[0]):
                 settings[name] = value[0]
+        # Of a text that a hyperparameter search tries, Trainer makes a list of its letters.
+        symmetries = settings["symmetries"]
+        if isinstance(symmetries, list) and symmetries and all(len(word) == 1 for word in symmetries):
+            settings["symmetries"] = "".join(symmetries)
         try:
             return TeleportConfig(**settings)
         except ValueError as error:

@@ -46,8 +46,10 @@ def teleports(log_history: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Trainer saves its log with every checkpoint, so that a resumed run has the teleports from before.
     """
-    logged = [entry for entry in log_history if "teleport/loss_before" in entry]
-    return [{key.removeprefix("teleport/"): value for key, value in entry.items()} for entry in logged]
+    # A callback may have written rows of its own there: without a step, or the same once more.
+    logged = [entry for entry in log_history if "teleport/loss_before" in entry and "step" in entry]
+    events = [{key.removeprefix("teleport/"): value for key, value in entry.items()} for entry in logged]
+    return list({identity(event): event for event in events}.values())
 
 
 class Journal:

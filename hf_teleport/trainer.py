@@ -5,8 +5,10 @@
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sized
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,27 +16,36 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import Trainer
 
-from hf_teleport.arguments import TeleportArguments
 from hf_teleport.config import TeleportConfig
-from hf_teleport.event.batches import check_given
+from hf_teleport.event.batches import check_given, num_samples
 from hf_teleport.journal import about, teleports
 from hf_teleport.report import TeleportReport
 from hf_teleport.teleporter import Teleporter
 from hf_teleport.training.callback import TeleportCallback
 from hf_teleport.training.card import add_to_card
-from hf_teleport.training.drawing import draw, loader
-from hf_teleport.training.plan import Course, Plan
+from hf_teleport.training.drawing import (
+    Drawn,
+    EmptyError,
+    ReadOnceError,
+    draw,
+    items_per_sample,
+    loader,
+    overrides,
+    redrawn,
+    unless_read_once,
+)
+from hf_teleport.training.plan import Course, Plan, without_a_loss
 from hf_teleport.training.schedule import upcoming_rates
-from hf_teleport.weights.isolation import own_copy, preserved_rng, unnoted
+from hf_teleport.training.settings import Settings
+from hf_teleport.weights.isolation import own_copy, preserved_generators, preserved_rng, unnoted
 from hf_teleport.weights.ranks import check_strategy
 
 logger = logging.getLogger(__name__)
 
-_EMPTY = "the data set to teleport on is empty: pass rows as train_dataset or teleport_dataset, or use plain Trainer."
+_WAYS_OUT = "Pass rows that data_collator takes as teleport_dataset, or override get_teleport_dataloader to return batches."
 
 # To a type checker the mixin is a Trainer; at run time it may be mixed into any subclass of one.
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -43,12 +54,15 @@ _Base: Any = Trainer if TYPE_CHECKING else object
 class TeleportMixin(_Base):
     """Teleportation for any `Trainer` subclass: `class MySFT(TeleportMixin, SFTTrainer): ...`.
 
+    Settings are read when training begins, and at a teleport by hand. They are those of `teleport_config`, if one was given or
+    assigned later, else the `teleport_...` training arguments as they are by then.
+
     Args:
         teleport_config: the settings; default: those of `args` if it has any, else `TeleportConfig()`.
-        teleport_dataset: rows to draw teleport batches from; default: the training set.
+        teleport_dataset: rows to draw teleport batches from; default: what training loads.
 
     Attributes:
-        teleport_reports: one for each teleport of this run, oldest first.
+        teleport_reports: one for each teleport since training last began, oldest first.
 
     Raises:
         ValueError: `teleport_config` and `args` both have settings, and they differ.
@@ -62,18 +76,27 @@ class TeleportMixin(_Base):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        own = self.args.teleport_config() if isinstance(self.args, TeleportArguments) else TeleportConfig()
-        if teleport_config is not None and own not in (TeleportConfig(), teleport_config):
-            raise ValueError(
-                f"teleport settings are given twice, as {teleport_config.as_python()} and in the training "
-                f"arguments, {own.as_python()}: leave one of them out."
-            )
-        self.teleport_config = teleport_config or own
+        self._settings = Settings(lambda: self.args, teleport_config)
         self._own_teleport_dataset = teleport_dataset
         self.teleport_reports: list[TeleportReport] = []
         self._resumed_from: str | None = None
         self._teleports = TeleportCallback(Plan(self.teleport_config), self._make_plan)
+        self._training = False
+        self._items_per_sample: float | None = None
         self.add_callback(self._teleports)
+
+    @property
+    def teleport_config(self) -> TeleportConfig:
+        """The settings as they are now. To assign None is to go by those of the training arguments.
+
+        Raises:
+            ValueError: those of the training arguments were changed after others had been given here.
+        """
+        return self._settings.read()
+
+    @teleport_config.setter
+    def teleport_config(self, config: TeleportConfig | None) -> None:
+        self._settings.give(config)
 
     @property
     def teleport_dataset(self) -> Any:
@@ -86,47 +109,78 @@ class TeleportMixin(_Base):
 
     @property
     def _plan(self) -> Plan:
+        """That of the run; between runs it is one of the settings as they are now."""
+        if not self._training and self._teleports.plan.config != self.teleport_config:
+            journal, self._teleports.plan = self._teleports.plan.journal, Plan(replace(self.teleport_config))
+            self._teleports.plan.journal = journal
         return self._teleports.plan
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; an empty data set to teleport on is refused at once."""
         scheduled = self.teleport_config.epochs if self.teleport_config.steps is None else self.teleport_config.steps
-        if scheduled and isinstance(self.teleport_dataset, Sized) and not len(self.teleport_dataset):
-            raise ValueError(_EMPTY)
-        return super().train(*args, **kwargs)
+        rows = None if self._loads_its_own_way else self.teleport_dataset
+        if scheduled and isinstance(rows, Sized) and not len(rows):
+            raise EmptyError
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._training = False
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """A training step; before the first micro-batch of a scheduled step, a teleport."""
         if self._plan.due(self.state.global_step):
-            self.teleport()
+            try:
+                self.teleport()
+            except EmptyError as error:  # a stream of rows to teleport on that has come to its end
+                self._tell(f"No teleport before step {self.state.global_step}: {error}", logging.WARNING)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def teleport(self) -> TeleportReport:
-        """Teleport the model now, log what came of it, and return the report: that of the last method, if there are several."""
+        """Teleport the model now, log what came of it, and return the report: that of the last method, if there are several.
+
+        Raises:
+            ValueError: there is nothing to draw batches from.
+        """
         step, plan = self.state.global_step, self._plan
         with preserved_rng():
-            batches, held_back = self._teleport_batches(plan.num_batches, event=step)
+            drawn = self._draw(plan.num_batches, event=step)
+        if not drawn.batches:
+            raise EmptyError
+        if drawn.left_out:
+            self._tell(f"Teleport before step {step}: {drawn.left_out} batches with no label to learn from were passed over.")
         for config in plan.settings.each_method():
-            with self._teleport_bar(step) as progress, preserved_rng():
+            with self._teleport_bar(step) as progress, preserved_rng(), unnoted(self):
                 teleporter = self._teleporter(plan, config, progress)
-                report = teleporter.teleport(batches, self._teleport_loss, held_back)
+                report = self._teleport_on(teleporter, drawn.batches, drawn.held_back)
             self.teleport_reports.append(report)
             plan.rate_factor = report.matched_rate
             if self.is_world_process_zero():
                 run = about(teleporter.model, self.args, plan.config, plan.settled)
-                plan.journal.add(self.args.output_dir, step, self.state.epoch, report, run)
+                plan.journal.add(self._teleport_folder, step, self.state.epoch, report, run)
             should_log = self.control.should_log
-            with unnoted(self):
-                self.log({f"teleport/{name}": value for name, value in report.metrics().items()})
+            # Trainer's own: a `log` that a subclass overrides may count on what training's rows have, and clear what it gathers.
+            Trainer.log(self, {f"teleport/{name}": value for name, value in report.metrics().items()})
             self.control.should_log = should_log  # which a log clears: this one is not the one that was asked for
             self._tell(f"Teleport before step {step}: {report.summary()}")
         return report
+
+    def _teleport_on(self, teleporter: Teleporter, batches: list[Any], held_back: Any) -> TeleportReport:
+        """An event, and if some batches have no loss while others do, once more without them."""
+        report = teleporter.teleport(batches, self._teleport_loss, held_back)
+        if report.stopped_because != "non_finite" or not math.isnan(report.loss_before):
+            return report
+        sound = [batch for batch in batches if not without_a_loss(teleporter.check(batch, self._teleport_loss))]
+        if not sound or len(sound) == len(batches):
+            return report
+        line = f"{len(batches) - len(sound)} of {len(batches)} teleport batches were left out: their loss is not a number"
+        self._tell(f"{line}, as the mean over no items is not.", logging.WARNING)
+        return teleporter.teleport(sound, self._teleport_loss, held_back)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As Trainer's, with a section on the teleports of this run, those before it was resumed included."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            add_to_card(Path(self.args.output_dir, "README.md"), self.teleport_config, teleports(self.state.log_history))
+            add_to_card(Path(self.args.output_dir, "README.md"), self._plan.config, teleports(self.state.log_history))
 
     def _teleporter(self, plan: Plan, config: TeleportConfig, progress: Any = None) -> Teleporter:
         rates = upcoming_rates(self.lr_scheduler)
@@ -141,37 +195,69 @@ class TeleportMixin(_Base):
         super()._load_optimizer_and_scheduler(checkpoint)
         self._resumed_from = checkpoint  # before the run has a plan
 
-    def get_teleport_dataloader(self, event: int) -> DataLoader:
+    def get_teleport_dataloader(self, event: int) -> Iterable[Any]:
         """Batches for the teleport before step `event`: drawn at random by a generator of their own.
 
-        Every process draws the same batches, and takes its share of each. A stream gives its first rows; one that can be
-        read only once needs a `teleport_dataset` beside it. Override this to choose batches otherwise.
+        They are of `teleport_dataset`, else of what training loads: a `get_train_dataloader` or `_get_train_sampler` that is
+        overridden says which rows there are. Every process draws the same batches, and takes its share of each. A stream gives
+        its first rows. Override this to choose batches otherwise.
 
         Raises:
-            ValueError: there is no data set.
+            ValueError: there is no data set, or training reads one that can be read only once.
         """
+        config = self._plan.config
+        seed = config.seed + event
+        if self._loads_its_own_way:
+            return redrawn(unless_read_once(self._train_loader()), config.batch_size, self.args.world_size, seed)
+        if self._own_teleport_dataset is None:
+            unless_read_once(self.train_dataset)
         dataset, collator = own_copy(self.teleport_dataset), own_copy(self.data_collator)
         if dataset is None:
-            raise ValueError(_EMPTY)
+            raise EmptyError
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description="teleport")
         else:
             collator = self._get_collator_with_removed_columns(collator, description="teleport")
-        batch_size = self.teleport_config.batch_size or self._train_batch_size * self.args.world_size
-        return loader(dataset, collator, batch_size, seed=self.teleport_config.seed + event)
+        return loader(dataset, collator, config.batch_size or self._train_batch_size * self.args.world_size, seed)
 
-    def _teleport_batches(self, count: int, event: int) -> tuple[list[Any], Any]:
-        """This process's share of so many batches, and of one more to hold back: None if the data gives no more."""
+    @property
+    def _loads_its_own_way(self) -> bool:
+        """Whether batches are those of a loader or sampler of the user's own."""
+        own = overrides(self, Trainer, "get_train_dataloader") or overrides(self, Trainer, "_get_train_sampler")
+        return own and self._own_teleport_dataset is None
+
+    def _train_loader(self) -> Any:
+        """The one that training goes through now, for a user's own may be dear to make or count its calls."""
+        return self.callback_handler.train_dataloader if self._training else self.get_train_dataloader()
+
+    def _draw(self, count: int, event: int) -> Drawn:
+        """This process's share of so many batches, and of one more to hold back."""
+        shifted = getattr(self, "_loss_shifts_labels", False)
         # Collators that draw random numbers (masked language modelling) draw the same for the same event.
-        torch.manual_seed(self.teleport_config.seed + event)
-        return draw(self.get_teleport_dataloader(event), count, self.args.process_index, self.args.world_size)
+        torch.manual_seed(self._plan.config.seed + event)
+        with preserved_generators(self):
+            try:
+                batches = self.get_teleport_dataloader(event)
+                drawn = draw(batches, count, self.args.process_index, self.args.world_size, shifted)
+            except Exception as error:
+                error.add_note(f"Teleport batches were being drawn. {_WAYS_OUT}")
+                raise
+        counts = [self._num_items(batch) for batch in drawn.batches]
+        self._items_per_sample = None if self.args.n_gpu > 1 else items_per_sample(drawn.batches, counts)
+        return drawn
+
+    def _num_items(self, batch: Any) -> Any:
+        # Trainer's own: a method that a subclass overrides may count its calls.
+        return Trainer.get_batch_samples(self, iter([batch]), 1, self.args.device)[1]
 
     def _teleport_loss(self, model: nn.Module, batch: Any) -> Tensor:
         batch = self._prepare_inputs(batch)  # here, so that one batch at a time is on the device
-        # As in training: the loss is a mean over the batch's items, and compute_loss may take the labels out of the batch.
-        _, count = self.get_batch_samples(iter([batch]), 1, self.args.device)
-        with unnoted(self):
-            return self.compute_loss(model, dict(batch) if isinstance(batch, Mapping) else batch, num_items_in_batch=count)
+        # As in training: a loss that is divided by a number of items counts each item of an event alike, in whichever batch.
+        count, samples = self._num_items(batch), num_samples(batch)
+        if count is not None and self._items_per_sample is not None and samples is not None:
+            count = torch.full_like(count, self._items_per_sample * samples, dtype=torch.float32)
+        # compute_loss may take the labels out of the batch.
+        return self.compute_loss(model, dict(batch) if isinstance(batch, Mapping) else batch, num_items_in_batch=count)
 
     @contextmanager
     def _teleport_bar(self, at: int) -> Iterator[Any]:
@@ -193,32 +279,46 @@ class TeleportMixin(_Base):
         else:
             tqdm.write(line)
 
+    @property
+    def _teleport_folder(self) -> str:
+        """Where the run's files are; each trial of a hyperparameter search has a folder of its own."""
+        return self._get_output_dir(getattr(self, "_trial", None))
+
     def _make_plan(self, train_dataloader: Any) -> Plan:
         """The plan of a run that begins, or goes on: its schedule, and what can be found out before the first step.
 
         Raises:
-            ValueError: as `Plan` and `Plan.judge`; an empty data set, or batches that are generated.
+            ValueError: as `Plan` and `Plan.judge`; or batches that are generated.
         """
         _, steps_per_epoch, *_, max_steps = self.set_initial_training_values(self.args, train_dataloader)
         samples = self.args.train_batch_size * self.args.world_size
         course = Course(
             steps_per_epoch, max_steps, self.state.global_step, samples * self.args.gradient_accumulation_steps, samples
         )
-        plan = Plan(self.teleport_config, course, self.state.log_history)
-        plan.journal.begin(self.args.output_dir, self.state.log_history)
+        # Made anew, so that a setting that was changed in place is looked at too.
+        plan = Plan(replace(self.teleport_config), course, self.state.log_history, self._settings.prefix)
+        plan.journal.begin(self._teleport_folder, self.state.log_history)
         if self._resumed_from is not None:
             plan.load(self._resumed_from)
+        self.teleport_reports = []
+        self._teleports.plan, self._training = plan, True
         if plan.upcoming:
             check_strategy(self.accelerator)
             check_given(type(self))
-            with preserved_rng():
-                batches, _ = self._teleport_batches(1, event=plan.upcoming[0])
-                if not batches:
-                    raise ValueError(_EMPTY)
-                plan.judge(batches[0], partial(self._teleporter, plan), self._teleport_loss)
+            try:
+                with preserved_rng(), unnoted(self):
+                    plan.judge(self._candidates(plan), partial(self._teleporter, plan), self._teleport_loss)
+            except ReadOnceError as error:
+                plan.give_up(f"No teleports: {error}")
         for level, line in plan.notes:
             self._tell(line, level)
         return plan
+
+    def _candidates(self, plan: Plan) -> Iterator[Any]:
+        """Batches to judge the first event by; more than one is drawn only if the first is of no use."""
+        event = plan.upcoming[0]
+        yield from self._draw(1, event).batches
+        yield from self._draw(plan.config.num_batches, event).batches[1:]
 
 
 class TeleportTrainer(TeleportMixin, Trainer):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers.modeling_utils
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
 
 from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer, TeleportTrainingArguments
@@ -35,13 +35,13 @@ PHASES = {
     "half_a_step": (Layer, "add_", 2),
     "shortened": (Teleporter, "_shorten", 1),
     "null_space_kept": (Teleporter, "_keep", 1),
-    "logged_between_methods": (TeleportTrainer, "log", 1),
+    "logged_between_methods": (Trainer, "log", 1),
     "basis_chosen": (BasisTurn, "fit", 1),
     "half_a_turn": (turn, "_turn", 5),
     "optimizer_half_turned": (OptimizerState, "turn", 5),
     "reviewed": (BasisTurn, "review", 1),
     "basis_kept": (Teleporter, "_keep", 2),
-    "logged": (TeleportTrainer, "log", 2),
+    "logged": (Trainer, "log", 2),
 }
 WRITERS = {
     "weights": (transformers.modeling_utils, "safe_save_file"),

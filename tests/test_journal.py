@@ -197,6 +197,6 @@ def test_a_weight_of_zeros_moves_by_no_known_share(start, end, by):
 
 def test_before_an_event_nobody_knows(tmp_path):
     trainer = make(tmp_path)
-    batches, _ = trainer._teleport_batches(1, event=0)
-    check = Teleporter(trainer.model).check(batches[0], trainer._teleport_loss)
+    (batch,) = trainer._draw(1, event=0).batches
+    check = Teleporter(trainer.model).check(batch, trainer._teleport_loss)
     assert {asdict(layer)["moved_by"] for layer in check.layers} == {None}

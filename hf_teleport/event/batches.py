@@ -28,6 +28,21 @@ def _sizes(batch: Any) -> Iterator[int | None]:
         yield None
 
 
+def num_items(batch: Any, shifted: bool = False) -> int | None:
+    """How many labels of a batch a loss can learn from, that is, are not -100. None: the batch does not say.
+
+    Args:
+        shifted: the loss compares each position with the label of the next, so that the first label counts for nothing.
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    labels = batch.get("shift_labels", batch.get("labels"))
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.dim():
+        return None
+    counted = labels[..., 1:] if shifted and "shift_labels" not in batch else labels
+    return int(counted.ne(-100).sum())
+
+
 def share_of(batch: Any, index: int, count: int) -> Any:
     """Part `index` of `count` equal parts; the whole batch if it cannot be cut into equal parts."""
     samples = num_samples(batch)

@@ -131,7 +131,8 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _points(rows: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    return [(row["step"], row[name]) for row in rows if isinstance(row.get(name), float | int) and math.isfinite(row[name])]
+    numbers = [row for row in rows if "step" in row and isinstance(row.get(name), float | int)]
+    return [(row["step"], row[name]) for row in numbers if math.isfinite(row[name])]
 
 
 def _mark(axes: Any, events: list[Event]) -> None:

@@ -1,6 +1,7 @@
 """A run's teleports, decided before its first step: when they come, with which settings, and what holds until the first."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -14,13 +15,15 @@ from hf_teleport.config import TeleportConfig
 from hf_teleport.event.check import Check
 from hf_teleport.event.choice import BASIS_STEP, afford
 from hf_teleport.event.cost import LARGE_SHARE, Cost, event_passes, share_of_run
-from hf_teleport.journal import Journal
+from hf_teleport.event.reasons import NO_STEP
+from hf_teleport.journal import Journal, teleports
 from hf_teleport.layers.point import LossFn
 from hf_teleport.methods.basis import BasisTurn
 from hf_teleport.methods.basis.tracker import Tracker
 from hf_teleport.optimizers.state import keeps_copies, unwrapped
 from hf_teleport.report import share
 from hf_teleport.teleporter import Teleporter
+from hf_teleport.training.drawing import EmptyError
 from hf_teleport.training.schedule import teleport_steps
 
 # The file in a checkpoint's folder.
@@ -54,6 +57,7 @@ class Plan:
         config: the settings that were asked for.
         course: None: no run, so no schedule; for teleports by hand.
         log_history: of the run before it was resumed.
+        prefix: of the settings' names in messages, for a user who gave them as training arguments.
 
     Attributes:
         settled: what method 'auto' has come to.
@@ -68,7 +72,13 @@ class Plan:
         ValueError: an impossible schedule.
     """
 
-    def __init__(self, config: TeleportConfig, course: Course | None = None, log_history: Iterable[dict[str, Any]] = ()):
+    def __init__(
+        self,
+        config: TeleportConfig,
+        course: Course | None = None,
+        log_history: Iterable[dict[str, Any]] = (),
+        prefix: str = "",
+    ):
         self.config = config
         self.settled: TeleportConfig | None = None
         self.steps: dict[int, int] = {}
@@ -78,6 +88,7 @@ class Plan:
         self.notes: list[tuple[int, str]] = []
         self.journal = Journal()
         self._course = course
+        self._prefix = prefix
         self._seen = -1
         if course is None:
             return
@@ -86,12 +97,12 @@ class Plan:
         planned = config
         if config.method == "auto":  # if it comes to a change of basis, that is the step it waits for
             planned = replace(config, warmup_steps=max(config.warmup_steps, self._basis_step))
-        self.steps = teleport_steps(planned, course.steps_per_epoch, course.max_steps)
+        self.steps = teleport_steps(planned, course.steps_per_epoch, course.max_steps, prefix)
         epoch = course.start // course.steps_per_epoch * course.steps_per_epoch
         # Resumed in the midst of an epoch whose last event set a rate.
-        for row in log_history:
-            if row["step"] >= epoch and "teleport/loss_before" in row:
-                self.rate_factor = row.get("teleport/matched_rate", 1.0)
+        for event in teleports(log_history):
+            if event["step"] >= epoch:
+                self.rate_factor = event.get("matched_rate", 1.0)
 
     @property
     def settings(self) -> TeleportConfig:
@@ -133,28 +144,40 @@ class Plan:
         if (path := Path(folder, TRACKED)).exists():
             self.tracker.load_state_dict(load_file(path))
 
-    def judge(self, batch: Any, teleporter: Callable[[TeleportConfig], Teleporter], loss_fn: LossFn) -> None:
+    def give_up(self, why: str) -> None:
+        """The run goes on without teleports, and says why."""
+        self.steps = {}
+        self._warn(why)
+
+    def judge(self, batches: Iterable[Any], teleporter: Callable[[TeleportConfig], Teleporter], loss_fn: LossFn) -> None:
         """Find out on a batch whether the events can work, what they cost, and what to say of that.
 
         Args:
+            batches: the first whose loss is a number is looked at; the mean over no items, for instance, is none.
             teleporter: makes one for the run's model and optimizer.
 
         Raises:
-            ValueError: a loss that cannot be teleported, a target module that matches nothing, no weight that may move, or an
-                optimizer that a change of basis does not suit.
+            ValueError: no batch, a loss that cannot be teleported, a target module that matches nothing, no weight that may move,
+                or an optimizer that a change of basis does not suit.
         """
         assert self._course is not None
-        start, auto = time.perf_counter(), self.config.method == "auto"
-        if auto:
-            self._settle(teleporter(self.config), batch, loss_fn, self._course)
-        # Even if the run can't pay for a teleport: a wrong name or a loss that is none is said now, not in the next run.
-        checks = [teleporter(config).check(batch, loss_fn) for config in self.settings.each_method()]
+        auto, checks, start = self.config.method == "auto", [], time.perf_counter()
+        for batch in batches:
+            start = time.perf_counter()
+            self.notes = []
+            if auto:
+                self._settle(teleporter(self.config), batch, loss_fn, self._course)
+            # Even if the run can't pay for a teleport: a wrong name or a loss that is none is said now, not in the next run.
+            checks = [teleporter(config).check(batch, loss_fn) for config in self.settings.each_method()]
+            if not any(without_a_loss(check) for check in checks):
+                break
+        if not checks:
+            raise EmptyError
         seconds = time.perf_counter() - start
         if not self.upcoming:
             return
         if auto and checks[0].immovable:
-            self.steps = {}
-            self._warn(f"Method 'auto': no teleports, for {checks[0].immovable}.")
+            self.give_up(f"Method 'auto': no teleports, for {checks[0].immovable}.")
             return
         if not self._course.start:  # a resumed run has begun, and its events would only warn
             for check in checks:
@@ -166,7 +189,7 @@ class Plan:
     def _settle(self, teleporter: Teleporter, batch: Any, loss_fn: LossFn, course: Course) -> None:
         """Decide for method 'auto' on settings and schedule."""
         chosen, why = teleporter.choose(batch, loss_fn, self._basis_step)
-        steps = teleport_steps(chosen, course.steps_per_epoch, course.max_steps)
+        steps = teleport_steps(chosen, course.steps_per_epoch, course.max_steps, self._prefix)
         budget = self.config.budget
         affordable = afford(chosen, budget, len(steps), self._passes(course.max_steps, course))
         self.settled = affordable or chosen
@@ -210,6 +233,11 @@ class Plan:
 
     def _warn(self, line: str) -> None:
         self.notes.append((logging.WARNING, line))
+
+
+def without_a_loss(check: Check) -> bool:
+    """Whether the loss on the batch is not a number, which it is not if it is a mean over no items."""
+    return math.isnan(check.loss) and check.problem != NO_STEP["out_of_memory"]
 
 
 def cost_warning(costs: list[Cost], events: int, training_passes: float) -> str:

@@ -15,13 +15,14 @@ from hf_teleport.event.choice import BASIS_STEP
 from hf_teleport.settings.values import DOUBLING
 
 
-def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int) -> dict[int, int]:
+def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int, prefix: str = "") -> dict[int, int]:
     """The optimizer steps before which to teleport, each with the epoch it belongs to.
 
     Args:
         config: `epochs`, `warmup_steps`, `steps` and `every_steps` are read.
         steps_per_epoch: optimizer steps in one epoch.
         max_steps: optimizer steps in the whole run.
+        prefix: of the settings' names in messages, for a user who gave them as training arguments.
 
     Returns:
         `{step: epoch}`, both counted from 0; an event happens just before its step. Empty: never.
@@ -30,16 +31,16 @@ def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int)
         ValueError: a listed epoch or step lies beyond the run, or the warm-up outlasts every scheduled epoch.
     """
     if config.steps == DOUBLING or _unscheduled_basis(config):
-        doubled = doubling(config.warmup_steps, steps_per_epoch, max_steps)
+        doubled = doubling(config.warmup_steps, steps_per_epoch, max_steps, prefix)
         return {step: step // steps_per_epoch for step in doubled}
     if config.steps is not None:
-        return _repeated(config, _listed(config.steps, max_steps), steps_per_epoch, max_steps)
+        return _repeated(config, _listed(config.steps, max_steps, prefix), steps_per_epoch, max_steps)
     num_epochs = -(-max_steps // steps_per_epoch)
     scheduled = parse_epochs(config.epochs)
     if isinstance(scheduled, int):
         if scheduled > num_epochs:
             warnings.warn(
-                f"teleport epochs = {scheduled} asks for more first epochs than the run has; "
+                f"{prefix or 'teleport '}epochs = {scheduled} asks for more first epochs than the run has; "
                 f"it has {num_epochs}, and each of them will begin with a teleport. If that is not meant, lower it.",
                 stacklevel=2,
             )
@@ -50,7 +51,7 @@ def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int)
         if beyond:
             raise ValueError(
                 f"teleport epochs {beyond} lie beyond the run, which has {num_epochs} epochs (0 to {num_epochs - 1}); "
-                "train for longer or remove them from `epochs`."
+                f"train for longer or remove them from `{prefix}epochs`."
             )
     steps = {}
     for epoch in epochs:
@@ -59,23 +60,24 @@ def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int)
             steps[step] = epoch
     if epochs and not steps:
         raise ValueError(
-            f"warmup_steps = {config.warmup_steps} outlasts every scheduled epoch ({epochs}, {steps_per_epoch} steps "
+            f"{prefix}warmup_steps = {config.warmup_steps} outlasts every scheduled epoch ({epochs}, {steps_per_epoch} steps "
             "each), so no teleport would happen; lower it or schedule later epochs."
         )
     return _repeated(config, list(steps), steps_per_epoch, max_steps)
 
 
-def doubling(warmup_steps: int, steps_per_epoch: int, max_steps: int) -> list[int]:
+def doubling(warmup_steps: int, steps_per_epoch: int, max_steps: int, prefix: str = "") -> list[int]:
     """Steps 10, 20, 40, ... up to half of the run: gradients change fast at first and slowly later.
 
     Args:
         warmup_steps: the first step, if it is later than 10. A first epoch below 20 steps has its first event in its middle.
+        prefix: what the user writes before the name of a setting.
 
     Raises:
         ValueError: the first step lies beyond the run.
     """
     first = max(warmup_steps, min(BASIS_STEP, steps_per_epoch // 2, max_steps // 2))
-    scheduled = _listed([first], max_steps)
+    scheduled = _listed([first], max_steps, prefix)
     while 0 < 2 * scheduled[-1] <= max_steps // 2:
         scheduled.append(2 * scheduled[-1])
     return scheduled
@@ -89,11 +91,11 @@ def _unscheduled_basis(config: TeleportConfig) -> bool:
     )
 
 
-def _listed(steps: Any, max_steps: int) -> list[int]:
+def _listed(steps: Any, max_steps: int, prefix: str) -> list[int]:
     if beyond := [step for step in steps if step >= max_steps]:
         raise ValueError(
             f"teleport steps {beyond} lie beyond the run, which has {max_steps} optimizer steps (0 to {max_steps - 1}); "
-            "train for longer or remove them from `steps`."
+            f"train for longer or remove them from `{prefix}steps`."
         )
     return steps
 

@@ -2,17 +2,20 @@
 
 import copy
 import random
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
+from functools import partial
+from inspect import getclosurevars
+from itertools import islice
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.utils.checkpoint
-from torch import nn
+from torch import Tensor, nn
 
 from hf_teleport.weights.ranks import Ranks
 from hf_teleport.weights.storage import working_weights
@@ -62,29 +65,115 @@ def seed_everything(seed: int) -> None:
 
 
 def own_copy(source: Any) -> Any:
-    """A data set or collator whose random generators are copies: drawing from them does not move those of training."""
-    own = copy.copy(source)
-    for name, value in list(getattr(own, "__dict__", {}).items()):
-        if isinstance(value, torch.Generator):
-            setattr(own, name, value.clone_state())
-        elif isinstance(value, (np.random.Generator, np.random.RandomState, random.Random)):
-            setattr(own, name, copy.deepcopy(value))
-    return own
+    """A copy of a data set, collator or sampler, so that a place or a count that it keeps does not move on for training.
+
+    The source itself where its class forbids copies, or hands the questions of `copy` on to something else.
+    """
+    try:
+        return copy.copy(source)
+    except Exception:
+        return source
 
 
-# Where TRL's trainers gather what `compute_loss` measures, by mode and name, until `log` averages and clears it.
-_NOTEBOOKS = ("_metrics", "_stored_metrics")
+@contextmanager
+def preserved_generators(*sources: Any) -> Iterator[None]:
+    """The random generators that these objects hold, or their parts do, are in the same state after as before."""
+    put_back = [_rewinding(generator) for generator in _generators(sources)]
+    try:
+        yield
+    finally:
+        for rewind in put_back:
+            rewind()
+
+
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+# How deep to look for generators, and at how many elements of a container: a data set may be a list of a million rows.
+_DEPTH, _FEW = 7, 16
+
+
+def _generators(sources: Iterable[Any]) -> list[Any]:
+    """Those that objects hold, nearest first."""
+    seen: dict[int, Any] = {}
+    level = list(sources)
+    for _ in range(_DEPTH + 1):
+        new = [part for part in level if not isinstance(part, (type, ModuleType, nn.Module, Tensor, np.ndarray))]
+        new = list({id(part): part for part in new if id(part) not in seen}.values())
+        seen |= {id(part): part for part in new}
+        level = [inner for part in new if not isinstance(part, _GENERATORS) for inner in _parts(part)]
+    return [found for found in seen.values() if isinstance(found, _GENERATORS)]
+
+
+def _parts(source: Any) -> list[Any]:
+    if isinstance(source, (list, tuple)):
+        return list(source[:_FEW])
+    if isinstance(source, dict):
+        return list(islice(source.values(), _FEW))
+    if isinstance(source, partial):
+        return [source.func, *source.args, *source.keywords.values()]
+    if isinstance(source, MethodType):
+        return [source.__self__]
+    if isinstance(source, FunctionType):
+        return list(getclosurevars(source).nonlocals.values())
+    return list(getattr(source, "__dict__", {}).values())
+
+
+def _rewinding(generator: Any) -> Callable[[], None]:
+    """What brings a generator back to where it is now."""
+    if isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        return partial(setattr, bits, "state", bits.state)
+    if isinstance(generator, random.Random):
+        return partial(generator.setstate, generator.getstate())
+    return partial(generator.set_state, generator.get_state())
+
+
+# Attributes of a trainer that are data and no notes: copying a list of a million rows takes long.
+_DATA = ("train_dataset", "eval_dataset", "_own_teleport_dataset")
+
+# Elements of a tensor up to which it is taken for a note, such as a sum of losses.
+_SMALL = 2**20
 
 
 @contextmanager
 def unnoted(trainer: Any) -> Iterator[None]:
-    """What a trainer's `compute_loss` and `log` note and clear is not that of training: they get empty notebooks meanwhile."""
-    kept = {name: value for name, value in vars(trainer).items() if name in _NOTEBOOKS}
-    vars(trainer).update({name: defaultdict(lambda: defaultdict(list)) for name in kept})
+    """What a trainer's own code notes on the trainer, or logs, is gone afterwards.
+
+    Inside, `log` does nothing, no callback hears of anything, and the numbers, containers and small tensors among the trainer's
+    attributes are copies. (TRL's trainers gather in such containers what their next `log` averages.)
+    """
+    handler, history, kept = trainer.callback_handler, trainer.state.log_history, dict(vars(trainer))
+    callbacks, rows = handler.callbacks, len(history)
+    notes = {name: _own_notes(value) for name, value in kept.items() if name not in _DATA}
+    vars(trainer).update(notes, log=lambda *args, **kwargs: None)
+    handler.callbacks = []
     try:
         yield
     finally:
+        handler.callbacks = callbacks
+        del history[rows:]
+        # An attribute that is new stays if it is no note: a teacher, for instance, that was loaded at its first use.
+        new = [name for name, value in vars(trainer).items() if name not in kept and isinstance(value, _NOTES)]
+        for name in {"log", *new}:
+            vars(trainer).pop(name, None)
         vars(trainer).update(kept)
+
+
+_CONTAINERS = (dict, list, set, deque, defaultdict, OrderedDict, Counter)
+_NOTES = (int, float, str, Tensor, *_CONTAINERS)
+
+
+def _own_notes(value: Any, depth: int = 3) -> Any:
+    """A copy of containers in containers, and of the small tensors in them; whatever else is shared."""
+    if isinstance(value, Tensor):
+        return value if value.requires_grad or value.numel() > _SMALL else value.clone()
+    if not depth or type(value) not in _CONTAINERS:
+        return value
+    own = copy.copy(value)
+    if isinstance(own, (dict, list)):
+        for place in own if isinstance(own, dict) else range(len(own)):
+            own[place] = _own_notes(value[place], depth - 1)
+    return own
 
 
 @contextmanager

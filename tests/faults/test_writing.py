@@ -23,7 +23,7 @@ def test_a_tracker_that_fails_when_it_is_told_of_a_teleport(tmp_path):
         run.train()
     (report,) = run.teleport_reports
     assert report.steps
-    batches, _ = run._teleport_batches(2, event=6)
+    batches = run._draw(2, event=6).batches
     losses = [loss_at(run.model, run._teleport_loss, batch, seed=0) for batch in batches]
     assert sum(losses) / 2 == pytest.approx(report.loss_before, rel=1e-4)
 

@@ -60,9 +60,9 @@ def test_an_event_looks_at_one_batch_once_training_was_looked_at(tmp_path):
     taken = []
 
     class Counting(TeleportTrainer):
-        def _teleport_batches(self, count, event):
+        def _draw(self, count, event):
             taken.append((event, count))
-            return super()._teleport_batches(count, event)
+            return super()._draw(count, event)
 
     config = following(steps=(0, 4), num_batches=3)
     run(tmp_path, config, trainer_class=Counting).train()
