@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from hf_teleport.cli import main
-from hf_teleport.commands.loading import load_model
+from hf_teleport.inputs.models import load_model
 
 from tiny_models import build
 

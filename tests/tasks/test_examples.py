@@ -443,6 +443,6 @@ def test_a_local_folder_with_a_test_split_is_evaluated_on_it(tmp_path):
 
     for split, count in (("train", 7), ("test", 3)):
         Dataset.from_dict({"text": ["word"] * count}).to_parquet(tmp_path / f"{split}.parquet")
-    tables = load_tables(DataArguments(dataset_name=str(tmp_path), max_train_samples=5))
+    tables = load_tables(DataArguments(dataset_name=str(tmp_path), max_train_samples=5), lambda rows, source: None)
     assert isinstance(tables, DatasetDict)
     assert {name: len(rows) for name, rows in tables.items()} == {"train": 5, "validation": 3}
