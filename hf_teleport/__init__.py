@@ -39,7 +39,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; known are {', '.join(__all__)}")
     globals()[name] = value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     return value
 

@@ -147,7 +147,7 @@ def new_model(auto: Any, config: Any, argument: str) -> Any:
     try:
         return auto.from_config(config) if hasattr(auto, "from_config") else auto(config)
     except Exception as error:  # of whatever layer does not like its sizes
-        raise ValueError(f"{argument} makes no {kind!r} model, change the sizes: {shortened(error)}") from error
+        raise ValueError(f"{argument} makes no {kind!r} model, correct its sizes: {shortened(error)}") from error
 
 
 def _check_memory(name: str, auto: Any, config: Any) -> None:

@@ -113,5 +113,5 @@ def _json(file: Path) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise ValueError(f"the key {twice[0]!r} stands there twice")
+        raise ValueError(f"the key {twice[0]!r} stands there twice, take one out")
     return dict(pairs)

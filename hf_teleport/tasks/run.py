@@ -64,7 +64,7 @@ def checkpoint_of(training: Any) -> str | None:
         return str(asked)
     last = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
     if last and training.process_index == 0:
-        print(f"Going on from {last}. To begin anew: --resume_from_checkpoint false, or another --output_dir.")
+        print(f"Going on from {last}. To begin anew, pass --resume_from_checkpoint false, or another --output_dir.")
     return last
 
 
@@ -76,7 +76,7 @@ def _trained(trainer: Any, checkpoint: str | None) -> Any:
         if checkpoint is None or not re.search("loading state_dict|loaded state dict", str(error)):
             raise
         raise ValueError(
-            f"{checkpoint} is of another model or optimizer than this one. To begin anew: --resume_from_checkpoint false, or "
+            f"{checkpoint} is of another model or optimizer than this one. To begin anew, pass --resume_from_checkpoint false, or "
             "another --output_dir."
         ) from error
 

@@ -245,7 +245,7 @@ def _warn_once(name: str, error: Exception) -> None:
     if name not in _FAILED:
         _FAILED.add(name)
         logger.warning(
-            "The symmetry rule of the operation %r failed with %s: %s. No weight turns wrongly for it, but some symmetries may be "
+            "The symmetry rule of the operation %r failed with %s: %s. No weight turns wrongly for it, but symmetries may be "
             "missed; please report this model.",
             name,
             type(error).__name__,

@@ -278,5 +278,4 @@ def test_a_rule_that_crashes_is_told_once_and_costs_the_symmetry(monkeypatch, ca
             symmetries, _ = find_symmetries(model, lambda model, x: model(x).square().mean(), torch.randn(4, 5))
     (told,) = [record.getMessage() for record in caplog.records if record.name == following.__name__]
     assert "rule of the operation 'tanh' failed with ZeroDivisionError: a fault of the rule" in told
-    assert all("passes through tanh in a form that is not known" in symmetry.reason for symmetry in symmetries)
-    assert symmetries
+    assert any("passes through tanh in a form that is not known" in symmetry.reason for symmetry in symmetries)
