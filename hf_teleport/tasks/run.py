@@ -76,8 +76,8 @@ def _trained(trainer: Any, checkpoint: str | None) -> Any:
         if checkpoint is None or not re.search("loading state_dict|loaded state dict", str(error)):
             raise
         raise ValueError(
-            f"{checkpoint} is of another model or optimizer than this one. To begin anew, pass --resume_from_checkpoint false, or "
-            "another --output_dir."
+            f"{checkpoint} is of another model or optimizer than this one. To begin anew, pass --resume_from_checkpoint false, "
+            "or another --output_dir."
         ) from error
 
 
