@@ -53,7 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
             _print_inspection(arguments, inspection)
         return
     every_symmetry = {"symmetries": list(SYMMETRIES)} if arguments.method == "basis" else {}
-    found = Teleporter(model, TeleportConfig(method=arguments.method, **every_symmetry)).check(batch, synthetic_loss)
+    config = TeleportConfig.from_dict({"method": arguments.method, **every_symmetry})
+    found = Teleporter(model, config).check(batch, synthetic_loss)
     reports: Sequence[Any] = found.symmetries or found.layers
     if arguments.json:
         print(json.dumps([asdict(report) for report in reports], indent=1))

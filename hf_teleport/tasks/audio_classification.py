@@ -64,8 +64,9 @@ def main(argv: list[str]) -> dict[str, float]:
     training_args.remove_unused_columns = False
 
     def check(rows: Any, source: str) -> str:
+        column = file_column(rows, data_args.audio_column_name, Audio, source)
         label_column(rows, data_args.label_column_name, source)
-        return file_column(rows, data_args.audio_column_name, Audio, source)
+        return column
 
     with training_args.main_process_first(desc="data"):
         tables = load_tables(data_args, check, training_args.seed, sound_folders)

@@ -83,8 +83,9 @@ def main(argv: list[str]) -> dict[str, float]:
     training_args.remove_unused_columns = False
 
     def check(rows: Any, source: str) -> str:
+        column = file_column(rows, data_args.image_column_name, Image, source)
         label_column(rows, data_args.label_column_name, source)
-        return file_column(rows, data_args.image_column_name, Image, source)
+        return column
 
     with training_args.main_process_first(desc="data"):
         tables = load_tables(data_args, check, training_args.seed)

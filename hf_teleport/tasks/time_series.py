@@ -79,10 +79,6 @@ def main(argv: list[str]) -> dict[str, float]:
 
     if not (data_args.dataset_name or data_args.train_file):
         raise ValueError("there is no data to train on: give train_file = a .csv, .json or .parquet file, or dataset_name.")
-    source = data_args.dataset_name
-    if source is None:
-        read_rows("train_file", data_args.train_file)  # which says what is wrong with it; the result is cached
-        source = str(Path(data_args.train_file).expanduser().resolve())
     lengths = {name: value for name in ("context_length", "prediction_length") if (value := getattr(data_args, name)) is not None}
     config = make_config(model_args, lengths)
     if config.model_type not in MODELS:
@@ -92,12 +88,17 @@ def main(argv: list[str]) -> dict[str, float]:
             f"{wrong} is not allowed; allowed: { ({name: getattr(config, name) for name in wrong}) }, which the model is made "
             "for. Leave it out, or give a config_name, for a new model."
         )
-    table = Source(source, config=data_args.dataset_config_name)
     with training_args.main_process_first(desc="data"):
+        argument = "dataset_name" if data_args.dataset_name else "train_file"
+        source = str(getattr(data_args, argument))
+        path = Path(source).expanduser()
+        if path.is_file() or argument == "train_file":
+            read_rows(argument, source)  # which says what is wrong with it; the result is cached
+        table = Source(str(path.resolve()) if path.is_file() else source, config=data_args.dataset_config_name)
         try:
             parts = load_series(table, config.context_length, config.prediction_length, data_args.target_columns)
         except ValueError as error:
-            raise ValueError(f"{data_args.dataset_name or data_args.train_file}: {error}") from error
+            raise ValueError(f"{argument} = {source!r}: {error}") from error
     config.num_input_channels = parts[0].values.shape[1]
     limits = (data_args.max_train_samples, data_args.max_eval_samples, data_args.max_eval_samples)
     train, validation, test = (

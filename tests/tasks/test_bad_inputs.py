@@ -149,9 +149,9 @@ def test_images_sounds_and_series(refused):
     Dataset.from_dict({"image": [{"bytes": b"none", "path": None}] * 9, "label": [0, 1, 0] * 3}).to_parquet("i.parquet")
     assert "the image in the data could not be read, take it out" in refused("image_classification", "--train_file", "i.parquet")
     for rows, said in (
-        ("a,b\n" + "x,y\n" * 9, "s.csv: "),
+        ("a,b\n" + "x,y\n" * 9, "train_file = 's.csv': "),
         ("a,b\n" + "1,2\n,3\n" * 99, "has missing or infinite values"),
-        ("a,b\n1,2\n3,4\n", "s.csv: context + horizon = 4 + 2 is not allowed"),
+        ("a,b\n1,2\n3,4\n", "train_file = 's.csv': context + horizon = 4 + 2 is not allowed"),
         ("a,b\n1,é\n".encode("latin-1"), "train_file = 's.csv' is not UTF-8: line 2"),
     ):
         assert said in refused("time_series", "--train_file", write("s.csv", rows))
