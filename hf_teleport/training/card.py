@@ -42,7 +42,7 @@ def section(config: TeleportConfig, events: list[dict[str, Any]]) -> str:
             HEADING,
             "Before some steps of the training, the weights were moved to another place with the same loss: *teleportation* "
             f"([arXiv 2502.11362](https://arxiv.org/abs/2502.11362)), by hf_teleport {__version__}. "
-            + " ".join(f"`{name}`: {_first_sentence(METHODS[name])}" for name in names if name in METHODS),
+            + " ".join(f"`{name}`: {_first_paragraph(METHODS[name])}" for name in names if name in METHODS),
             "\n".join(table),
             "Losses and gradient norms are those of the batches that the teleport was made with; of one that was undone, every "
             "weight was put back. Teleportation changes the values of weights and nothing else: an ordinary Transformers model "
@@ -72,7 +72,7 @@ def add_to_card(path: Path, config: TeleportConfig, events: list[dict[str, Any]]
     card.save(path)
 
 
-def _first_sentence(method: type[Method]) -> str:
+def _first_paragraph(method: type[Method]) -> str:
     return (getdoc(method) or "").partition("\n\n")[0].replace("\n", " ")
 
 
