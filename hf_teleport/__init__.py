@@ -1,11 +1,28 @@
 """Teleportation for Transformers: move a model's weights where the loss stays and the gradient grows, then train on."""
 
-from hf_teleport.arguments import TeleportArguments, TeleportTrainingArguments
-from hf_teleport.config import TeleportConfig
-from hf_teleport.report import LayerReport, TeleportReport
-from hf_teleport.teleporter import Teleporter
-from hf_teleport.trainer import TeleportMixin, TeleportTrainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from hf_teleport.version import __version__
+
+if TYPE_CHECKING:
+    from hf_teleport.arguments import TeleportArguments, TeleportTrainingArguments
+    from hf_teleport.config import TeleportConfig
+    from hf_teleport.report import LayerReport, TeleportReport
+    from hf_teleport.teleporter import Teleporter
+    from hf_teleport.trainer import TeleportMixin, TeleportTrainer
+
+# Imported when they are first asked for: torch and Transformers take seconds, and `hf-teleport --help` needs neither.
+_HOME = {
+    "LayerReport": "report",
+    "TeleportArguments": "arguments",
+    "TeleportConfig": "config",
+    "TeleportMixin": "trainer",
+    "TeleportReport": "report",
+    "TeleportTrainer": "trainer",
+    "TeleportTrainingArguments": "arguments",
+    "Teleporter": "teleporter",
+}
 
 __all__ = [
     "LayerReport",
@@ -18,3 +35,14 @@ __all__ = [
     "Teleporter",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; known are {', '.join(__all__)}")
+    globals()[name] = value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,10 +11,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from hf_teleport.config import TeleportConfig
+from hf_teleport.display.events import COLUMNS, cells, how_many, total_time
+from hf_teleport.display.quantities import count, duration
 from hf_teleport.journal import JOURNAL, Event
 from hf_teleport.reporting import plots
 from hf_teleport.reporting.outcome import STATE, Outcome, outcome
-from hf_teleport.training import summary
 from hf_teleport.version import __version__
 
 REPORT = "report.html"
@@ -121,8 +122,8 @@ def _run(run: Outcome) -> dict[str, Any]:
     return {
         "summary": _summary(run),
         "notes": _notes(run, told),
-        "events": [summary.row(event) for event in events],
-        "event_columns": summary.COLUMNS,
+        "events": [cells(event) for event in events],
+        "event_columns": list(COLUMNS),
         "images": [image for picture in _PICTURES if (image := _drawn(*picture, run))],
         "details": [_details(event) for event in told if event.get("layers") or event.get("symmetries")],
         "layer_columns": _LAYER_COLUMNS,
@@ -136,16 +137,12 @@ def _run(run: Outcome) -> dict[str, Any]:
 
 
 def _summary(run: Outcome) -> list[tuple[str, str]]:
-    spent = f"{summary.seconds(run.events):.2f} s"
     whole = next((row["train_runtime"] for row in reversed(run.log) if row.get("train_runtime")), None)
     rows = [
         ("Model", run.about.get("model", "")),
-        ("Steps", f"{run.step} of {run.max_steps or run.step}" if run.step else ""),
-        ("Teleports", summary.count(run.events)),
-        (
-            "Time in teleports",
-            (f"{spent} of {whole:.2f} s" if whole else spent) if run.events else "",
-        ),
+        ("Steps", f"{count(run.step)} of {count(run.max_steps or run.step)}" if run.step else ""),
+        ("Teleports", how_many(run.events)),
+        ("Time in teleports", f"{total_time(run.events)}{f' of {duration(whole)}' if whole else ''}" if run.events else ""),
     ]
     for key, name in (("loss", "Training loss"), ("grad_norm", "Gradient norm"), ("eval_loss", "Evaluation loss")):
         values = [row[key] for row in run.log if isinstance(row.get(key), float | int)]
@@ -183,8 +180,8 @@ def _layer_row(layer: dict[str, Any]) -> list[str]:
 
 def _symmetry_row(symmetry: dict[str, Any]) -> list[str]:
     size = f"{symmetry['blocks']} x {symmetry['size']}"
-    misalignment = summary.number(symmetry["misalignment"], ".4g", missing="")
-    return [symmetry["name"], symmetry["kind"], size, str(symmetry["weights"]), misalignment, symmetry["reason"]]
+    misalignment = "" if symmetry["misalignment"] is None else f"{symmetry['misalignment']:.4g}"
+    return [symmetry["name"], symmetry["kind"], size, count(symmetry["weights"]), misalignment, symmetry["reason"]]
 
 
 def _changed(config: dict[str, Any]) -> list[str]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hf_teleport.display.quantities import duration
+
 _OF_SYMMETRIES = ("misalignment", "misalignment_after", "angle")
 
 
@@ -152,7 +154,7 @@ class TeleportReport:
         return (
             f"loss {self.loss_before:.6g} -> {self.loss_after:.6g}, "
             f"gradient norm {self.grad_norm_before:.4g} -> {self.grad_norm_after:.4g}, "
-            f"{self.steps} {steps}, {moved} of {len(self.layers)} weights moved, {self.seconds:.2f} s, "
+            f"{self.steps} {steps}, {moved} of {len(self.layers)} weights moved, {duration(self.seconds)}, "
             f"stopped: {self.stopped_because}{' (undone)' if self.rolled_back else ''}"
         )
 

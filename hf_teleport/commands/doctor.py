@@ -1,5 +1,11 @@
-"""Whether all that teleportation needs is here: libraries, devices, processes, the Hub; and what it would do to a model."""
+"""`hf-teleport doctor`: whether all that is needed is here, and what a teleport would do to a model.
 
+It looks at libraries, devices, distributed backends and the Hub. Those that take seconds to import are imported where they are
+looked at.
+"""
+
+import argparse
+import json
 import os
 import platform
 import sys
@@ -7,24 +13,23 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import huggingface_hub
 import psutil
-import torch
-import torch.distributed as dist
-from huggingface_hub import constants
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from torch import nn
 
+from hf_teleport.commands.parser import MODEL, Subparsers, add_command, add_inputs
 from hf_teleport.config import TeleportConfig
-from hf_teleport.inspection import Inspection, inspect_model
-from hf_teleport.layers.point import LossFn
-from hf_teleport.teleporter import Teleporter
+from hf_teleport.display.quantities import size
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hf_teleport.inspection import Inspection
+    from hf_teleport.layers.point import LossFn
 
 _PACKAGE = "hf_teleport"
-_GIB = 2**30
 
 # For those who work on the package.
 _NOT_FOR_USERS = "dev"
@@ -64,6 +69,35 @@ class Prognosis:
     roles: list[str]
     method: str
     why: str
+
+
+def add_to(subparsers: Subparsers) -> None:
+    """Add the parser."""
+    command = add_command(
+        subparsers,
+        "doctor",
+        run,
+        help="whether everything needed is here, and what a teleport would do to a model",
+        description="Looks at libraries, devices, distributed backends and the Hub, and prints a line for each, with the way out "
+        "where it is not as it should be. Exit code 0: all that is required is here, in supported versions; 1: it is not.",
+        epilog="For instance:\n  hf-teleport doctor --model path/to/model",
+    )
+    command.add_argument("--model", help=f"also what would move in it, and what method 'auto' comes to: {MODEL}")
+    add_inputs(command)
+    command.add_argument("--json", action="store_true", help="print JSON instead of lines")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Look and print; returns the exit code."""
+    findings, prognosis = examine(), None
+    if arguments.model:
+        from hf_teleport.inputs.models import model_and_batch
+        from hf_teleport.inputs.synthetic import synthetic_loss
+
+        model, batch = model_and_batch(arguments.model, arguments.set, arguments.data, arguments.batch_size, arguments.length)
+        prognosis = foretell(model, batch, synthetic_loss)
+    print(json.dumps(to_dict(findings, prognosis), indent=1) if arguments.json else "\n".join(sentences(findings, prognosis)))
+    return 0 if healthy(findings) else 1
 
 
 def healthy(findings: Iterable[Finding]) -> bool:
@@ -116,17 +150,19 @@ def _library(requirement: Requirement, optional: bool) -> Finding:
 
 def devices() -> list[Finding]:
     """Cores and memory, and accelerators with theirs."""
+    import torch
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = psutil.virtual_memory()
     found = [
         Finding("CPU", f"{cores} cores, {torch.get_num_threads()} threads used by torch"),
-        Finding("memory", f"{memory.available / _GIB:.1f} GiB free of {memory.total / _GIB:.1f} GiB"),
+        Finding("memory", f"{size(memory.available)} free of {size(memory.total)}"),
     ]
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
-        found.append(Finding(f"cuda:{index}", f"{about.name}, {about.total_memory / _GIB:.1f} GiB"))
+        found.append(Finding(f"cuda:{index}", f"{about.name}, {size(about.total_memory)}"))
     if torch.backends.mps.is_available():
-        found.append(Finding("mps", f"{torch.mps.recommended_max_memory() / _GIB:.1f} GiB"))
+        found.append(Finding("mps", size(torch.mps.recommended_max_memory())))
     if len(found) == 2:
         found.append(Finding("accelerator", "none: everything runs on the CPU"))
     return found
@@ -134,6 +170,9 @@ def devices() -> list[Finding]:
 
 def backends() -> list[Finding]:
     """What several processes can talk by."""
+    import torch
+    import torch.distributed as dist
+
     if not dist.is_available():
         return [Finding("distributed", "", ok=False, advice="this build of torch runs in one process only")]
     there = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
@@ -149,6 +188,9 @@ def hub(timeout: float = 5.0) -> Finding:
     Args:
         timeout: seconds to wait for an answer.
     """
+    import huggingface_hub
+    from huggingface_hub import constants
+
     if huggingface_hub.is_offline_mode():
         return Finding("Hub", "offline mode (HF_HUB_OFFLINE): only what is cached, and local files")
     try:
@@ -159,7 +201,7 @@ def hub(timeout: float = 5.0) -> Finding:
     return Finding("Hub", f"{constants.ENDPOINT} answers")
 
 
-def foretell(model: nn.Module, batch: Any, loss_fn: LossFn) -> Prognosis:
+def foretell(model: "nn.Module", batch: Any, loss_fn: "LossFn") -> Prognosis:
     """What teleportation would do to a model; its weights are afterwards what they were.
 
     Args:
@@ -169,13 +211,18 @@ def foretell(model: nn.Module, batch: Any, loss_fn: LossFn) -> Prognosis:
     Raises:
         ValueError: as `Teleporter.teleport`.
     """
+    import torch
+
+    from hf_teleport.inspection import inspect_model
+    from hf_teleport.teleporter import Teleporter
+
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     inspection = inspect_model(model, batch, loss_fn)
     config, why = Teleporter(model, TeleportConfig(), optimizer=optimizer).choose(batch, loss_fn)
     return Prognosis(_roles(inspection), config.method, why)
 
 
-def _roles(inspection: Inspection) -> list[str]:
+def _roles(inspection: "Inspection") -> list[str]:
     """Of a reason what stands before its colon; `hf-teleport inspect` tells it whole, for each layer."""
     lines = []
     for role in dict.fromkeys(layer.role for layer in inspection.layers):

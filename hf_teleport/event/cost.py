@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_teleport.config import TeleportConfig
+from hf_teleport.display.quantities import duration, size
 from hf_teleport.layers.point import Point
 from hf_teleport.methods import METHODS, Method
 
@@ -49,7 +50,7 @@ class Cost:
         return cls(seconds, event, method.copies(method.config) * trained)
 
     def __str__(self) -> str:
-        return f"{self.event_seconds:.2g} s and {self.event_bytes / 2**30:.2g} GiB beside a batch's activations"
+        return f"{duration(self.event_seconds)} and {size(self.event_bytes)} beside a batch's activations"
 
 
 def share_of_run(event_seconds: float, training_passes: float, pass_seconds: float) -> float:

@@ -11,13 +11,15 @@ from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, 
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
 
 from hf_teleport import TeleportTrainer, TeleportTrainingArguments
+from hf_teleport.inputs.columns import file_column, label_column
+from hf_teleport.inputs.models import from_saved
 from hf_teleport.tasks.arguments import FolderDataArguments, ModelArguments, parse
 from hf_teleport.tasks.image_classification import accuracy
 from hf_teleport.tasks.labels import Labels
 from hf_teleport.tasks.model import make_config, make_model
 from hf_teleport.tasks.run import run
 from hf_teleport.tasks.sound import decode, resample, sound_folders
-from hf_teleport.tasks.tables import load_tables, typed_column
+from hf_teleport.tasks.tables import load_tables
 
 
 @dataclass
@@ -44,7 +46,8 @@ def feature_extractor(model_args: ModelArguments, data_args: AudioArguments, con
     """
     name = data_args.feature_extractor_name or model_args.model_name_or_path
     if name:
-        return AutoFeatureExtractor.from_pretrained(name, revision=model_args.model_revision)
+        argument = "feature_extractor_name" if data_args.feature_extractor_name else "model_name_or_path"
+        return from_saved(AutoFeatureExtractor.from_pretrained, argument, name, revision=model_args.model_revision)
     if type(config) not in FEATURE_EXTRACTOR_MAPPING:
         raise ValueError(
             f"config_name = {config.model_type!r} is not allowed; allowed: one with a feature extractor: wav2vec2, ..."
@@ -60,9 +63,14 @@ def main(argv: list[str]) -> dict[str, float]:
     # Trainer knows the columns by what the model takes, and would drop the sounds before they are turned into features.
     training_args.remove_unused_columns = False
 
+    def check(rows: Any, source: str) -> str:
+        column = file_column(rows, data_args.audio_column_name, Audio, source)
+        label_column(rows, data_args.label_column_name, source)
+        return column
+
     with training_args.main_process_first(desc="data"):
-        tables = load_tables(data_args, training_args.seed, sound_folders)
-    audio = typed_column(tables["train"], data_args.audio_column_name, Audio)
+        tables = load_tables(data_args, check, training_args.seed, sound_folders)
+    audio = check(tables["train"], "the training rows")
     labels = Labels.of(tables["train"], data_args.label_column_name)
     # `datasets` itself decodes by torchcodec, which needs ffmpeg.
     tables = tables.cast_column(audio, Audio(decode=False)).select_columns([audio, labels.column])

@@ -1,14 +1,16 @@
 """Causal language modelling: fine-tune a saved model, or train one from scratch, on a text file or a data set."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, set_seed
 
 from hf_teleport import TeleportTrainer, TeleportTrainingArguments
+from hf_teleport.inputs.columns import text_column
 from hf_teleport.tasks.arguments import DataArguments, TextModelArguments, parse
 from hf_teleport.tasks.model import make_config, make_model, make_tokenizer, token_settings
 from hf_teleport.tasks.run import run
-from hf_teleport.tasks.tables import load_tables, text_column
+from hf_teleport.tasks.tables import load_tables
 from hf_teleport.tasks.text import blocks, row_length
 
 
@@ -31,8 +33,12 @@ def main(argv: list[str]) -> dict[str, float]:
     set_seed(training_args.seed)
 
     with training_args.main_process_first(desc="data"):
-        tables = load_tables(data_args, training_args.seed)
-        column = text_column(tables["train"], data_args.text_column_name)
+
+        def check(rows: Any, source: str) -> None:
+            text_column(rows, data_args.text_column_name, source)
+
+        tables = load_tables(data_args, check, training_args.seed)
+        column = text_column(tables["train"], data_args.text_column_name, "the training rows")
         tokenizer = make_tokenizer(model_args, lambda: list(tables["train"][column]))
         config = make_config(model_args, token_settings(tokenizer))
         length = row_length("block_size", data_args.block_size, 1024, config, tokenizer)

@@ -7,12 +7,12 @@ import numpy as np
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction, set_seed
 
 from hf_teleport import TeleportTrainer, TeleportTrainingArguments
-from hf_teleport.lab.data.rows import require_column
+from hf_teleport.inputs.columns import label_column, text_column
 from hf_teleport.tasks.arguments import DataArguments, TextModelArguments, parse
 from hf_teleport.tasks.labels import Labels
 from hf_teleport.tasks.model import make_config, make_model, make_tokenizer, token_settings
 from hf_teleport.tasks.run import run
-from hf_teleport.tasks.tables import load_tables, text_column
+from hf_teleport.tasks.tables import load_tables
 from hf_teleport.tasks.text import row_length
 
 GLUE = {
@@ -33,7 +33,7 @@ class GlueArguments(DataArguments):
     """The task or its columns, and the length of a row.
 
     Raises:
-        ValueError: an unknown task.
+        ValueError: an unknown task, or more than two columns of text.
     """
 
     task_name: str | None = field(default=None, metadata={"help": f"A GLUE task of the Hub: {', '.join(GLUE)}."})
@@ -49,6 +49,8 @@ class GlueArguments(DataArguments):
     def __post_init__(self) -> None:
         if self.task_name is not None and self.task_name not in GLUE:
             raise ValueError(f"task_name = {self.task_name!r} is not allowed; allowed: one of {list(GLUE)}.")
+        if self.text_column_names is not None and not 1 <= len(self.text_column_names) <= 2:
+            raise ValueError(f"text_column_names = {self.text_column_names} is not allowed; allowed: one or two columns.")
         if self.task_name and not (self.dataset_name or self.train_file):
             self.dataset_name, self.dataset_config_name = "nyu-mll/glue", self.task_name
 
@@ -78,10 +80,14 @@ def main(argv: list[str]) -> dict[str, float]:
     set_seed(training_args.seed)
 
     with training_args.main_process_first(desc="data"):
-        tables = load_tables(data_args, training_args.seed)
-        columns = data_args.text_column_names or GLUE.get(data_args.task_name, [text_column(tables["train"], None)])
-        for column in columns:
-            require_column(tables["train"], column)
+        asked = data_args.text_column_names or GLUE.get(str(data_args.task_name), [None])
+
+        def check(rows: Any, source: str) -> list[str]:
+            label_column(rows, data_args.label_column_name, source)
+            return [text_column(rows, name, source) for name in asked]
+
+        tables = load_tables(data_args, check, training_args.seed)
+        columns = check(tables["train"], "the training rows")
         labels = Labels.of(tables["train"], data_args.label_column_name)
         tokenizer = make_tokenizer(
             model_args, lambda: [text for column in columns for text in tables["train"][column]], masked=True

@@ -9,11 +9,14 @@ from datasets import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction, ViTImageProcessor, set_seed
 
 from hf_teleport import TeleportTrainer, TeleportTrainingArguments
+from hf_teleport.inputs.columns import file_column, label_column
+from hf_teleport.inputs.models import from_saved
+from hf_teleport.inputs.rows import shortened
 from hf_teleport.tasks.arguments import FolderDataArguments, ModelArguments, parse
 from hf_teleport.tasks.labels import Labels
 from hf_teleport.tasks.model import make_config, make_model
 from hf_teleport.tasks.run import run
-from hf_teleport.tasks.tables import load_tables, typed_column
+from hf_teleport.tasks.tables import load_tables
 
 
 @dataclass
@@ -36,7 +39,8 @@ def image_processor(model_args: ModelArguments, data_args: ImageArguments, confi
     """The saved one, or one that resizes to the config's size and scales pixels to between -1 and 1."""
     name = data_args.image_processor_name or model_args.model_name_or_path
     if name:
-        return AutoImageProcessor.from_pretrained(name, revision=model_args.model_revision)
+        argument = "image_processor_name" if data_args.image_processor_name else "model_name_or_path"
+        return from_saved(AutoImageProcessor.from_pretrained, argument, name, revision=model_args.model_revision)
     size = data_args.image_size or getattr(config, "image_size", 224)
     return ViTImageProcessor(size={"height": size, "width": size})
 
@@ -44,6 +48,22 @@ def image_processor(model_args: ModelArguments, data_args: ImageArguments, confi
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of right classes."""
     return {"accuracy": float(np.mean(np.argmax(prediction.predictions, axis=-1) == prediction.label_ids))}
+
+
+def decode(entry: dict[str, Any]) -> Any:
+    """A picture, by Pillow.
+
+    Args:
+        entry: `bytes` of an image file, or its `path`.
+
+    Raises:
+        ValueError: it is no image that can be read.
+    """
+    try:
+        return Image().decode_example(entry)
+    except (OSError, ValueError) as error:
+        place = entry.get("path") or "in the data"
+        raise ValueError(f"the image {place} could not be read, take it out: {shortened(error)}") from error
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -62,18 +82,23 @@ def main(argv: list[str]) -> dict[str, float]:
     # Trainer knows the columns by what the model takes, and would drop the images before they are turned into pixels.
     training_args.remove_unused_columns = False
 
+    def check(rows: Any, source: str) -> str:
+        column = file_column(rows, data_args.image_column_name, Image, source)
+        label_column(rows, data_args.label_column_name, source)
+        return column
+
     with training_args.main_process_first(desc="data"):
-        tables = load_tables(data_args, training_args.seed)
-    image = typed_column(tables["train"], data_args.image_column_name, Image)
+        tables = load_tables(data_args, check, training_args.seed)
+    image = check(tables["train"], "the training rows")
     labels = Labels.of(tables["train"], data_args.label_column_name)
     # A parquet file that `datasets` did not write has the encoded bytes without their type.
-    tables = tables.cast_column(image, Image()).select_columns([image, labels.column])
+    tables = tables.cast_column(image, Image(decode=False)).select_columns([image, labels.column])
     fresh = {"image_size": data_args.image_size} if data_args.image_size else {}
     config = make_config(model_args, fresh, **labels.settings)
     processor = image_processor(model_args, data_args, config)
 
     def pixels(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        pictures = [picture.convert("RGB") for picture in rows[image]]
+        pictures = [decode(entry).convert("RGB") for entry in rows[image]]
         return {**processor(pictures, return_tensors="pt"), "labels": labels.numbers(rows[labels.column])}
 
     tables.set_transform(pixels)

@@ -5,7 +5,10 @@ from typing import Any
 
 from datasets import ClassLabel
 
-from hf_teleport.lab.data.rows import require_column
+from hf_teleport.inputs.columns import label_column
+
+# Up to so many times as many numbers as classes: a file may lack some classes that the model is to know.
+_SPARSE = 1000
 
 
 @dataclass(frozen=True)
@@ -24,19 +27,17 @@ class Labels:
 
     @classmethod
     def of(cls, rows: Any, column: str | None = None) -> "Labels":
-        """Those of a column; None: the first of the type `ClassLabel`, or the one named 'label'.
+        """Those of a column; None: as `label_column` finds it.
 
         Raises:
-            ValueError: no such column, a single class, or labels below 0 (unlabelled test sets have -1).
+            ValueError: as `label_column`, a single class, or classes by numbers that are below 0 (unlabelled test sets have -1)
+                or leave most numbers out.
         """
-        if column is None:
-            typed = [name for name, kind in rows.features.items() if isinstance(kind, ClassLabel)]
-            column = typed[0] if typed else "label"
-        require_column(rows, column)
+        column = label_column(rows, column, "the training rows")
         kind = rows.features[column]
         if isinstance(kind, ClassLabel):
             return cls(column, tuple(kind.names), tuple(range(len(kind.names))))
-        if "float" in str(getattr(kind, "dtype", "")):
+        if "float" in kind.dtype:
             return cls(column, (), ())
         values = sorted(rows.unique(column))
         if len(values) < 2:
@@ -44,6 +45,11 @@ class Labels:
         if not isinstance(values[0], str):
             if values[0] < 0:
                 raise ValueError(f"column {column!r} has labels such as {values[0]}; allowed: whole numbers from 0, or names.")
+            if values[-1] > _SPARSE * len(values):
+                raise ValueError(
+                    f"column {column!r} has {len(values)} classes with numbers up to {values[-1]}; allowed: numbers from 0 that "
+                    "leave few out, names, or floats for a regression."
+                )
             values = list(range(values[-1] + 1))
         return cls(column, tuple(map(str, values)), tuple(values))
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
+from hf_teleport.inputs.models import from_saved, new_config, new_model
 from hf_teleport.lab.data import word_tokenizer
-from hf_teleport.lab.keys import from_yaml, require_known
+from hf_teleport.lab.keys import from_yaml
 from hf_teleport.tasks.arguments import ModelArguments, TextModelArguments
 
 
@@ -20,8 +21,8 @@ def make_config(arguments: ModelArguments, fresh: dict[str, Any] | None = None, 
         settings: of either.
 
     Raises:
-        ValueError: no model named, or `config_overrides` that are unknown, or of a saved model.
-        OSError: no such folder, nor a Hub id within reach.
+        ValueError: no model named, one that cannot be loaded, or `config_overrides` that are unknown, or of a saved model.
+        FileNotFoundError: no such folder.
     """
     name = arguments.config_name or arguments.model_name_or_path
     if name is None:
@@ -31,16 +32,13 @@ def make_config(arguments: ModelArguments, fresh: dict[str, Any] | None = None, 
         )
     overrides = parse_overrides(arguments.config_overrides)
     if name in CONFIG_MAPPING and not Path(name).exists():
-        known = CONFIG_MAPPING[name]()
-        for key in overrides:
-            require_known(key, {**known.to_dict(), **known.attribute_map, **settings}, f"config_overrides of {name!r}")
-        # Not `update_from_string` on a finished configuration: sizes that follow from others (Llama's head_dim) would be stale.
-        return CONFIG_MAPPING[name](**{**(fresh or {}), **settings, **overrides})
+        return new_config(name, overrides, "config_overrides", **{**(fresh or {}), **settings})
     if overrides:
         raise ValueError(
             f"config_overrides are for a new config_name such as bert or llama, but {name!r} is a saved one; leave them out."
         )
-    return AutoConfig.from_pretrained(name, revision=arguments.model_revision, **settings)
+    argument = "config_name" if arguments.config_name else "model_name_or_path"
+    return from_saved(AutoConfig.from_pretrained, argument, name, revision=arguments.model_revision, **settings)
 
 
 def parse_overrides(text: dict[str, Any] | str | None) -> dict[str, Any]:
@@ -63,10 +61,15 @@ def make_model(auto: Any, arguments: ModelArguments, config: Any, tokenizer: Any
 
     Args:
         auto: one of Transformers' auto classes, or a model class.
+
+    Raises:
+        FileNotFoundError, ValueError: a saved model that cannot be loaded, or sizes that make no model.
     """
     if arguments.model_name_or_path is None:
-        return auto.from_config(config) if hasattr(auto, "from_config") else auto(config)
-    model = auto.from_pretrained(
+        return new_model(auto, config, "config_overrides" if arguments.config_overrides else "config_name")
+    model = from_saved(
+        auto.from_pretrained,
+        "model_name_or_path",
         arguments.model_name_or_path,
         config=config,
         revision=arguments.model_revision,
@@ -85,8 +88,8 @@ def make_tokenizer(arguments: TextModelArguments, texts: Callable[[], list[str]]
         masked: for BERT-like models, which have a <mask>, and a <cls> before every text.
 
     Raises:
-        ValueError: no tokenizer named, or one without a token that could pad.
-        OSError: no such folder, nor a Hub id within reach.
+        ValueError: no tokenizer named, one that cannot be loaded, or one without a token that could pad.
+        FileNotFoundError: no such folder.
     """
     if arguments.train_tokenizer_vocab_size is not None:
         return word_tokenizer(texts(), arguments.train_tokenizer_vocab_size, masked)
@@ -96,7 +99,8 @@ def make_tokenizer(arguments: TextModelArguments, texts: Callable[[], list[str]]
             "there is no tokenizer: give tokenizer_name = a folder or a Hub id, or train_tokenizer_vocab_size = how many tokens "
             "to make of the training text."
         )
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=arguments.model_revision)
+    argument = "tokenizer_name" if arguments.tokenizer_name else "model_name_or_path"
+    tokenizer = from_saved(AutoTokenizer.from_pretrained, argument, name, revision=arguments.model_revision)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(

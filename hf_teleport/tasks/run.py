@@ -1,6 +1,7 @@
 """Train, evaluate, save and tell: what every task does once it has a trainer."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ def run(trainer: Any, model: ModelArguments, data: Any, *, perplexity: bool = Fa
 
     Raises:
         FileNotFoundError: `resume_from_checkpoint` is no folder.
+        ValueError: the checkpoint does not fit the model.
     """
     training = trainer.args
     measured: dict[str, float] = {}
     if training.do_train or not (training.do_eval and training.eval_strategy == "no"):
-        result = trainer.train(resume_from_checkpoint=checkpoint_of(training))
+        result = _trained(trainer, checkpoint_of(training))
         trainer.save_model()
         trainer.save_state()
         measured |= _written(trainer, "train", result.metrics | {"train_samples": len(trainer.train_dataset)})
@@ -62,8 +64,21 @@ def checkpoint_of(training: Any) -> str | None:
         return str(asked)
     last = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
     if last and training.process_index == 0:
-        print(f"Going on from {last}. To begin anew: --resume_from_checkpoint false, or another --output_dir.")
+        print(f"Going on from {last}. To begin anew, pass --resume_from_checkpoint false, or another --output_dir.")
     return last
+
+
+def _trained(trainer: Any, checkpoint: str | None) -> Any:
+    try:
+        return trainer.train(resume_from_checkpoint=checkpoint)
+    except (RuntimeError, ValueError) as error:
+        # As torch says it of a module, and of an optimizer.
+        if checkpoint is None or not re.search("loading state_dict|loaded state dict", str(error)):
+            raise
+        raise ValueError(
+            f"{checkpoint} is of another model or optimizer than this one. To begin anew, pass --resume_from_checkpoint false, "
+            "or another --output_dir."
+        ) from error
 
 
 def _written(trainer: Any, split: str, metrics: dict[str, float]) -> dict[str, float]:

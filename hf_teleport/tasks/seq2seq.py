@@ -15,11 +15,12 @@ from transformers import (
 )
 
 from hf_teleport import TeleportArguments, TeleportMixin
-from hf_teleport.lab.data.rows import require_column
+from hf_teleport.inputs.columns import text_column
+from hf_teleport.inputs.rows import shortened
 from hf_teleport.tasks.arguments import DataArguments, TextModelArguments, parse
 from hf_teleport.tasks.model import make_config, make_model, make_tokenizer, token_settings
 from hf_teleport.tasks.run import run
-from hf_teleport.tasks.tables import load_tables, text_column
+from hf_teleport.tasks.tables import load_tables
 
 
 class TeleportSeq2SeqTrainer(TeleportMixin, Seq2SeqTrainer):
@@ -74,22 +75,34 @@ class Seq2SeqArguments(DataArguments):
         if len(given) != 1:
             raise ValueError(f"targets are given by {given or 'nothing'}; allowed: exactly one of {', '.join(ways)}.")
 
-    def pairs(self, rows: Any) -> Any:
-        """The rows as two columns of text, 'source' and 'target'.
+    def check(self, rows: Any, source: str) -> None:
+        """Check that every row has a source and a target.
 
         Raises:
-            ValueError: no such column or language.
+            ValueError: no such column or language, or a row without a text.
         """
         if self.source_lang and self.target_lang:
-            require_column(rows, "translation")
-            languages = (self.source_lang, self.target_lang)
-            if len(rows) and (missing := [name for name in languages if name not in rows[0]["translation"]]):
-                raise ValueError(f"there is no {missing[0]!r} in 'translation'; allowed: {', '.join(rows[0]['translation'])}.")
-            return _mapped(rows, lambda row: [row["translation"][name] for name in languages])
-        source = text_column(rows, self.text_column)
+            if "translation" not in rows.column_names:
+                raise ValueError(f"{source}: column 'translation' is not in the data; needed with source_lang and target_lang.")
+            for number, row in enumerate(rows["translation"], 1):
+                for name in (self.source_lang, self.target_lang):
+                    if not isinstance(row, dict) or not isinstance(row.get(name), str):
+                        raise ValueError(
+                            f"{source}: row {number} has {shortened(row)} in column 'translation'; allowed: texts by language, "
+                            f"with {self.source_lang!r} and {self.target_lang!r} among them."
+                        )
+            return
+        text_column(rows, self.text_column, source)
+        if self.summary_column:
+            text_column(rows, self.summary_column, source)
+
+    def pairs(self, rows: Any) -> Any:
+        """The rows, which `check` has seen, as two columns of text, 'source' and 'target'."""
+        if self.source_lang and self.target_lang:
+            return _mapped(rows, lambda row: [row["translation"][name] for name in (self.source_lang, self.target_lang)])
+        source = text_column(rows, self.text_column, "the rows")
         if self.first_words:
             return _mapped(rows, lambda row: [row[source], " ".join(row[source].split()[: self.first_words])])
-        require_column(rows, str(self.summary_column))
         return _mapped(rows, lambda row: [row[source], row[self.summary_column]])
 
 
@@ -111,7 +124,7 @@ def main(argv: list[str]) -> dict[str, float]:
     set_seed(training_args.seed)
 
     with training_args.main_process_first(desc="data"):
-        tables = load_tables(data_args, training_args.seed)
+        tables = load_tables(data_args, data_args.check, training_args.seed)
         for name, rows in tables.items():
             tables[name] = data_args.pairs(rows)
         tokenizer = make_tokenizer(model_args, lambda: [*tables["train"]["source"], *tables["train"]["target"]])

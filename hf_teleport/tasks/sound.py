@@ -18,14 +18,17 @@ def decode(sound: dict[str, Any]) -> tuple[np.ndarray, int]:
         sound: `bytes` of a sound file, or its `path`.
 
     Raises:
-        ValueError: a file that is no WAV of whole numbers, and soundfile is not installed.
+        ValueError: no sound file that can be read; without soundfile all but WAV files of whole numbers.
     """
     data = sound["bytes"] if sound.get("bytes") is not None else Path(sound["path"]).read_bytes()
     try:
         import soundfile
     except ModuleNotFoundError:
         return _wav(data, sound.get("path"))
-    samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    try:
+        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    except RuntimeError as error:  # which soundfile's own errors are
+        raise ValueError(f"the sound {sound.get('path') or 'in the data'} could not be read, take it out: {error}") from error
     return samples.mean(axis=1), rate
 
 

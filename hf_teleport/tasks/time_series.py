@@ -1,6 +1,7 @@
 """Forecasts of a table of numbers, a time step a row: Transformers' own models for series."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,11 @@ from torch.utils.data import Dataset, Subset
 from transformers import EvalPrediction, PatchTSMixerForPrediction, PatchTSTForPrediction, set_seed
 
 from hf_teleport import TeleportTrainer, TeleportTrainingArguments
+from hf_teleport.inputs.rows import read_rows
 from hf_teleport.lab.data import Source, load_series
 from hf_teleport.tasks.arguments import ModelArguments, parse
 from hf_teleport.tasks.model import make_config, make_model
 from hf_teleport.tasks.run import run
-from hf_teleport.tasks.tables import existing_path
 
 MODELS = {"patchtst": PatchTSTForPrediction, "patchtsmixer": PatchTSMixerForPrediction}
 
@@ -78,7 +79,6 @@ def main(argv: list[str]) -> dict[str, float]:
 
     if not (data_args.dataset_name or data_args.train_file):
         raise ValueError("there is no data to train on: give train_file = a .csv, .json or .parquet file, or dataset_name.")
-    source = data_args.dataset_name or existing_path("train_file", data_args.train_file)
     lengths = {name: value for name in ("context_length", "prediction_length") if (value := getattr(data_args, name)) is not None}
     config = make_config(model_args, lengths)
     if config.model_type not in MODELS:
@@ -89,12 +89,16 @@ def main(argv: list[str]) -> dict[str, float]:
             "for. Leave it out, or give a config_name, for a new model."
         )
     with training_args.main_process_first(desc="data"):
-        parts = load_series(
-            Source(source, config=data_args.dataset_config_name),
-            config.context_length,
-            config.prediction_length,
-            data_args.target_columns,
-        )
+        argument = "dataset_name" if data_args.dataset_name else "train_file"
+        source = str(getattr(data_args, argument))
+        path = Path(source).expanduser()
+        if path.is_file() or argument == "train_file":
+            read_rows(argument, source)  # which says what is wrong with it; the result is cached
+        table = Source(str(path.resolve()) if path.is_file() else source, config=data_args.dataset_config_name)
+        try:
+            parts = load_series(table, config.context_length, config.prediction_length, data_args.target_columns)
+        except ValueError as error:
+            raise ValueError(f"{argument} = {source!r}: {error}") from error
     config.num_input_channels = parts[0].values.shape[1]
     limits = (data_args.max_train_samples, data_args.max_eval_samples, data_args.max_eval_samples)
     train, validation, test = (

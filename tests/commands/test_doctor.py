@@ -101,7 +101,7 @@ def test_accelerators_and_their_backend(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about)
     found = by_subject(doctor.devices())
-    assert found["cuda:1"].found == "H100, 80.0 GiB"
+    assert found["cuda:1"].found == "H100, 80 GiB"
     assert "accelerator" not in found
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     (backends,) = doctor.backends()

@@ -35,7 +35,7 @@ def test_python_blocks(page, tmp_path, monkeypatch, capsys):
 def alike(line, other):
     """Whether two lines are the same but for seconds, and for a fifth of what numbers with a point are: machines differ."""
     number = r"\d+\.\d+(?:e-?\d+)?"
-    one, two = (re.sub(rf"(?:{number}|\d+) s\b", "some s", text.strip()) for text in (line, other))
+    one, two = (re.sub(rf"(?:\d+ min )?(?:{number}|\d+) s\b", "some s", text.strip()) for text in (line, other))
     pairs = zip(re.findall(number, one), re.findall(number, two), strict=False)
     same_text = re.sub(number, "#", one) == re.sub(number, "#", two)
     return same_text and all(float(a) == pytest.approx(float(b), rel=0.2) for a, b in pairs)
@@ -43,6 +43,7 @@ def alike(line, other):
 
 def test_what_is_shown_is_compared():
     assert alike("loss 2.31 after 0.5 s", "loss 2.3104 after 12 s")
+    assert alike("it may take 0.5 s", "it may take 1 min 9 s")
     assert not alike("loss 2.31", "loss 3.31")
     assert not alike("7 of 8 moved", "6 of 8 moved")
 

@@ -17,7 +17,7 @@ STEP = re.compile(
 )
 
 # What stands for a text that has the step in it: of `NO_STEP`, of a hint, of another error that is passed on.
-CARRIES = re.compile(r"\{(_WAYS|hint|error|why_immovable)\b|%s\.$")
+CARRIES = re.compile(r"\{(_WAYS|_?problem|hint|error|why_immovable)\b|%s\.$")
 
 # Raised with a way out by what makes them, or for those who write a method.
 NOT_CHECKED = ("unsuited", "TypeError", "NotImplementedError")

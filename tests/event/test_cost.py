@@ -76,7 +76,7 @@ def test_a_null_space_of_each_batch_takes_as_many_decompositions(monkeypatch):
 def test_shares():
     assert share_of_run(10.0, 100, 0.5) == 0.2
     assert share_of_run(10.0, 0, 0.5) == math.inf
-    assert str(Cost(0.1, 12.0, 2**30)) == "12 s and 1 GiB beside a batch's activations"
+    assert str(Cost(0.1, 12.0, 2**30)) == "12.0 s and 1.0 GiB beside a batch's activations"
 
 
 def test_a_run_says_what_its_teleports_cost_and_warns_of_a_large_share(tmp_path, caplog):

@@ -322,7 +322,7 @@ def test_every_config_is_of_a_task(file, capsys):
     ("argv", "said"),
     [
         (["clm", "--config_name", "gpt2"], "give train_file"),
-        (["clm", "--train_file", "no/such.csv", "--config_name", "gpt2"], "dataset_name = a local folder or a Hub id"),
+        (["clm", "--train_file", "no/such.csv", "--config_name", "gpt2"], "train_file = 'no/such.csv' does not exist"),
         (["clm", "--dataset_name", "./no_such_folder"], "there is no folder or file"),
         (["clm", "--train_file", "setup.cfg", "--config_name", "gpt2"], "a file that ends in .csv"),
         (["clm", "none.yaml"], "there is no file"),
@@ -432,8 +432,8 @@ def test_targets_of_seq2seq():
     assert Seq2SeqArguments(source_lang="de", target_lang="en").pairs(rows)[0] == {"source": "ein Haus", "target": "a house"}
     assert Seq2SeqArguments(first_words=2).pairs(rows)[0] == {"source": "one two three", "target": "one two"}
     assert Seq2SeqArguments(summary_column="sum").pairs(rows)[0]["target"] == "one"
-    with pytest.raises(ValueError, match="there is no 'fr'"):
-        Seq2SeqArguments(source_lang="fr", target_lang="en").pairs(rows)
+    with pytest.raises(ValueError, match=r"train_file: row 1 has .*; allowed: texts by language, with 'fr' and 'en' among them"):
+        Seq2SeqArguments(source_lang="fr", target_lang="en").check(rows, "train_file")
 
 
 def test_a_glue_task_is_the_hubs():
@@ -448,6 +448,6 @@ def test_a_local_folder_with_a_test_split_is_evaluated_on_it(tmp_path):
 
     for split, count in (("train", 7), ("test", 3)):
         Dataset.from_dict({"text": ["word"] * count}).to_parquet(tmp_path / f"{split}.parquet")
-    tables = load_tables(DataArguments(dataset_name=str(tmp_path), max_train_samples=5))
+    tables = load_tables(DataArguments(dataset_name=str(tmp_path), max_train_samples=5), lambda rows, source: None)
     assert isinstance(tables, DatasetDict)
     assert {name: len(rows) for name, rows in tables.items()} == {"train": 5, "validation": 3}

@@ -98,22 +98,22 @@ def test_a_row_for_each_event():
     text = section(TeleportConfig(), [event(0), event(8, method="basis", rolled_back=True)])
     header, line, first, second = rows_of(text)
     assert len(header) == len(line)
-    assert first == ["0", "null_space", "2 → 2", "1 → 3", "5", "0%", "0.25", "max_growth"]
+    assert first == ["0", "null_space", "2 -> 2", "1 -> 3", "5", "0%", "0.25 s", "max_growth"]
     assert (second[1], second[-1]) == ("basis", "max_growth, undone")
-    assert "`null_space` climbs" in text
-    assert "`basis` turns" in text
+    assert "`null_space`: Ascent" in text
+    assert "`basis`: One change" in text
 
 
 def test_only_the_methods_that_were_used_are_explained():
-    assert "`basis` turns" not in section(TeleportConfig(), [event()])
-    assert "`null_space` climbs" not in section(TeleportConfig(), [event(method="basis")])
+    assert "`basis`:" not in section(TeleportConfig(), [event()])
+    assert "`null_space`:" not in section(TeleportConfig(), [event(method="basis")])
 
 
 def test_numbers_that_are_missing_or_not_finite():
     broken = event(loss_before=math.nan, loss_after=math.inf, grad_norm_before=None)
     header, _, first, second = rows_of(section(TeleportConfig(), [broken, {"loss_before": 1.0}]))
-    assert first[2:4] == ["nan → inf", "→ 3"]
-    assert second == ["", "", "1 →", "→", "", "", "", ""]
+    assert first[2:4] == ["not finite -> not finite", "not finite -> 3"]
+    assert second == ["", "", "1 ->", "", "", "", "", ""]
     assert len(header) == len(first) == len(second)
 
 

@@ -30,8 +30,8 @@ def test_a_row_for_each_event():
     title, _, _, *rows = printed(EVENTS, 140)
     assert title.strip() == "Teleports: 2, of which 1 undone; 1.75 s"
     assert [" ".join(row.split()) for row in rows] == [
-        "3 basis 2.5 -> 2.5 1 -> 1.25 1 50% 0.25 steps_done",
-        "12 null_space 2.25 -> not finite 1 -> 4 0 0% 1.50 max_loss_change, undone",
+        "3 basis 2.5 -> 2.5 1 -> 1.25 1 50% 0.25 s steps_done",
+        "12 null_space 2.25 -> not finite 1 -> 4 0 0% 1.50 s max_loss_change, undone",
     ]
 
 

@@ -6,6 +6,7 @@ numbers too, and so needs no rule of its own. `rules/` has the operations that c
 enter it: a model that does something unknown loses symmetries, and not its outputs.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_teleport.layers.trace import COMPOSITES, tensors_in, without_python_overrides
 from hf_teleport.methods.basis.features import Facts, compact
+
+logger = logging.getLogger(__name__)
+
+# The operations whose rule has failed in this process: a model calls one in every layer.
+_FAILED: set[str] = set()
 
 Tag = tuple[Tensor, ...]
 """The features of a tensor, of its shape: one tensor for an activation; for a parameter or a view of it, one for each axis."""
@@ -181,14 +187,8 @@ class Follow(TorchFunctionMode):
         mark = self.facts.mark()
         try:
             tag = rule(call)
-        except (
-            IndexError,
-            KeyError,
-            ValueError,
-            TypeError,
-            RuntimeError,
-            AttributeError,
-        ):  # arguments in a form that it does not know
+        except Exception as error:  # arguments in a form that it does not know, or a fault of the rule
+            _warn_once(call.name, error)
             self.facts.forget_since(mark)
             call.fix(*known, reason=f"passes through {call.name} in a form that is not known")
             return
@@ -239,6 +239,18 @@ class Follow(TorchFunctionMode):
         else:
             for tensor, own in zip(output, tag, strict=True):
                 self.give(tensor, own)
+
+
+def _warn_once(name: str, error: Exception) -> None:
+    if name not in _FAILED:
+        _FAILED.add(name)
+        logger.warning(
+            "The symmetry rule of the operation %r failed with %s: %s. No weight turns wrongly for it, but symmetries may be "
+            "missed; please report this model.",
+            name,
+            type(error).__name__,
+            error,
+        )
 
 
 def operation_name(function: Callable[..., Any]) -> str:

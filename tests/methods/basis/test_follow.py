@@ -6,9 +6,11 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
+from hf_teleport.methods.basis import follow as following
 from hf_teleport.methods.basis.follow import operation_name
 from hf_teleport.methods.basis.norms import rms_offset
-from hf_teleport.methods.basis.symmetries import followed
+from hf_teleport.methods.basis.rules import RULES
+from hf_teleport.methods.basis.symmetries import find_symmetries, followed
 
 T = torch.Tensor
 
@@ -262,3 +264,18 @@ def test_outputs_are_those_without_following():
     with followed(model):
         found = model(x)
     assert torch.equal(found, expected)
+
+
+def test_a_rule_that_crashes_is_told_once_and_costs_the_symmetry(monkeypatch, caplog):
+    def broken(call):
+        raise ZeroDivisionError("a fault of the rule")
+
+    monkeypatch.setattr(following, "_FAILED", set())
+    monkeypatch.setitem(RULES, "tanh", broken)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    with caplog.at_level("WARNING", logger=following.__name__):
+        for _ in range(2):
+            symmetries, _ = find_symmetries(model, lambda model, x: model(x).square().mean(), torch.randn(4, 5))
+    (told,) = [record.getMessage() for record in caplog.records if record.name == following.__name__]
+    assert "rule of the operation 'tanh' failed with ZeroDivisionError: a fault of the rule" in told
+    assert any("passes through tanh in a form that is not known" in symmetry.reason for symmetry in symmetries)

@@ -3,7 +3,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from hf_teleport.commands.synthetic import synthetic_batch, synthetic_loss
+from hf_teleport.inputs.synthetic import synthetic_batch, synthetic_loss
 
 import architectures
 from tiny_models import MODELS, build
