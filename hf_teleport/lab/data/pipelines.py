@@ -18,7 +18,7 @@ from hf_teleport.lab.data.series import load_series
 from hf_teleport.lab.data.text import (
     Texts,
     language_model_rows,
-    load_text_roles,
+    load_texts,
     saved_tokenizer,
     sentence_rows,
     splits_at_blanks,
@@ -155,7 +155,7 @@ def _text(
     mask_probability: float | None = None,
 ) -> Pipeline:
     label_column = label_column or source.label_column
-    parts = load_text_roles(source, text_column, label_column, folder=folder)
+    parts = load_texts(source, text_column, label_column, folder=folder)
     if tokenizer is not None and vocabulary_size is not None:
         raise ValueError(f"vocabulary_size = {vocabulary_size} is not allowed; allowed: none, for the tokenizer has its own.")
     tokens = None if tokenizer is None else saved_tokenizer(tokenizer)

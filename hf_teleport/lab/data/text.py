@@ -24,11 +24,6 @@ class Texts:
     sentences: list[str]
     labels: Tensor | None = None
 
-    @property
-    def num_labels(self) -> int:
-        """Number of classes: the largest label and one; 0 without labels."""
-        return 0 if self.labels is None else int(self.labels.max()) + 1
-
 
 def load_texts(
     source: str | Source,
@@ -36,8 +31,8 @@ def load_texts(
     label_column: str | None = None,
     *,
     folder: str | Path | None = None,
-) -> tuple[Texts, Texts]:
-    """Training and test texts; without a test split, the validation split is the test set.
+) -> dict[str, Texts]:
+    """Texts by role: 'train', 'test' (the validation split, if there is no other), 'validation' if it is not the one to test on.
 
     Args:
         source: a name of the catalogue, a Hub id, or a folder with train and test or validation files (parquet, csv, json).
@@ -49,18 +44,6 @@ def load_texts(
         FileNotFoundError: the data are neither here nor within reach.
         ValueError: a split or a column is missing, or a label is negative (unlabelled test sets have -1).
     """
-    parts = load_text_roles(source, text_column, label_column, folder=folder)
-    return parts["train"], parts["test"]
-
-
-def load_text_roles(
-    source: str | Source,
-    text_column: str = "sentence",
-    label_column: str | None = None,
-    *,
-    folder: str | Path | None = None,
-) -> dict[str, Texts]:
-    """As `load_texts`: 'train', 'test', and 'validation' if there is such a split besides the one to test on."""
     return {role: _texts(split, text_column, label_column) for role, split in split_roles(source, folder).items()}
 
 

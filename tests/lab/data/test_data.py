@@ -176,17 +176,19 @@ TRAINING = ["the cat sat", "the <unk> sat on the mat", "a cat"]
 def test_texts_from_local_parquet(tmp_path):
     table(tmp_path, "train", text=TRAINING, kind=[0, 2, 1], sentence=["x", "y", "z"])
     table(tmp_path, "valid", text=["the dog"], kind=[1], sentence=["w"])
-    train, test = load_texts(str(tmp_path), "text", "kind")
-    assert (train.sentences, train.labels.tolist(), train.num_labels) == (TRAINING, [0, 2, 1], 3)
+    train, test = load_texts(str(tmp_path), "text", "kind").values()
+    assert (train.sentences, train.labels.tolist()) == (TRAINING, [0, 2, 1])
     assert test.sentences == ["the dog"]
-    without = load_texts(str(tmp_path))[0]
-    assert (without.sentences, without.labels, without.num_labels) == (["x", "y", "z"], None, 0)
+    without = load_texts(str(tmp_path))["train"]
+    assert (without.sentences, without.labels) == (["x", "y", "z"], None)
 
 
 def test_the_test_split_goes_before_validation(tmp_path):
     for split in ("train", "validation", "test"):
         table(tmp_path, split, sentence=[split])
-    assert [texts.sentences for texts in load_texts(str(tmp_path))] == [["train"], ["test"]]
+    assert {role: texts.sentences for role, texts in load_texts(str(tmp_path)).items()} == {
+        role: [role] for role in ("train", "test", "validation")
+    }
 
 
 def test_texts_say_what_is_missing(tmp_path):
@@ -378,7 +380,8 @@ def test_series_say_what_does_not_fit(tmp_path):
 
 @pytest.mark.skipif(not (SHARED / "ptb").exists(), reason=f"needs the Penn Treebank files in {SHARED}")
 def test_penn_treebank_from_local_parquet():
-    train, test = load_texts(str(SHARED / "ptb"))
+    parts = load_texts(str(SHARED / "ptb"))
+    train, test = parts["train"], parts["test"]
     assert (len(train.sentences), len(test.sentences)) == (42068, 3761)
     tokenizer = word_tokenizer(train.sentences, 20000)
     # 9,999 kinds of words with <unk>, and the end mark and the padding.
