@@ -1,1 +1,1 @@
-"""A Trainer's run with teleports: its settings, when and on which batches, what happens between steps, what is told at the end."""
+"""A Trainer's run with teleports: its settings, when and on which batches, what happens between steps, what is told of it."""
