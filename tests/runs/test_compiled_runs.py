@@ -146,7 +146,7 @@ def test_smaller_batches_after_running_out_of_memory_in_the_middle(tmp_path):
     config = teleports("basis", steps=None, epochs=2, batch_size=None)
     run = make(tmp_path, config=config, trainer_class=Small, auto_find_batch_size=True)
     run.train()
-    assert_moved(run, events=3)  # one of them before memory ran out
+    assert_moved(run, events=2)  # that before memory ran out is another run's
     size = run.get_teleport_dataloader(0).batch_size
     assert 0 < size == run._train_batch_size < 4
     assert run.state.global_step == 2 * -(-18 // size)

@@ -36,16 +36,17 @@ def modes(trainer):
 
 
 def by_hand(smoothing=0.0):
-    """The mean loss of the teleport batches, each a mean over its tokens."""
+    """The mean loss of all tokens of the teleport batches, as in training with accumulation."""
 
     def look(trainer):
         batches = list(trainer.get_teleport_dataloader(2))[: trainer.teleport_config.num_batches]
-        losses = []
+        losses, tokens = [], []
         for batch in batches:
             logits, labels = trainer.model(**batch).logits.detach()[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
             uniform = -logits.log_softmax(-1)[labels != -100].mean()
-            losses.append((1 - smoothing) * cross_entropy(logits, labels) + smoothing * uniform)
-        return float(sum(losses) / len(losses))
+            tokens.append(int((labels != -100).sum()))
+            losses.append(tokens[-1] * ((1 - smoothing) * cross_entropy(logits, labels) + smoothing * uniform))
+        return float(sum(losses) / sum(tokens))
 
     return look
 
