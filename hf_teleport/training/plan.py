@@ -134,9 +134,14 @@ class Plan:
         told = self.settings.method == "basis" and BasisTurn.is_told(self.settings) and self.tracker.seen
         return 1 if told else self.settings.num_batches
 
-    def save(self, folder: str) -> None:
-        """Put what a resumed run needs beside a checkpoint's optimizer."""
-        if state := self.tracker.state_dict():
+    def save(self, folder: str, step: int) -> None:
+        """Put what the coming events of a resumed run need beside a checkpoint's optimizer.
+
+        Args:
+            step: the one from which the run will go on.
+        """
+        state = self.tracker.state_dict()
+        if state and step <= max(self.steps, default=-1):
             save_file(state, Path(folder, TRACKED))
 
     def load(self, folder: str) -> None:

@@ -14,6 +14,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from hf_teleport import TeleportMixin
 from hf_teleport.journal import JOURNAL
+from hf_teleport.training.plan import TRACKED
 
 from tiny_runs import Stream, Texts, arguments, assert_moved, flat, hub_texts, llama, pad, teleports
 
@@ -267,7 +268,7 @@ def run(case, folder, config=None, checkpoint=None):
         "tokens": trainer.state.num_input_tokens_seen,
         "flos": trainer.state.total_flos,
         "logged": [(entry["step"], entry.get("learning_rate"), sorted(entry)) for entry in logs],
-        "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != JOURNAL),
+        "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name not in (JOURNAL, TRACKED)),
         "best": os.path.relpath(trainer.state.best_model_checkpoint or folder, folder),
         "trainable": trainer.get_num_trainable_parameters(),
         "rates": trainer.get_learning_rates(),

@@ -10,6 +10,10 @@ from drawn_runs import rows_of, run
 from tiny_runs import Texts, llama, make, teleports
 
 
+# All batches of an event, whatever it costs and training has told.
+OF_AUTO = {"auto": {"budget": None, "track_every": 0}, "null_space": {}}
+
+
 class Padded(Texts):
     """Rows of which only a few have labels."""
 
@@ -27,7 +31,7 @@ def test_a_batch_without_labels_is_no_data(tmp_path, caplog, method):
     trainer = run(
         tmp_path,
         made={"train_dataset": Padded(learn)},
-        config={"method": method, "steps": [2], "batch_size": 1, "budget": None},
+        config={"method": method, "steps": [2], "batch_size": 1, **OF_AUTO[method]},
         per_device_train_batch_size=1,
         gradient_accumulation_steps=4,
     )
@@ -74,7 +78,7 @@ class Masked:
 
 @pytest.mark.parametrize("method", ["auto", "null_space"])
 def test_the_mean_over_no_items_of_a_loss_of_ones_own(tmp_path, caplog, method):
-    config = {"method": method, "steps": [2], "batch_size": 1, "num_batches": 8, "budget": None}
+    config = {"method": method, "steps": [2], "batch_size": 1, "num_batches": 8, **OF_AUTO[method]}
     trainer = run(tmp_path, Masked, {"train_dataset": Texts()}, config, per_device_train_batch_size=8)
     counted = [int(batch["input_ids"][0, 0]) % 3 == 0 for batch in trainer.drawn[-1].batches]
     assert 0 < sum(counted) < 8

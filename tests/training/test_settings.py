@@ -9,7 +9,7 @@ from hf_teleport.journal import read
 
 from tiny_runs import Texts, arguments, flat, llama, pad, teleports
 
-FEW = {"teleport_method": "null_space", "teleport_num_batches": 1, "teleport_batch_size": 1, "teleport_steps_per_batch": 1}
+FEW = {"teleport_method": "null_space", "teleport_num_batches": 1, "teleport_batch_size": 1}
 
 
 def trainer(folder, made=None, config=None, arguments_class=TeleportTrainingArguments, **settings):
