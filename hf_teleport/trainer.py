@@ -26,7 +26,7 @@ from hf_teleport.event.batches import check_given, share_of
 from hf_teleport.event.choice import BASIS_STEP, afford
 from hf_teleport.event.cost import LARGE_SHARE, Cost, event_passes, share_of_run
 from hf_teleport.journal import Journal, about, teleports
-from hf_teleport.optimizers.state import keeps_copies, unwrapped
+from hf_teleport.optimizers.parts import keeps_copies, unwrapped
 from hf_teleport.report import TeleportReport, share
 from hf_teleport.teleporter import Teleporter
 from hf_teleport.training.callback import TeleportCallback

@@ -3,7 +3,7 @@
 import copy
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,9 @@ from hf_teleport.weights.storage import WorkingWeights, working_weights
 
 
 @contextmanager
-def isolated(model: nn.Module, state: dict[Any, Any], ranks: Ranks, on_shards: bool = False) -> Iterator[WorkingWeights]:
+def isolated(
+    model: nn.Module, state: MutableMapping[Any, Any], ranks: Ranks, on_shards: bool = False
+) -> Iterator[WorkingWeights]:
     """Inside, nothing leaves a trace but moved weights. Yields the weights to work on.
 
     Args:

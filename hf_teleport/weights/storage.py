@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -49,7 +49,7 @@ class WorkingWeights:
 
 @contextmanager
 def working_weights(
-    model: nn.Module, state: dict[Any, Any] | None = None, ranks: Ranks = ALONE, on_shards: bool = False
+    model: nn.Module, state: MutableMapping[Any, Any] | None = None, ranks: Ranks = ALONE, on_shards: bool = False
 ) -> Iterator[WorkingWeights]:
     """Inside, weights that FSDP2 shards can be worked on, and weights and buffers in bf16 or fp16 are float32.
 
@@ -127,7 +127,7 @@ def _whole(value: Any) -> Any:
 
 
 @torch.no_grad()
-def _write_back(stand_in: nn.Parameter, stored: Any, state: dict[Any, Any]) -> None:
+def _write_back(stand_in: nn.Parameter, stored: Any, state: MutableMapping[Any, Any]) -> None:
     """Give a stored parameter, and the optimizer's state for it, the values of its stand-in."""
     if not stored.requires_grad:
         return

@@ -16,7 +16,7 @@ from hf_teleport.layers.audit import describe
 from hf_teleport.layers.point import LossFn, Point
 from hf_teleport.methods.base import Method, Move
 from hf_teleport.methods.basis.bases import BASES, Basis, balance
-from hf_teleport.methods.basis.symmetries import Symmetry, find_symmetries
+from hf_teleport.methods.basis.symmetries import Part, Symmetry, find_symmetries
 from hf_teleport.methods.basis.turn import Turn
 from hf_teleport.methods.reasons import SAME_IN_ANY_BASIS
 from hf_teleport.optimizers.state import OptimizerState, check_optimizer
@@ -66,7 +66,7 @@ class BasisTurn(Method):
     @property
     def written(self) -> list[Tensor]:
         state = self._state
-        kept = [] if state is None else [t for parameter in self.in_order() for t in state.tensors(parameter).values()]
+        kept = [] if state is None else [t for parameter in self.in_order() for t in state.tensors(parameter)]
         return super().written + kept
 
     @property
@@ -74,7 +74,7 @@ class BasisTurn(Method):
         return [gain for symmetry in self.used for gain in symmetry.blocking]
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(self.movable, None if self._state is None else self._state.optimizer.state)
+        return Snapshot(self.movable, None if self._state is None else self._state.state)
 
     def survey(self, point: Point) -> None:
         if not self.reports:
@@ -92,6 +92,8 @@ class BasisTurn(Method):
         for symmetry in symmetries:
             if not symmetry.reason and symmetry.kind not in self.config.symmetries:
                 symmetry.reason = f"{symmetry.kind} is not among the chosen symmetries"
+            if self._state is not None and not symmetry.reason:
+                symmetry.reason = next(filter(None, map(self._state.objection, symmetry.parameters)), "")
             self._found[symmetry] = SymmetryReport(
                 symmetry.kind, symmetry.name, symmetry.blocks, symmetry.size, len(symmetry.parameters), reason=symmetry.reason
             )
@@ -194,9 +196,7 @@ class BasisTurn(Method):
     def accept(self) -> None:
         if self._state is None:
             return
-        shares: dict[nn.Parameter, dict[int, Tensor]] = {}
         for (parameter, dim), squares in self._squares.items():
             if squares.sum() > 0:
-                shares.setdefault(parameter, {})[dim] = squares / squares.sum()
-        for parameter, own in shares.items():
-            self._state.put_shares(parameter, own)
+                whole = Part(parameter, dim, torch.arange(len(squares)).reshape(1, 1, -1), False)
+                self._state.put_shares(whole, (squares / squares.sum())[None])

@@ -1,0 +1,111 @@
+"""The tensors that an optimizer keeps for a weight, each by its place in the state, read and written as plain numbers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_teleport.optimizers.parts import is_count
+from hf_teleport.weights.copies import is_wrapper
+
+# As bitsandbytes names its quantised averages, and what belongs to each: its scales, and the values of its codes.
+_CODES = {"state1": ("absmax1", "qmap1"), "state2": ("absmax2", "qmap2")}
+_BLOCK = 256
+
+
+@dataclass
+class Leaf:
+    """A tensor with coordinates in the state of a parameter.
+
+    Attributes:
+        path: its name in the state, with those of the containers around it.
+        tensor: as it is kept.
+        scales, values: of a tensor of bitsandbytes' codes the largest magnitude of each block, and the value of each code.
+    """
+
+    path: str
+    tensor: Tensor
+    scales: Tensor | None = None
+    values: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    @property
+    def readable(self) -> bool:
+        """Whether it consists of numbers, or of codes that are known."""
+        if is_wrapper(self.tensor):
+            return hasattr(self.tensor, "dequantize") and hasattr(self.tensor, "block_size")
+        return self.scales is not None or (self.tensor.is_floating_point() and not self.tensor.is_sparse)
+
+    def read(self) -> Tensor:
+        """The numbers; the kept tensor itself if it is one of numbers."""
+        if is_wrapper(self.tensor):
+            return self.tensor.dequantize().to(torch.float32)
+        if self.scales is None or self.values is None:
+            return self.tensor
+        padded = torch.nn.functional.pad(self.tensor.flatten(), (0, -self.tensor.numel() % _BLOCK))
+        numbers = self.values[padded.long()].view(-1, _BLOCK) * self.scales[:, None]
+        return numbers.flatten()[: self.tensor.numel()].view(self.shape)
+
+    def write(self, numbers: Tensor) -> None:
+        """Keep these numbers, quantised as before."""
+        if numbers is self.tensor:
+            return
+        if self.scales is None or self.values is None:
+            self.tensor.copy_(numbers)
+            return
+        padded = torch.nn.functional.pad(numbers.flatten(), (0, -numbers.numel() % _BLOCK)).view(-1, _BLOCK)
+        self.scales.copy_(padded.abs().amax(1))
+        relative = padded / self.scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        values, codes = self.values.sort()
+        nearest = codes[torch.bucketize(relative, (values[1:] + values[:-1]) / 2)]
+        self.tensor.copy_(nearest.flatten()[: numbers.numel()].view(self.shape))
+
+
+def leaves(state: dict[str, Any]) -> dict[str, Leaf]:
+    """The tensors with coordinates in a parameter's state, by their paths; counts and flags are none."""
+    codes = {name: (state[scales], state[values]) for name, (scales, values) in _CODES.items() if scales in state}
+    beside = {each for name in codes for each in _CODES[name]}
+    found = {}
+    for name, value in state.items():
+        if name in codes:
+            found[name] = Leaf(name, value, *codes[name])
+        elif name not in beside:
+            found.update({leaf.path: leaf for leaf in _leaves_in(str(name), value)})
+    return found
+
+
+def _leaves_in(path: str, value: Any) -> Iterator[Leaf]:
+    if is_count(value):
+        return
+    if isinstance(value, Tensor):
+        if value.numel():
+            yield Leaf(path, value)
+        return
+    if isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, (list, tuple)):
+        inner = enumerate(value)
+    else:
+        inner = vars(value).items() if hasattr(value, "__dict__") else ()
+    for name, each in inner:
+        yield from _leaves_in(f"{path}.{name}", each)
+
+
+def opaque(state: dict[str, Any]) -> list[str]:
+    """The names of what is kept that can't be looked into, such as queues and compiled objects."""
+    return [str(name) for name, value in state.items() if _hidden(value)]
+
+
+def _hidden(value: Any) -> bool:
+    if is_count(value) or isinstance(value, Tensor):
+        return False
+    if isinstance(value, dict):
+        return any(map(_hidden, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_hidden, value))
+    return not hasattr(value, "__dict__") or any(map(_hidden, vars(value).values()))
