@@ -47,9 +47,13 @@ class Leaf:
             return self.tensor.dequantize().to(torch.float32)
         if self.scales is None or self.values is None:
             return self.tensor
-        padded = torch.nn.functional.pad(self.tensor.flatten(), (0, -self.tensor.numel() % _BLOCK))
-        numbers = self.values[padded.long()].view(-1, _BLOCK) * self.scales[:, None]
-        return numbers.flatten()[: self.tensor.numel()].view(self.shape)
+        numbers = self.values[_blocks(self.tensor, self.scales).long()] * self.scales[..., None]
+        return numbers.flatten(-2)[..., : self.tensor.numel() // self._rows].reshape(self.shape)
+
+    @property
+    def _rows(self) -> int:
+        """How many averages of the weight's size there are: AdEMAMix keeps two as one."""
+        return 1 if self.scales is None else self.scales.shape[:-1].numel()
 
     def write(self, numbers: Tensor) -> None:
         """Keep these numbers, quantised as before."""
@@ -58,12 +62,19 @@ class Leaf:
         if self.scales is None or self.values is None:
             self.tensor.copy_(numbers)
             return
-        padded = torch.nn.functional.pad(numbers.flatten(), (0, -numbers.numel() % _BLOCK)).view(-1, _BLOCK)
-        self.scales.copy_(padded.abs().amax(1))
-        relative = padded / self.scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        blocks = _blocks(numbers, self.scales)
+        self.scales.copy_(blocks.abs().amax(-1))
+        relative = blocks / self.scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
         values, codes = self.values.sort()
-        nearest = codes[torch.bucketize(relative, (values[1:] + values[:-1]) / 2)]
-        self.tensor.copy_(nearest.flatten()[: numbers.numel()].view(self.shape))
+        nearest = codes[torch.bucketize(relative, (values[1:] + values[:-1]) / 2)].to(self.tensor.dtype)
+        self.tensor.copy_(nearest.flatten(-2)[..., : numbers.numel() // self._rows].reshape(self.shape))
+
+
+def _blocks(tensor: Tensor, scales: Tensor) -> Tensor:
+    """A tensor in blocks of those elements that share a scale, (*scales, 256), filled up with zeros."""
+    rows = tensor.reshape(*scales.shape[:-1], -1)
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % _BLOCK))
+    return padded.view(*scales.shape, _BLOCK)
 
 
 def leaves(state: dict[str, Any]) -> dict[str, Leaf]:

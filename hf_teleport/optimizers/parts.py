@@ -1,4 +1,4 @@
-"""The optimizers of which one may consist: the one that Accelerate wraps, several behind one object, one for each weight in hooks."""
+"""The optimizers that one consists of: inside Accelerate's wrapper, several behind one object, one for each weight in hooks."""
 
 from collections.abc import Iterator, MutableMapping
 from typing import Any

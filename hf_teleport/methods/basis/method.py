@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # Relative difference up to which a gradient after a turn is the turned gradient from before, by the precision of the weights.
 _AGREEMENT = {torch.float32: 1e-2, torch.float64: 1e-5}
+# A turn rounds each weight as a sum of products, and the forward's sums are taken in another order.
+_ROUNDINGS = 10
 
 
 class BasisTurn(Method):
@@ -164,12 +166,14 @@ class BasisTurn(Method):
         return Move(lambda fraction: self.turn.carry_out(self._state), self.snapshot)
 
     def review(self, point: Point) -> None:
+        if point.seed == self.config.seed and self.turn.exact:
+            off = self.ranks.together(lambda: _off(self.turn.gradients(self._first), point.by_parameter))
+            if any(self.ranks.gather(bool(off))):
+                self._judge(off, self._rounding(point))
         self.ranks.together(lambda: self._look_again(point))
 
     def _look_again(self, point: Point) -> None:
         gradients = point.by_parameter
-        if point.seed == self.config.seed and self.turn.exact:
-            self._compare(self.turn.gradients(self._first), gradients)
         if self.config.second_moment == "measure":
             for parameter, dim in self._turned_axes():
                 if parameter in gradients:
@@ -182,15 +186,27 @@ class BasisTurn(Method):
     def _turned_axes(self) -> list[tuple[nn.Parameter, int]]:
         return list(dict.fromkeys((part.parameter, part.dim) for symmetry in self.used for part in symmetry.parts))
 
-    def _compare(self, expected: dict[nn.Parameter, Tensor], found: dict[nn.Parameter, Tensor]) -> None:
-        """A symmetry turns the gradient as it turns the weights: what does not was none."""
-        total = norm(expected.values())
-        for parameter, gradient in expected.items():
-            other = found.get(parameter, torch.zeros_like(gradient))
-            error = norm([other - gradient]) / max(norm([gradient]) + 1e-3 * total, 1e-30)
-            if not error <= _AGREEMENT[parameter.dtype]:
+    @torch.no_grad()
+    def _rounding(self, point: Point) -> dict[nn.Parameter, float]:
+        """How far each gradient moves if every weight that turned is off by its last digit: near zero, farther than it is long."""
+        generators = {p.device: torch.Generator(p.device).manual_seed(self.config.seed) for p in self.movable}
+        kept = Snapshot(self.movable)
+        try:
+            for parameter in self.in_order():
+                signs = torch.randint(0, 2, parameter.shape, generator=generators[parameter.device], device=parameter.device)
+                parameter.mul_(1 + torch.finfo(parameter.dtype).eps * (2 * signs - 1))
+            with torch.enable_grad():
+                moved = self.evaluate(point.batch, point.seed).by_parameter
+        finally:
+            kept.restore()
+        return {p: norm([moved[p] - gradient]) for p, gradient in point.by_parameter.items() if p in moved}
+
+    def _judge(self, off: dict[nn.Parameter, tuple[float, float]], rounding: dict[nn.Parameter, float]) -> None:
+        """A symmetry turns the gradient as it turns the weights: what does not, by more than rounding, was none."""
+        for parameter, (distance, size) in off.items():
+            if not distance <= _ROUNDINGS * rounding.get(parameter, 0.0):
                 self.objection = "not_a_symmetry"
-                self.reports[parameter].reason = f"its gradient did not turn with it: off by {error:.1e}"
+                self.reports[parameter].reason = f"its gradient did not turn with it: off by {distance / max(size, 1e-30):.1e}"
                 return
 
     def accept(self) -> None:
@@ -200,3 +216,14 @@ class BasisTurn(Method):
             if squares.sum() > 0:
                 whole = Part(parameter, dim, torch.arange(len(squares)).reshape(1, 1, -1), False)
                 self._state.put_shares(whole, (squares / squares.sum())[None])
+
+
+def _off(expected: dict[nn.Parameter, Tensor], found: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, tuple[float, float]]:
+    """The gradients that are not what was expected, each with its distance from that and the size to judge it by."""
+    off, total = {}, norm(expected.values())
+    for parameter, gradient in expected.items():
+        distance = norm([found.get(parameter, torch.zeros_like(gradient)) - gradient])
+        size = norm([gradient]) + 1e-3 * total
+        if not distance <= _AGREEMENT[parameter.dtype] * size:
+            off[parameter] = distance, size
+    return off
