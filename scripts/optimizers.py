@@ -24,7 +24,7 @@ from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 
 from hf_teleport.methods.basis.symmetries import Symmetry, find_symmetries
 from hf_teleport.methods.basis.turn import Turn, turn_axis
-from hf_teleport.optimizers.parts import groups_of, parts, states
+from hf_teleport.optimizers.parts import groups_of, states
 from hf_teleport.optimizers.rules import Judgement, judge
 from hf_teleport.optimizers.state import OptimizerState, check_optimizer
 from hf_teleport.weights.snapshot import Snapshot

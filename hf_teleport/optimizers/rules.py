@@ -16,7 +16,7 @@ GaLore and APOLLO call their projector: one drawn at random does not show that i
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -140,7 +140,7 @@ def _judged(part: Any, group: Group, parameter: nn.Parameter, known: dict[Any, J
             objection = judgement.objection(real, shape)
             if not objection:
                 return judgement
-        return Judgement(problem=objection)
+        return replace(judgement, problem=objection)
     except Exception as error:  # whatever an optimizer of another library needs
         return Judgement(problem=f"it could not be tried: {error or type(error).__name__}")
 
@@ -205,11 +205,11 @@ def _of_a_stand_in(part: Any, group: Group, shape: torch.Size, like: Tensor) -> 
         ]
         # What no gradient has changed yet does not show what it is.
         fresh = torch.equal(numbers, others[path].read().float()) and not path.endswith(_PROJECTOR)
-        if any(own is None for own, _ in found) or (fresh and set(numbers.shape) & set(shape)):
-            judgement.problem = f"it keeps {path}, for which there is no rule"
-            continue
         if not projectors and not _same(other_weight[path].read().float(), numbers):
             judgement.problem = f"it keeps {path}, which goes with the values of the weights"
+            continue
+        if any(own is None for own, _ in found) or (fresh and set(numbers.shape) & set(shape)):
+            judgement.problem = f"it keeps {path}, for which there is no rule"
             continue
         axes = {axis: own for axis, (own, _) in enumerate(found) if own is not None}
         ratio = float(twice[path].read().float().norm() / numbers.norm())

@@ -1,6 +1,7 @@
 """New optimizers of the kind of a given one: for one parameter, with the options of its group, as if training began."""
 
 import inspect
+import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ def anew(part: Any, group: Group, parameter: nn.Parameter) -> Any:
     takes = list(inspect.signature(kind).parameters)[1:]
     own = {**copied(_without(group)), "params": [parameter]}
     try:
-        return kind([own], **{name: copied(known[name]) for name in takes if name in known})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it was said when the real one was made
+            return kind([own], **{name: copied(known[name]) for name in takes if name in known})
     except Exception:  # one that needs more than it tells
         trial = shell(part)
         trial.state = defaultdict(dict)
@@ -88,7 +91,8 @@ def _differ(one: Any, other: Any) -> bool:
 @torch.no_grad()
 def _steps(trial: Any, parameter: nn.Parameter, gradients: Sequence[Tensor]) -> None:
     # What torchao compiles for each shape is run as it is written.
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         for gradient in gradients:
             parameter.grad = gradient.clone()
             type(trial).step(trial)
