@@ -1,6 +1,6 @@
 """The tensors that an optimizer keeps for a weight, each by its place in the state, read and written as plain numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,12 +97,13 @@ def _leaves_in(path: str, value: Any) -> Iterator[Leaf]:
         if value.numel():
             yield Leaf(path, value)
         return
+    inner: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, dict):
         inner = value.items()
     elif isinstance(value, (list, tuple)):
         inner = enumerate(value)
-    else:
-        inner = vars(value).items() if hasattr(value, "__dict__") else ()
+    elif hasattr(value, "__dict__"):
+        inner = vars(value).items()
     for name, each in inner:
         yield from _leaves_in(f"{path}.{name}", each)
 

@@ -7,7 +7,7 @@ state shows what it is:
 - it stays: it has no coordinates on that axis (an average over it; one in a basis of the optimizer's own: GaLore, SOAP);
 - it turns as the gradient does: an average of gradients or steps; a basis or preconditioner, which may turn on two axes;
 - it loses the signs: an average of squares, or of absolute values;
-- anything else, a copy of the weights included, has no rule.
+- anything else, a copy of the weights included, has no rule, nor has an optimizer whose steps are not permuted and signed alike.
 
 The power of the gradient's size that it goes with is found by gradients of twice the size. The rules are then compared with what
 the optimizer keeps for a weight of the real shape. No name of an optimizer or of a tensor matters but `ortho_matrix`, by which
@@ -192,6 +192,8 @@ def _of_a_stand_in(part: Any, group: Group, shape: torch.Size, like: Tensor) -> 
         )
     )
     judgement = Judgement(sees=sees)
+    if not all(_same(trial.update, along(plain.update, i, signed[i])) for i, trial in enumerate(of_signed)):
+        judgement.problem = "it takes other steps where features are permuted and change their signs"
     if hidden := opaque(plain.state):
         judgement.problem = f"it keeps {', '.join(hidden)}, which can't be looked into"
     turned = [leaves(trial.state) for trial in of_signed]

@@ -11,6 +11,7 @@ squares follow the rule that was chosen. The next update is then the turned upda
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from hf_teleport.optimizers.leaves import Leaf, leaves
@@ -89,9 +90,10 @@ class OptimizerState:
             rows = numbers.movedim(own[0], 0)
             at = part.positions.flatten().to(rows.device)
             blocks = rows[at].reshape(*part.positions.shape, -1)  # (H, r, k, n)
+            blocks = blocks.to(torch.promote_types(blocks.dtype, torch.float32))
             blocks = blocks.square() if _is_root(rule) else blocks
             spread = blocks.sum(2, keepdim=True) * shares.to(blocks)[:, None, :, None]
-            rows[at] = (spread.sqrt() if _is_root(rule) else spread).reshape(-1, *rows.shape[1:])
+            rows[at] = (spread.sqrt() if _is_root(rule) else spread).reshape(-1, *rows.shape[1:]).to(rows)
             leaf.write(numbers)
 
     def tensors(self, parameter: nn.Parameter) -> list[Tensor]:

