@@ -7,7 +7,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,8 +27,9 @@ from hf_teleport.event.reasons import NO_STEP, explain, why_unmoved
 from hf_teleport.layers.point import LossFn, loss_at
 from hf_teleport.methods import METHODS, BasisTurn, ClimbingMethod, TurningMethod
 from hf_teleport.methods.basis.tracker import Tracker
+from hf_teleport.optimizers.parts import states
 from hf_teleport.optimizers.rehearsal import Rehearsal
-from hf_teleport.optimizers.state import forget, unwrapped
+from hf_teleport.optimizers.state import forget
 from hf_teleport.report import TeleportReport
 from hf_teleport.weights.isolation import isolated, preserved_rng
 from hf_teleport.weights.ranks import Ranks, out_of_memory
@@ -231,7 +232,7 @@ class Teleporter:
                 changed = snapshot.changed(weights)
                 rehearsed = bool(steps) and self.config.control == "matched_rate"
                 if not objection and not rehearsed:
-                    self._keep(method)
+                    self._keep(method, weights)
             except BaseException:
                 snapshot.restore()
                 raise
@@ -273,18 +274,18 @@ class Teleporter:
             own = "max_loss_change"
         return next((objection for objection in self._ranks.gather(own) if objection), "")
 
-    def _keep(self, method: _Method) -> None:
+    def _keep(self, method: _Method, weights: Weights) -> None:
         """The event stands: the optimizer learns of it, and every process gets the weights of the first."""
         if isinstance(method, TurningMethod):
             self._ranks.together(method.accept)
         self._ranks.broadcast(method.written)
         # Last, for it is not undone.
         if self.optimizer is not None and self.config.optimizer_state == "reset":
-            forget(self.optimizer, method.movable)
+            forget(self.optimizer, method.movable, weights.origin)
 
     @property
-    def _state(self) -> dict[Any, Any]:
-        return {} if self.optimizer is None else unwrapped(self.optimizer).state
+    def _state(self) -> MutableMapping[Any, Any]:
+        return {} if self.optimizer is None else states(self.optimizer)
 
     def _method(self, loss_fn: LossFn, weights: Weights) -> _Method:
         method = METHODS[self.config.method](self.model, loss_fn, self.config, self.optimizer, weights)

@@ -3,8 +3,7 @@
 Any optimizer that steps each parameter by its own gradient and state will do; nothing is assumed about its formula.
 """
 
-import copy
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_teleport.optimizers.state import unwrapped
+from hf_teleport.optimizers.parts import groups_of, parts, states, unwrapped
+from hf_teleport.optimizers.trial import shell
+from hf_teleport.weights.copies import copied
 from hf_teleport.weights.norms import norm
 from hf_teleport.weights.ranks import ALONE, Ranks
 
@@ -46,7 +47,8 @@ class Rehearsal:
         self._max_grad_norm = max_grad_norm
         self._rates = rates
         self._ranks = ranks
-        self._groups = {parameter: group for group in self._optimizer.param_groups for parameter in group["params"]}
+        self._parts, self._state = parts(optimizer), states(optimizer)
+        self._groups = groups_of(optimizer)
 
     def step(self, parameters: Sequence[nn.Parameter], gradients: Tensors) -> Tensors:
         """What the next step adds to each parameter; None for one that has no gradient, or that the optimizer does not train.
@@ -98,13 +100,19 @@ class Rehearsal:
             gradients: called before the i-th step, with the parameters where it begins.
             forgotten: parameters of which the optimizer will remember nothing.
         """
-        trial = _shell(self._optimizer)
         own = {self._origin(parameter): parameter for parameter in parameters}
-        trial.param_groups = [
-            {**group, "params": [own[p] for p in group["params"] if p in own]} for group in self._optimizer.param_groups
-        ]
-        state, anew = self._optimizer.state, set(forgotten)
-        trial.state = defaultdict(dict, {p: copy.deepcopy(state[p]) for p in parameters if p in state and p not in anew})
+        remembered = {p: copied(self._state[p]) for p in set(parameters) - set(forgotten) if p in self._state}
+        trials, group_of = [], {}
+        for part in self._parts:
+            trial = shell(part)
+            trial.param_groups = [
+                {**group, "params": [own[p] for p in group["params"] if p in own]} for group in part.param_groups
+            ]
+            mine = {parameter for group in trial.param_groups for parameter in group["params"]}
+            trial.state = defaultdict(dict, {p: state for p, state in remembered.items() if p in mine})
+            trials.append(trial)
+            group_of.update({id(group): ours for group, ours in zip(part.param_groups, trial.param_groups, strict=True)})
+        in_order = [group_of[id(group)] for group in self._optimizer.param_groups if id(group) in group_of]
         kept = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
         try:
             for parameter, data, _ in kept:
@@ -115,9 +123,9 @@ class Rehearsal:
                 factor, _ = self._clipping(found)
                 for parameter, gradient in zip(parameters, found, strict=True):
                     parameter.grad = None if gradient is None else gradient.detach() * factor
-                for group, rate in zip(trial.param_groups, self._rates(i) if self._rates else [], strict=False):
+                for group, rate in zip(in_order, self._rates(i) if self._rates else [], strict=False):
                     group["lr"] = rate
-                self._ranks.together(lambda: type(self._optimizer).step(trial))
+                self._ranks.together(lambda: [type(trial).step(trial) for trial in trials])
             yield
         finally:
             for parameter, data, gradient in kept:
@@ -143,9 +151,9 @@ class Rehearsal:
     @torch.no_grad()
     def _change(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
         """One parameter's step, on a copy of it."""
-        group = self._groups.get(self._origin(parameter))
-        if group is None:
+        if self._origin(parameter) not in self._groups:
             return None
+        part, group = self._groups[self._origin(parameter)]
         rate = group.get("lr")
         own = nn.Parameter(parameter.detach().clone())
         own.grad = gradient.detach()
@@ -153,19 +161,9 @@ class Rehearsal:
         if rate is not None:
             # At its own rate a step may be no more than the rounding of the weights that it is added to.
             settings["lr"] = torch.ones_like(rate) if isinstance(rate, Tensor) else 1.0
-        trial = _shell(self._optimizer)
+        trial = shell(part)
         trial.param_groups = [{**group, **settings}]
-        state = self._optimizer.state.get(parameter)
-        trial.state = defaultdict(dict, {} if state is None else {own: copy.deepcopy(state)})
-        type(self._optimizer).step(trial)
+        state = self._state.get(parameter)
+        trial.state = defaultdict(dict, {} if state is None else {own: copied(state)})
+        type(part).step(trial)
         return (own.detach() - parameter.detach()) * (1.0 if rate is None else float(rate))
-
-
-def _shell(optimizer: Any) -> Any:
-    """An optimizer of the same kind and settings without parameters, state and hooks of its own."""
-    shell: Any = object.__new__(type(optimizer))
-    # A scheduler puts a counting `step` on the object.
-    shell.__dict__.update({name: value for name, value in optimizer.__dict__.items() if name != "step"})
-    for hooks in [name for name in shell.__dict__ if name.startswith("_optimizer_step_")]:
-        setattr(shell, hooks, OrderedDict())
-    return shell

@@ -1,102 +1,135 @@
-"""What an optimizer remembers of a weight's gradients: forgotten, or turned when the weight gets another basis.
+"""What an optimizer remembers of a weight's gradients: turned when the weight gets another basis, or started anew.
 
 Averages of gradients turn exactly as the weights do. Averages of squared gradients do not: `v <- (Q∘Q) v` is what they would be
-if the gradient's coordinates were uncorrelated, and keeps their sum.
+if the gradient's coordinates were uncorrelated, and keeps their sum. Which tensor is what, `optimizers.rules` finds out.
+
+What holds after a turn: everything linear in the gradients is what it would be if all of training had been in the new basis, and
+squares follow the rule that was chosen. The next update is then the turned update where the optimizer does not see the basis
+(SGD, Muon, what is projected), and Adam's with the squares of that rule elsewhere.
 """
 
-import inspect
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-# By the names under which optimizers of torch and Transformers keep them.
-FIRST = {"exp_avg", "momentum_buffer", "exp_avg_diff"}
-SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "acc_delta", "variance", "row_var", "col_var"}
-# Those of Transformers' Adafactor lack the axis that they are a mean over.
-FACTORED = {"exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
+from hf_teleport.optimizers.leaves import Leaf, leaves
+from hf_teleport.optimizers.parts import groups_of, keeps_copies, parts, states, unwrapped
+from hf_teleport.optimizers.rules import Judgement, Rule, judge
+from hf_teleport.optimizers.trial import anew, at_start, counts, keeps_own_counts
+from hf_teleport.weights.copies import tensors_in
+from hf_teleport.weights.isolation import preserved_rng
+
+Turning = Callable[[Tensor, Any, Tensor], Tensor]
 
 
 class OptimizerState:
-    """The state of an optimizer of torch, turned along with the weights.
+    """The state of an optimizer, turned along with the weights.
 
     Args:
-        optimizer: also one wrapped by Accelerate.
+        optimizer: also one wrapped by Accelerate, or one that consists of several (`optimizers.parts`).
+        squares: what becomes of averages of squares in `turn`: the squared matrix turns them, or they stay ('keep').
     """
 
-    def __init__(self, optimizer: Any):
-        self.optimizer: Optimizer = unwrapped(optimizer)
+    def __init__(self, optimizer: Any, squares: Literal["turn", "keep"] = "turn"):
+        self.optimizer = unwrapped(optimizer)
+        self.state = states(optimizer)
+        self._squares = squares
+        self._judged = judge(optimizer)
 
-    @property
-    def _state(self) -> dict[Any, Any]:
-        return self.optimizer.state
-
-    def turn(
-        self,
-        part: Any,
-        matrices: Tensor,
-        turn_axis: Callable[[Tensor, Any, Tensor], Tensor],
-        squares: Callable[[Tensor, Any], None] | None = None,
-    ) -> None:
-        """Turn what is remembered of a part's parameter; `turn_axis(tensor, part, matrices)` works in place.
-
-        Args:
-            squares: `squares(tensor, part)` is done with averages of squares; default: they turn by the squared matrices.
-        """
-        for tensor, dim, is_square in self._tensors(part.parameter, part.dim):
-            at = _At(dim, part.positions)
-            if is_square and squares is not None:
-                squares(tensor, at)
+    def turn(self, part: Any, matrices: Tensor, turn_axis: Turning) -> None:
+        """Turn what is remembered of a part's parameter; `turn_axis(tensor, part, matrices)` works in place."""
+        for leaf, rule, own in self._turning(part.parameter, part.dim):
+            if rule.square and self._squares == "keep":
+                continue
+            if matrices.shape[-1] == 1:  # a scaling
+                self._change(leaf, own, part, matrices.abs().pow(rule.degree / len(own)), turn_axis)
+            elif not rule.square:
+                self._change(leaf, own, part, matrices, turn_axis)
+            elif _is_root(rule):
+                numbers = leaf.read().square()
+                leaf.tensor.copy_(turn_axis(numbers, _At(own[0], part.positions), matrices.square()).sqrt())
             else:
-                turn_axis(tensor, at, matrices.square() if is_square else matrices)
+                self._change(leaf, own, part, matrices.square(), turn_axis)
+
+    def _change(self, leaf: Leaf, own: tuple[int, ...], part: Any, matrices: Tensor, turn_axis: Turning) -> None:
+        numbers = leaf.read()
+        for axis in own:
+            turn_axis(numbers, _At(axis, part.positions), matrices)
+        leaf.write(numbers)
 
     def scale(self, parameter: nn.Parameter, dim: int, factors: Tensor) -> None:
         """The parameter's gradients are multiplied by factors along an axis."""
-        for tensor, own, is_square in self._tensors(parameter, dim):
-            shape = [1] * tensor.dim()
-            shape[own] = -1
-            tensor.mul_((factors.square() if is_square else factors).reshape(shape).to(tensor))
+        for leaf, rule, own in self._turning(parameter, dim):
+            numbers = leaf.read()
+            for axis in own:
+                numbers.mul_(_along(factors.abs().pow(rule.degree / len(own)), axis, numbers))
+            leaf.write(numbers)
 
     def level(self, parameter: nn.Parameter) -> None:
         """A norm's gain has a new gradient in a new basis, unknown before: no momentum, and the mean of the squares."""
-        for tensor, _, is_square in self._tensors(parameter, 0):
-            tensor.fill_(float(tensor.mean()) if is_square else 0.0)
+        for leaf, rule, _ in self._turning(parameter, 0):
+            numbers = leaf.read()
+            leaf.write(numbers.fill_(float(numbers.mean()) if rule.square else 0.0))
 
-    def put_shares(self, parameter: nn.Parameter, shares: dict[int, Tensor]) -> None:
-        """Spread the averages of squares along turned axes as measured.
+    def put_shares(self, part: Any, shares: Tensor) -> None:
+        """Along a turned axis, let squares keep their sums over the features and spread them as given: `v' = (Σ v) * share`.
 
-        What remains of `v` is its sum over those axes, which no rotation changes; the product of the measured shares takes the
-        place of the rest, so that a coordinate with a small gradient is not held back for long by the mean that a turn leaves it.
+        No rotation changes those sums. What a turn leaves in place of the rest is flat, so that a coordinate with a small
+        gradient would be held back for long.
 
         Args:
-            shares: for each turned axis the share of each index in the squared gradients, summing to one.
+            part: a parameter, its axis `dim`, and positions (H, r, k) along it, for each of H blocks of k features its r copies.
+            shares: of each feature in the squared gradients of its block, (H, k), summing to one.
         """
-        for tensor, _, is_square in self._tensors(parameter, 0):
-            if is_square and tensor.shape == parameter.shape:
-                kept = tensor.sum(tuple(shares), keepdim=True)
-                tensor.copy_(kept.expand_as(tensor))
-                for dim, share in shares.items():
-                    tensor.mul_(share.reshape([-1 if d == dim else 1 for d in range(tensor.dim())]).to(tensor))
+        for leaf, rule, own in self._turning(part.parameter, part.dim):
+            if not rule.square or rule.degree <= 0.5:
+                continue
+            numbers = leaf.read()
+            rows = numbers.movedim(own[0], 0)
+            at = part.positions.flatten().to(rows.device)
+            blocks = rows[at].reshape(*part.positions.shape, -1)  # (H, r, k, n)
+            blocks = blocks.to(torch.promote_types(blocks.dtype, torch.float32))
+            blocks = blocks.square() if _is_root(rule) else blocks
+            spread = blocks.sum(2, keepdim=True) * shares.to(blocks)[:, None, :, None]
+            rows[at] = (spread.sqrt() if _is_root(rule) else spread).reshape(-1, *rows.shape[1:]).to(rows)
+            leaf.write(numbers)
 
-    def tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """All tensors that are kept for a parameter."""
-        return {name: value for name, value in self._state.get(parameter, {}).items() if isinstance(value, Tensor)}
+    def tensors(self, parameter: nn.Parameter) -> list[Tensor]:
+        """All tensors that are kept for a parameter, those included of which quantised ones consist."""
+        return list(tensors_in(self.state.get(parameter, {})))
 
-    def _tensors(self, parameter: nn.Parameter, dim: int) -> list[tuple[Tensor, int, bool]]:
-        """Tensor, the axis in it of the parameter's axis, and whether it holds squares."""
-        found = []
-        for name, tensor in self.tensors(parameter).items():
-            if name in FACTORED:
-                own = list(range(parameter.dim()))
-                own.pop(FACTORED[name])
-                if dim in own:
-                    found.append((tensor, own.index(dim), True))
-            elif tensor.dim() == parameter.dim() and tensor.shape[dim] == parameter.shape[dim] and name in FIRST | SECOND:
-                found.append((tensor, dim, name in SECOND))
-        return found
+    def objection(self, parameter: nn.Parameter) -> str:
+        """Why what is kept for a parameter can't be turned, and was not known before; empty: it can be."""
+        state = self.state.get(parameter)
+        if not state or self._judgement(parameter, state) is not None:
+            return ""
+        reasons = [judged.objection(state, parameter.shape) for judged in self._candidates(parameter)]
+        return f"{type(self.optimizer).__name__}: {reasons[0] if reasons else 'it was not trained before'}"
+
+    def _turning(self, parameter: nn.Parameter, dim: int) -> Iterator[tuple[Leaf, Rule, tuple[int, ...]]]:
+        """Each tensor that an axis of a parameter concerns, its rule, and its axes that go with that one."""
+        state = self.state.get(parameter)
+        if not state:
+            return
+        judgement = self._judgement(parameter, state)
+        if judgement is None:
+            raise ValueError(
+                f"what is kept for a weight of shape {list(parameter.shape)} can't be turned. {self.objection(parameter)}"
+            )
+        for path, leaf in leaves(state).items():
+            if own := judgement.rules[path].axes.get(dim):
+                yield leaf, judgement.rules[path], own
+
+    def _candidates(self, parameter: nn.Parameter) -> list[Judgement]:
+        """The judgement of a parameter; of one that stands in for another, those of all with its shape."""
+        own = self._judged.get(parameter)
+        return [own] if own else [j for stored, j in self._judged.items() if stored.shape == parameter.shape]
+
+    def _judgement(self, parameter: nn.Parameter, state: dict[str, Any]) -> Judgement | None:
+        fitting = [j for j in self._candidates(parameter) if not j.objection(state, parameter.shape)]
+        return fitting[0] if fitting and all(j.rules == fitting[0].rules for j in fitting) else None
 
 
 class _At:
@@ -106,87 +139,89 @@ class _At:
         self.dim, self.positions = dim, positions
 
 
-def forget(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
-    """Start anew what an optimizer remembers of these parameters, as if it had never seen them."""
-    state = unwrapped(optimizer).state
-    known = FIRST | SECOND | set(FACTORED)
-    for parameter in parameters:
-        kept = state.get(parameter, {})
-        tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor) and value.numel() > 1}
-        if set(tensors) <= known and all(tensor.is_floating_point() for tensor in tensors.values()):
-            # In place, for an optimizer may make its state but once, when it is made itself.
-            for name, value in kept.items():
-                if isinstance(value, (Tensor, int, float)):
-                    kept[name] = value.zero_() if isinstance(value, Tensor) else type(value)(0)
-        else:
-            del state[parameter]
+def _is_root(rule: Rule) -> bool:
+    """Whether a tensor holds roots of squares (Adamax's largest gradients), which turn and spread as squares."""
+    return 0.75 < rule.degree < 1.25
 
 
-def unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside the one that Accelerate wraps around it."""
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
+def _along(factors: Tensor, axis: int, like: Tensor) -> Tensor:
+    return factors.reshape([-1 if d == axis else 1 for d in range(like.dim())]).to(like)
 
 
-def keeps_copies(optimizer: Any) -> bool:
-    """Whether an optimizer seems to keep copies of the weights, which do not follow a teleport: Lookahead, schedule-free ones."""
-    optimizer = unwrapped(optimizer)
-    return hasattr(optimizer, "optimizer") or callable(getattr(optimizer, "train", None))
+def forget(
+    optimizer: Any, parameters: Iterable[nn.Parameter], origin: Callable[[nn.Parameter], nn.Parameter] = lambda p: p
+) -> None:
+    """Start anew what an optimizer remembers of these parameters, as a new optimizer would.
+
+    Where a group counts steps for all of its parameters, those start anew together.
+
+    Args:
+        origin: the parameter in the optimizer that a given one stands in for.
+    """
+    state, groups = states(optimizer), groups_of(optimizer)
+    with preserved_rng():
+        for stand_in in parameters:
+            stored = origin(stand_in)
+            if stored not in groups:
+                continue
+            part, group = groups[stored]
+            shared = counts(part, group)
+            begun = any(name in group for name in shared)
+            for parameter in group["params"] if begun else [stored]:
+                new = anew(part, at_start(part, group), parameter)
+                for key in {parameter, stand_in if parameter is stored else parameter}:
+                    state.pop(key, None)
+                    if new.state.get(parameter):
+                        state[key] = new.state[parameter]
+            if begun:
+                for name in shared:
+                    group.pop(name, None)
+                    if name in new.param_groups[0]:
+                        group[name] = new.param_groups[0][name]
 
 
 def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
     """Make sure that a change of basis makes sense for an optimizer, and that its state can follow.
 
-    Both are found out by some steps of a new one of its kind on a small matrix, as it is and turned.
-
     Raises:
-        ValueError: an optimizer whose steps do not depend on the basis, or one with a state that is not known.
+        ValueError: an optimizer whose steps do not depend on the basis, or one with a state for which there is no rule.
     """
     optimizer = unwrapped(optimizer)
     name = type(optimizer).__name__
-    if keeps_copies(optimizer):
+    if copying := [type(part).__name__ for part in (optimizer, *parts(optimizer)) if keeps_copies(part)]:
         raise ValueError(
-            f"{name} seems to keep copies of the weights, which would stay in the old basis. Use an optimizer that keeps none, "
-            "such as AdamW."
+            f"{copying[0]} seems to keep copies of the weights, which would stay in the old basis. Use an optimizer that keeps "
+            "none, such as AdamW."
         )
-    known = sorted(FIRST | SECOND | set(FACTORED))
-    start_anew = "Set teleport_optimizer_state='reset' to start its state anew for the weights that turn."
-    generator = torch.Generator().manual_seed(0)
-    # RAdam begins as plain momentum, and looks at each coordinate from its sixth step on.
-    turn, *gradients = (torch.randn(4, 4, generator=generator) for _ in range(9))
-    turn = torch.linalg.qr(turn).Q
-    try:
-        moved, kept = _tried(optimizer, gradients)
-        moved_turned, _ = _tried(optimizer, [turn @ gradient for gradient in gradients])
-    except Exception as error:  # whatever an optimizer of another library needs
-        if reset:
-            return
-        raise ValueError(f"the state of {name} is not known ({error}), so it cannot be turned. {start_anew}") from error
-    # Muon computes in bfloat16; a step that sees the basis is another one altogether.
-    if moved.any() and (turn @ moved - moved_turned).norm() < 0.05 * moved.norm():
+    judged = judge(optimizer)
+    other = "Use an optimizer such as AdamW, or teleport_method='null_space'."
+    if judged and all("closure" in judgement.problem for judgement in judged.values()):
+        raise ValueError(f"{name} steps by a closure, which is not followed. {other}")
+    if reset:
+        with preserved_rng():
+            kinds = {
+                (id(part), repr(sorted(k for k in group if k != "params"))): (part, group)
+                for part, group in groups_of(optimizer).values()
+            }
+            for part, group in kinds.values():
+                try:
+                    uncounted = not keeps_own_counts(part, group)
+                except Exception as error:
+                    raise ValueError(
+                        f"{type(part).__name__} could not be tried ({error}), so its state can't be started anew. {other}"
+                    ) from error
+                if not uncounted:
+                    raise ValueError(f"{type(part).__name__} counts steps where no reset of some weights reaches. {other}")
+    # Norms' gains and biases see a basis that no matrix does, but there is little to win with them.
+    matrices = [judgement for parameter, judgement in judged.items() if parameter.dim() > 1] or list(judged.values())
+    if matrices and not any(judgement.sees for judgement in matrices):
         raise ValueError(
             f"a change of basis does nothing for {name}: its steps are the same in every basis. Use an optimizer that looks at "
             "each coordinate alone (AdamW, Adafactor, Adagrad, ...), or teleport_method='null_space'."
         )
-    if (unknown := sorted(kept - set(known))) and not reset:
-        raise ValueError(f"{name} keeps {', '.join(unknown)}, which cannot be turned; known are {', '.join(known)}. {start_anew}")
-
-
-def _tried(optimizer: Optimizer, gradients: list[Tensor]) -> tuple[Tensor, set[str]]:
-    """The last step of an optimizer of the same kind on a matrix that gets these gradients, and what it then keeps for it."""
-    device = optimizer.param_groups[0]["params"][0].device
-    matrix = nn.Parameter(torch.zeros(4, 4, device=device))
-    taken = inspect.signature(type(optimizer)).parameters
-    trial = type(optimizer)([matrix], **{name: value for name, value in optimizer.defaults.items() if name in taken})
-    before = matrix.detach().clone()
-    for gradient in gradients:
-        before.copy_(matrix.detach())
-        matrix.grad = gradient.clone().to(device)
-        trial.step()
-    kept = {
-        name
-        for name, value in trial.state[matrix].items()
-        if (isinstance(value, Tensor) and value.numel() > 1) or (isinstance(value, (list, tuple, dict)) and value)
-    }
-    return (matrix.detach() - before).cpu(), kept
+    for parameter, judgement in judged.items():
+        if judgement.problem and not reset:
+            raise ValueError(
+                f"{name} can't follow a change of basis of a weight of shape {list(parameter.shape)}: {judgement.problem}. "
+                "Set teleport_optimizer_state='reset' to start its state anew for the weights that turn."
+            )

@@ -3,7 +3,7 @@
 import copy
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import getclosurevars
@@ -23,7 +23,7 @@ from hf_teleport.weights.whole import Weights
 
 
 @contextmanager
-def isolated(model: nn.Module, state: dict[Any, Any], ranks: Ranks, on_shards: bool = False) -> Iterator[Weights]:
+def isolated(model: nn.Module, state: MutableMapping[Any, Any], ranks: Ranks, on_shards: bool = False) -> Iterator[Weights]:
     """Inside, nothing leaves a trace but moved weights. Yields the weights to work on.
 
     Args:

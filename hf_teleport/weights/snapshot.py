@@ -1,13 +1,13 @@
 """Copies of weights, and of what an optimizer keeps for them, to return to."""
 
-import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_teleport.weights.copies import copied, put
 from hf_teleport.weights.whole import WHOLE, Weights
 
 
@@ -18,10 +18,10 @@ class Snapshot:
         state: the optimizer's `state`, if it is to be restored too.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], state: dict[Any, Any] | None = None):
+    def __init__(self, parameters: Iterable[nn.Parameter], state: MutableMapping[Any, Any] | None = None):
         self._saved = [(parameter, parameter.detach().clone()) for parameter in parameters]
         self._state = state
-        self._kept = {} if state is None else {p: copy.deepcopy(state[p]) for p, _ in self._saved if p in state}
+        self._kept = {} if state is None else {p: copied(state[p]) for p, _ in self._saved if p in state}
 
     def restore(self) -> None:
         """Put the copied values back, bit for bit."""
@@ -32,9 +32,7 @@ class Snapshot:
             # Without new memory, which may be why this is called.
             now = self._state.setdefault(parameter, {})  # type: ignore[union-attr]
             for name, value in kept.items():
-                if isinstance(value, Tensor) and isinstance(now.get(name), Tensor) and now[name].shape == value.shape:
-                    now[name].detach().copy_(value)
-                else:
+                if not put(now.get(name), value):
                     now[name] = value
 
     def halve(self) -> None:

@@ -1,7 +1,7 @@
 """The weights as a teleport works on them: in float32 where they are stored in less; those of FSDP2 as shards, or gathered."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ def is_low(model: nn.Module) -> bool:
 
 @contextmanager
 def working_weights(
-    model: nn.Module, state: dict[Any, Any] | None = None, ranks: Ranks = ALONE, on_shards: bool = False
+    model: nn.Module, state: MutableMapping[Any, Any] | None = None, ranks: Ranks = ALONE, on_shards: bool = False
 ) -> Iterator[Weights]:
     """Inside, weights that FSDP2 shards can be worked on, and weights and buffers in bf16 or fp16 are float32.
 
@@ -97,7 +97,7 @@ def _whole(value: Any) -> Any:
 
 
 @torch.no_grad()
-def _write_back(stand_in: nn.Parameter, stored: Any, state: dict[Any, Any]) -> None:
+def _write_back(stand_in: nn.Parameter, stored: Any, state: MutableMapping[Any, Any]) -> None:
     """Give a stored parameter, and the optimizer's state for it, the values of its stand-in."""
     if not stored.requires_grad:
         return

@@ -6,7 +6,8 @@ from torch import nn, optim
 
 from hf_teleport.methods.basis.symmetries import Part
 from hf_teleport.methods.basis.turn import turn_axis
-from hf_teleport.optimizers.state import OptimizerState, check_optimizer, forget, keeps_copies, unwrapped
+from hf_teleport.optimizers.parts import keeps_copies, unwrapped
+from hf_teleport.optimizers.state import OptimizerState, check_optimizer, forget
 
 
 class SignOfAverage(optim.Optimizer):
@@ -30,7 +31,7 @@ class Unknown(SignOfAverage):
         super().step()
         for group in self.param_groups:
             for p in group["params"]:
-                self.state[p]["hessian"] = p.grad.square()
+                self.state[p]["hessian"] = p.grad * p.grad.roll(1, 0)
 
 
 class NeedsMore(SignOfAverage):
@@ -57,6 +58,8 @@ OPTIMIZERS = {
 }
 AXES = {"row_var": 0, "exp_avg_sq_row": 0, "col_var": 1, "exp_avg_sq_col": 1}
 """The one axis of the weight that a factor of its second moment has."""
+OF_STEPS = {"RMSprop", "Adafactor with momentum"}
+"""Their momentum is an average of steps, which are as long whatever the gradient's size is."""
 
 
 def trained(make, weight=None, steps=3):
@@ -138,6 +141,8 @@ def test_scaling_of_gradients(kind, dim):
     OptimizerState(optimizer).scale(weight, dim, factors)
     for name, tensor in kept(optimizer, weight).items():
         own = factors if name in first else factors.square()
+        if name in first and kind in OF_STEPS:
+            own = torch.ones_like(own)
         if name in AXES:
             expected = (before[name].flatten() * (own if AXES[name] == dim else 1)).view_as(tensor)
         else:
@@ -150,9 +155,9 @@ def test_a_weight_without_state_gets_none():
     state = OptimizerState(optimizer)
     state.turn(part_of(weight, 0), rotation(1, 6), turn_axis)
     state.level(weight)
-    state.put_shares(weight, {0: torch.full((6,), 1 / 6)})
+    state.put_shares(part_of(weight, 0), torch.full((1, 6), 1 / 6))
     assert not optimizer.state.get(weight)
-    assert state.tensors(weight) == {}
+    assert state.tensors(weight) == []
 
 
 @pytest.mark.parametrize("make", [optim.AdamW, optim.Adagrad, optim.SGD, optim.Adamax, optim.RMSprop, OPTIMIZERS["Adafactor"][0]])
@@ -179,7 +184,8 @@ def test_squares_are_spread_along_turned_axes_as_measured(dims):
     before = kept(optimizer, weight)
     shares = {dim: torch.rand(weight.shape[dim], dtype=torch.float64) for dim in dims}
     shares = {dim: share / share.sum() for dim, share in shares.items()}
-    OptimizerState(optimizer).put_shares(weight, shares)
+    for dim, share in shares.items():
+        OptimizerState(optimizer).put_shares(part_of(weight, dim), share[None])
     after = kept(optimizer, weight)
     assert torch.equal(after["exp_avg"], before["exp_avg"])
     for name in ("exp_avg_sq", "max_exp_avg_sq"):
@@ -190,11 +196,37 @@ def test_squares_are_spread_along_turned_axes_as_measured(dims):
         torch.testing.assert_close(after[name].sum(), before[name].sum())
 
 
-def test_factors_of_squares_are_not_spread():
-    weight, optimizer = trained(hf.Adafactor)
-    before = kept(optimizer, weight)
-    OptimizerState(optimizer).put_shares(weight, {0: torch.full((6,), 1 / 6)})
-    assert all(torch.equal(value, before[name]) for name, value in kept(optimizer, weight).items())
+def test_squares_are_spread_within_each_block_and_copy():
+    weight, optimizer = trained(optim.AdamW)
+    before = kept(optimizer, weight)["exp_avg_sq"]
+    # Two blocks of one feature pair each, the first with two copies: 0 1 and 4 5; the second 2 3 alone would be another part.
+    part = Part(weight, 0, torch.tensor([[[0, 1], [4, 5]]]), False)
+    OptimizerState(optimizer).put_shares(part, torch.tensor([[0.25, 0.75]]))
+    expected = before.clone()
+    for first, second in ((0, 1), (4, 5)):
+        total = before[first] + before[second]
+        expected[first], expected[second] = 0.25 * total, 0.75 * total
+    torch.testing.assert_close(kept(optimizer, weight)["exp_avg_sq"], expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "row", "column"), [(hf.Adafactor, "exp_avg_sq_row", "exp_avg_sq_col"), (optim.Adafactor, "row_var", "col_var")]
+)
+def test_a_factor_of_the_squares_is_spread_along_its_own_axis(make, row, column):
+    weight, optimizer = trained(make)
+    before, share = kept(optimizer, weight), torch.tensor([0.1, 0.2, 0.3, 0.1, 0.1, 0.2])
+    OptimizerState(optimizer).put_shares(part_of(weight, 0), share[None])
+    after = kept(optimizer, weight)
+    torch.testing.assert_close(after[row].flatten(), (before[row].sum() * share).to(before[row]))
+    assert torch.equal(after[column], before[column])
+
+
+def test_the_largest_gradients_of_adamax_are_spread_as_squares():
+    weight, optimizer = trained(optim.Adamax)
+    before, share = kept(optimizer, weight)["exp_inf"], torch.tensor([0.1, 0.2, 0.3, 0.1, 0.1, 0.2]).double()
+    OptimizerState(optimizer).put_shares(part_of(weight, 0), share[None])
+    expected = before.square().sum(0, keepdim=True) * share[:, None]
+    torch.testing.assert_close(kept(optimizer, weight)["exp_inf"].square(), expected)
 
 
 def test_levelled_is_no_average_and_the_mean_of_the_squares():
@@ -233,14 +265,21 @@ def test_optimizers_that_no_basis_matters_to_are_declined(make, reset):
     assert "null_space" in str(error.value)
 
 
-@pytest.mark.parametrize(("make", "what"), [(Unknown, "hessian"), (lambda p: NeedsMore(p, 0.1, None), "engine")])
-def test_an_unknown_state_is_declined_before_training_with_the_way_out(make, what):
-    _, optimizer = trained(make, steps=0)
-    with pytest.raises(ValueError, match=what) as error:
+def test_an_unknown_state_is_declined_before_training_with_the_way_out():
+    _, optimizer = trained(Unknown, steps=0)
+    with pytest.raises(ValueError, match="it keeps hessian, for which there is no rule") as error:
         check_optimizer(optimizer)
-    assert type(optimizer).__name__ in str(error.value)
+    assert "Unknown" in str(error.value)
     assert "teleport_optimizer_state='reset'" in str(error.value)
     check_optimizer(optimizer, reset=True)
+
+
+def test_what_a_constructor_needs_beside_the_options_is_taken_from_the_optimizer():
+    weight, optimizer = trained(lambda p: NeedsMore(p, 0.1, None))
+    check_optimizer(optimizer)
+    before, matrices = kept(optimizer, weight), rotation(1, 6)
+    OptimizerState(optimizer).turn(part_of(weight, 0), matrices, turn_axis)
+    torch.testing.assert_close(kept(optimizer, weight)["exp_avg"], matrices[0] @ before["exp_avg"])
 
 
 def test_wrapped_by_accelerate():

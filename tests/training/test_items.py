@@ -9,7 +9,6 @@ from hf_teleport.event.batches import num_items
 from drawn_runs import rows_of, run
 from tiny_runs import Texts, llama, make, teleports
 
-
 # All batches of an event, whatever it costs and training has told.
 OF_AUTO = {"auto": {"budget": None, "track_every": 0}, "null_space": {}}
 

@@ -18,7 +18,7 @@ from hf_teleport.methods.base import TurningMethod
 from hf_teleport.methods.basis.bases import BASES, Basis, balance
 from hf_teleport.methods.basis.moments import Moments, misalignment, shares, turned
 from hf_teleport.methods.basis.smallest import mean_angle
-from hf_teleport.methods.basis.symmetries import Symmetry, find_symmetries
+from hf_teleport.methods.basis.symmetries import Part, Symmetry, find_symmetries
 from hf_teleport.methods.basis.tracker import Tracker
 from hf_teleport.methods.basis.turn import Turn
 from hf_teleport.optimizers.state import OptimizerState, check_optimizer
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 # Relative difference up to which a gradient after a turn is the turned gradient from before, by the precision of the weights.
 _AGREEMENT = {torch.float32: 1e-2, torch.float64: 1e-5}
+# A turn rounds each weight as a sum of products, and the forward's sums are taken in another order.
+_ROUNDINGS = 10
 
 
 class BasisTurn(TurningMethod):
@@ -54,7 +56,9 @@ class BasisTurn(TurningMethod):
         if self.optimizer is not None:
             reset = self.config.optimizer_state == "reset"
             check_optimizer(self.optimizer, reset=reset)
-            self._state = None if reset else OptimizerState(self.optimizer)
+            self._state = (
+                None if reset else OptimizerState(self.optimizer, "keep" if self.config.second_moment == "keep" else "turn")
+            )
 
     @staticmethod
     def is_told(config: TeleportConfig) -> bool:
@@ -78,7 +82,7 @@ class BasisTurn(TurningMethod):
     @property
     def written(self) -> list[Tensor]:
         state = self._state
-        kept = [] if state is None else [t for parameter in self.in_order() for t in state.tensors(parameter).values()]
+        kept = [] if state is None else [t for parameter in self.in_order() for t in state.tensors(parameter)]
         return super().written + kept
 
     @property
@@ -86,7 +90,7 @@ class BasisTurn(TurningMethod):
         return [gain for symmetry in self.used for gain in symmetry.blocking]
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(self.movable, None if self._state is None else self._state.optimizer.state)
+        return Snapshot(self.movable, None if self._state is None else self._state.state)
 
     def survey(self, point: Point) -> None:
         if not self.reports:
@@ -111,6 +115,8 @@ class BasisTurn(TurningMethod):
         for symmetry in symmetries:
             if not symmetry.reason and symmetry.kind not in self.config.symmetries:
                 symmetry.reason = f"{symmetry.kind} is not among the chosen symmetries"
+            if self._state is not None and not symmetry.reason:
+                symmetry.reason = next(filter(None, map(self._state.objection, symmetry.parameters)), "")
             self._found[symmetry] = SymmetryReport(
                 symmetry.kind, symmetry.name, symmetry.blocks, symmetry.size, len(symmetry.parameters), reason=symmetry.reason
             )
@@ -176,8 +182,8 @@ class BasisTurn(TurningMethod):
             report.misalignment = misalignment(self._moments.values[symmetry])
             report.misalignment_after = misalignment(moment)
             report.angle = mean_angle(rotations[symmetry])
-        squares: Any = "turn" if self.config.second_moment == "measure" else self.config.second_moment
-        self.turn = Turn(rotations, squares, {symmetry: shares(moment) for symmetry, moment in self._after.items()})
+        factors = self.config.second_moment == "factors"
+        self.turn = Turn(rotations, {s: shares(moment) for s, moment in self._after.items()} if factors else {})
 
     def _is_turned(self, symmetry: Symmetry) -> bool:
         """Whether it is rotated, and its second moment is known."""
@@ -221,12 +227,14 @@ class BasisTurn(TurningMethod):
         self.turn.carry_out(self._state)
 
     def review(self, point: Point) -> None:
+        if point.seed == self.config.seed and self.turn.exact:
+            off = self.ranks.together(lambda: _off(self.turn.gradients(self._first), point.by_parameter))
+            if any(self.ranks.gather(bool(off))):
+                self._judge(off, self._rounding(point))
         self.ranks.together(lambda: self._look_again(point))
 
     def _look_again(self, point: Point) -> None:
         gradients = point.by_parameter
-        if point.seed == self.config.seed and self.turn.exact:
-            self._compare(self.turn.gradients(self._first), gradients)
         if self.config.second_moment == "measure":
             for parameter, dim in self._turned_axes():
                 if parameter in gradients:
@@ -239,25 +247,46 @@ class BasisTurn(TurningMethod):
     def _turned_axes(self) -> list[tuple[nn.Parameter, int]]:
         return list(dict.fromkeys((part.parameter, part.dim) for symmetry in self.used for part in symmetry.parts))
 
-    def _compare(self, expected: dict[nn.Parameter, Tensor], found: dict[nn.Parameter, Tensor]) -> None:
-        """A symmetry turns the gradient as it turns the weights: what does not was none."""
-        total = norm(expected.values())
-        for parameter, gradient in expected.items():
-            other = found.get(parameter, torch.zeros_like(gradient))
-            error = norm([other - gradient]) / max(norm([gradient]) + 1e-3 * total, 1e-30)
-            if not error <= _AGREEMENT[parameter.dtype]:
+    @torch.no_grad()
+    def _rounding(self, point: Point) -> dict[nn.Parameter, float]:
+        """How far each gradient moves if every weight that turned is off by its last digit: a tiny one moves far."""
+        generators = {p.device: torch.Generator(p.device).manual_seed(self.config.seed) for p in self.movable}
+        kept = Snapshot(self.movable)
+        try:
+            for parameter in self.in_order():
+                signs = torch.randint(0, 2, parameter.shape, generator=generators[parameter.device], device=parameter.device)
+                parameter.mul_(1 + torch.finfo(parameter.dtype).eps * (2 * signs - 1))
+            with torch.enable_grad():
+                moved = self.evaluate(point.batch, point.seed).by_parameter
+        finally:
+            kept.restore()
+        return {p: norm([moved[p] - gradient]) for p, gradient in point.by_parameter.items() if p in moved}
+
+    def _judge(self, off: dict[nn.Parameter, tuple[float, float]], rounding: dict[nn.Parameter, float]) -> None:
+        """A symmetry turns the gradient as it turns the weights: what does not, by more than rounding, was none."""
+        for parameter, (distance, size) in off.items():
+            if not distance <= _ROUNDINGS * rounding.get(parameter, 0.0):
                 self.objection = "not_a_symmetry"
                 self.tracker.forget()
-                self.reports[parameter].reason = f"its gradient did not turn with it: off by {error:.1e}"
+                self.reports[parameter].reason = f"its gradient did not turn with it: off by {distance / max(size, 1e-30):.1e}"
                 return
 
     def accept(self) -> None:
         self.tracker.turned({self._tracked[symmetry]: moment for symmetry, moment in self._after.items()})
         if self._state is None:
             return
-        shares: dict[nn.Parameter, dict[int, Tensor]] = {}
         for (parameter, dim), squares in self._squares.items():
             if squares.sum() > 0:
-                shares.setdefault(parameter, {})[dim] = squares / squares.sum()
-        for parameter, own in shares.items():
-            self._state.put_shares(parameter, own)
+                whole = Part(parameter, dim, torch.arange(len(squares)).reshape(1, 1, -1), False)
+                self._state.put_shares(whole, (squares / squares.sum())[None])
+
+
+def _off(expected: dict[nn.Parameter, Tensor], found: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, tuple[float, float]]:
+    """The gradients that are not what was expected, each with its distance from that and the size to judge it by."""
+    off, total = {}, norm(expected.values())
+    for parameter, gradient in expected.items():
+        distance = norm([found.get(parameter, torch.zeros_like(gradient)) - gradient])
+        size = norm([gradient]) + 1e-3 * total
+        if not distance <= _AGREEMENT[parameter.dtype] * size:
+            off[parameter] = distance, size
+    return off

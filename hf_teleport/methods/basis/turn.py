@@ -4,9 +4,8 @@ A rotation x -> Q x of some features turns each axis that holds them: `W <- Q W`
 them, which on a tensor's axis is one and the same sum. The gradient turns as the weights do, and so does every average of it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +14,6 @@ from hf_teleport.methods.basis.features import effective
 from hf_teleport.methods.basis.symmetries import Fold, Part, Symmetry
 from hf_teleport.optimizers.state import OptimizerState
 
-Squares = Callable[[Tensor, Any], None]
-"""`squares(tensor, part)`: what becomes of an average of squares along a part's axis, in place."""
-
 
 @dataclass
 class Turn:
@@ -25,13 +21,11 @@ class Turn:
 
     Attributes:
         rotations: for each symmetry its orthogonal matrices (H, k, k); for one of kind 'scaling' positive factors (H, 1, 1).
-        squares: what becomes of the optimizer's averages of squares along a turned axis. 'turn': `v <- (Q∘Q) v`; 'keep': they
-            stay; 'factors': their sum over the axis stays, and each coordinate gets its share of it.
-        shares: for 'factors' the share of each coordinate, (H, k), for each symmetry; one that has none is turned.
+        shares: for each symmetry the share of each coordinate in the squared gradients, (H, k): the optimizer's averages of
+            squares keep their sums along a turned axis, and are spread by them; default: they turn as `OptimizerState` has it.
     """
 
     rotations: dict[Symmetry, Tensor]
-    squares: Literal["turn", "keep", "factors"] = "turn"
     shares: dict[Symmetry, Tensor] = field(default_factory=dict)
     _gains: dict[Fold, Tensor] = field(default_factory=dict)
     _rounded: dict[nn.Parameter, Tensor] = field(default_factory=dict)
@@ -56,7 +50,7 @@ class Turn:
         for fold, gain in self._gains.items():
             _scale_gain(fold, gain, state)
         for symmetry, part, matrix in self._steps():
-            _turn(part, matrix, state, self._rule(symmetry))
+            _turn(part, matrix, state, self.shares.get(symmetry))
         for symmetry in self.rotations:
             for gain in symmetry.gains:
                 if state is not None:
@@ -89,13 +83,6 @@ class Turn:
                 reciprocal = symmetry.kind == "scaling" and part.reads
                 yield symmetry, part, 1 / matrices if reciprocal else matrices
 
-    def _rule(self, symmetry: Symmetry) -> Squares | None:
-        """What becomes of averages of squares; None: they turn by the squared matrices."""
-        if self.squares == "keep" and symmetry.kind != "scaling":
-            return lambda tensor, part: None
-        own = self.shares.get(symmetry)
-        return None if self.squares != "factors" or own is None else lambda tensor, part: share_out(tensor, part, own)
-
 
 def folded(gains: dict[Fold, Tensor], gradients: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
     """The gradients that the weights would have with the gains folded into them: `W' = W diag(g)` has `G diag(1/g)`."""
@@ -125,23 +112,14 @@ def turn_axis(tensor: Tensor, part: Part, matrices: Tensor) -> Tensor:
     return tensor
 
 
-def share_out(tensor: Tensor, part: Part, shares: Tensor) -> None:
-    """Spread a tensor's sum over the features of each block and copy by their shares (H, k), in place.
-
-    Eigenvectors of the gradient's second moment have these shares in it, whatever the values were in the old basis.
-    """
-    rows = slices(tensor, part).to(torch.promote_types(tensor.dtype, torch.float32))
-    spread = rows.sum(2, keepdim=True) * shares.to(rows)[:, None, :, None]
-    view = tensor.movedim(part.dim, 0)
-    view[part.positions.flatten().to(tensor.device)] = spread.to(tensor.dtype).reshape(-1, *view.shape[1:])
-
-
-def _turn(part: Part, matrices: Tensor, state: OptimizerState | None, squares: Squares | None = None) -> None:
+def _turn(part: Part, matrices: Tensor, state: OptimizerState | None, shares: Tensor | None = None) -> None:
     turn_axis(part.parameter.data, part, matrices)
     if state is not None:
         # A scaled weight has the reciprocally scaled gradient; a turned one's turns alike.
         of_gradient = 1 / matrices if matrices.shape[-1] == 1 else matrices
-        state.turn(part, of_gradient, turn_axis, squares)
+        state.turn(part, of_gradient, turn_axis)
+        if shares is not None:
+            state.put_shares(part, shares)
 
 
 def _scale_gain(fold: Fold, gain: Tensor, state: OptimizerState | None) -> None:

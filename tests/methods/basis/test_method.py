@@ -143,6 +143,27 @@ def test_what_is_no_symmetry_is_found_out_and_undone(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(state_of(optimizer), state, strict=True))
 
 
+def test_a_gradient_that_is_little_more_than_rounding_may_turn_as_rounding_does():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 4, bias=False))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0)
+    inputs = torch.randn(32, 6)
+    batch = inputs, inputs @ torch.randn(6, 4)
+
+    def squares(model, batch):
+        return ((model(batch[0]) - batch[1]) ** 2).mean()
+
+    for _ in range(300):
+        optimizer.zero_grad()
+        squares(net, batch).backward()
+        optimizer.step()
+    before = flat(net)
+    report = Teleporter(net, TeleportConfig(method="basis"), optimizer=optimizer).teleport([batch], squares)
+    assert report.grad_norm_before < 1e-3
+    assert report.stopped_because == "steps_done"
+    assert not torch.equal(flat(net), before)
+
+
 def test_the_optimizers_state_is_forgotten_if_wished():
     model = llama()
     optimizer = trained(model)

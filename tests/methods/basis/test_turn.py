@@ -10,8 +10,8 @@ from torch import nn
 from hf_teleport.layers.double import KeepDouble
 from hf_teleport.layers.point import evaluate
 from hf_teleport.methods.basis.bases import Random, balance
-from hf_teleport.methods.basis.symmetries import Part, find_symmetries
-from hf_teleport.methods.basis.turn import Turn, folded, share_out
+from hf_teleport.methods.basis.symmetries import find_symmetries
+from hf_teleport.methods.basis.turn import Turn, folded
 from hf_teleport.optimizers.state import OptimizerState
 
 from tiny_models import build, loss_fn
@@ -203,10 +203,10 @@ def test_adam_after_a_turn_is_adam_in_rotated_coordinates(name, decay, steps_bef
     plain = copy.deepcopy(turned)
     twin = dict(zip(turned.parameters(), plain.parameters(), strict=True))
     turn = turn_of(used)
-    turn.squares = squares
-    turn.shares = {s: torch.rand(s.blocks, s.size).double() for s in used if s.kind != "scaling"}
+    if squares == "factors":
+        turn.shares = {s: torch.rand(s.blocks, s.size).double() for s in used if s.kind != "scaling"}
     averages = turn.gradients({p: kept["exp_avg"] for p, kept in optimizer.state.items()})
-    turn.carry_out(OptimizerState(optimizer))
+    turn.carry_out(OptimizerState(optimizer, "keep" if squares == "keep" else "turn"))
     assert close({p: kept["exp_avg"] for p, kept in optimizer.state.items()}, averages)
     state = {p: (int(kept["step"]), kept["exp_avg"].clone(), kept["exp_avg_sq"].clone()) for p, kept in optimizer.state.items()}
     assert len(state) == (len(trained) if steps_before else 0)
@@ -267,23 +267,6 @@ def test_a_turn_changes_where_adam_goes_and_sgd_does_not_notice():
             ends[make, turns] = point_of(model, batch).loss
     assert abs(ends[torch.optim.SGD, True] - ends[torch.optim.SGD, False]) < 1e-10
     assert abs(ends[torch.optim.Adam, True] - ends[torch.optim.Adam, False]) > 1e-4
-
-
-def test_factors_keep_the_sum_over_a_turned_axis_and_share_it_out():
-    """Heads of a group share a rotation: each copy of the features is spread by itself."""
-    torch.manual_seed(0)
-    weight = nn.Parameter(torch.randn(12, 5, dtype=torch.float64))
-    positions = torch.tensor([[[0, 1, 2], [6, 7, 8]], [[3, 4, 5], [9, 10, 11]]])  # two blocks of three features, twice each
-    part = Part(weight, 0, positions, False)
-    shares = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.25, 0.25]]).double()
-    before = torch.rand(12, 5, dtype=torch.float64)
-    after = before.clone()
-    share_out(after, part, shares)
-    for block in range(2):
-        for copy_ in range(2):
-            rows = positions[block, copy_]
-            expected = shares[block][:, None] * before[rows].sum(0)
-            torch.testing.assert_close(after[rows], expected)
 
 
 # --- There and back ------------------------------------------------------------------------------------------------------

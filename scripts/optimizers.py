@@ -1,0 +1,320 @@
+"""Try every optimizer of the packages that people train with: does its state follow a change of basis, or is it refused?
+
+    python scripts/optimizers.py                     # all of them, and write docs/optimizers.md's table
+    python scripts/optimizers.py --only bitsandbytes # one package, printed
+
+A small Llama is trained for some steps. Then its features are permuted and their signs changed: a change of basis under which an
+optimizer that looks at each coordinate alone must do the very same, second moments included. The cosine is that of its next
+update with the turned next update of the model that was left as it was.
+"""
+
+import argparse
+import copy
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
+
+from hf_teleport.methods.basis.symmetries import Symmetry, find_symmetries
+from hf_teleport.methods.basis.turn import Turn, turn_axis
+from hf_teleport.optimizers.parts import groups_of, states
+from hf_teleport.optimizers.rules import Judgement, judge
+from hf_teleport.optimizers.state import OptimizerState, check_optimizer
+from hf_teleport.weights.snapshot import Snapshot
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "optimizers.md"
+START, END = "<!-- table: scripts/optimizers.py -->", "<!-- end of table -->"
+STEPS, RATE = 5, 1e-3
+# Those whose averages are kept in codes agree as far as the codes are fine.
+QUANTISED = 0.95
+EXACT = 0.99
+
+Make = Callable[[nn.Module], Any]
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for the matrices inside, AdamW for the rest, as those who train with `Trainer` write it."""
+
+    def __init__(self, model: nn.Module):
+        inside = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n and "head" not in n]
+        rest = [p for p in model.parameters() if not any(p is q for q in inside)]
+        self.optimizers = [torch.optim.Muon(inside, lr=RATE), torch.optim.AdamW(rest, lr=RATE)]
+        self.defaults = {"lr": RATE}
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        return {key: value for optimizer in self.optimizers for key, value in optimizer.state.items()}
+
+    def step(self, closure: Any = None) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+
+def optimizers_of(module: Any) -> Iterator[tuple[str, type]]:
+    """The optimizers that a package offers, by their names."""
+    for name, kind in sorted(vars(module).items()):
+        base = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+        if base and not name.startswith("_") and not name.startswith("Optimizer"):
+            yield name, kind
+
+
+def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The matrices, and the vectors."""
+    return [p for p in model.parameters() if p.dim() > 1], [p for p in model.parameters() if p.dim() < 2]
+
+
+def by_kind(kind: type, **options: Any) -> Make:
+    """An optimizer of a model's parameters; of the model, or of matrices and the rest, if it asks for that."""
+
+    def make(model: nn.Module) -> Any:
+        errors = []
+        matrices, vectors = split(model)
+        for parameters in (
+            list(model.parameters()),
+            [{"params": matrices, "use_muon": True}, {"params": vectors, "use_muon": False}],
+            model,
+            matrices,
+        ):
+            for rate in ({"lr": RATE}, {"lr": RATE, "momentum": 0.9}, {}):
+                try:
+                    return kind(parameters, **rate, **options)
+                except Exception as error:  # each asks for something else
+                    errors.append(error)
+        raise errors[0]
+
+    return make
+
+
+def low_rank(kind: type, **options: Any) -> Make:
+    """Projected averages for the matrices, plain ones for the vectors."""
+
+    def make(model: nn.Module) -> Any:
+        matrices, vectors = split(model)
+        own = {"relative_step": False} if "relative_step" in inspect.signature(kind).parameters else {}
+        return kind([{"params": vectors}, {"params": matrices, "rank": 8, "update_proj_gap": 200, **options}], lr=RATE, **own)
+
+    return make
+
+
+def by_name(name: str) -> Make:
+    """As Transformers makes it for `TrainingArguments(optim=name)`."""
+
+    def make(model: nn.Module) -> Any:
+        options = {"optim_target_modules": ["self_attn", "mlp"]} if "galore" in name or "apollo" in name else {}
+        rank = "rank=8" if "apollo" in name or "galore" in name else None
+        args = TrainingArguments("/tmp/unused", optim=name, learning_rate=RATE, optim_args=rank, use_cpu=True, **options)
+        given = {"lr": RATE}
+        adam = {"betas": (0.9, 0.999), "eps": 1e-8}
+        context = OptimizerContext(args, model, given, adam, {"rank": "8"} if rank else {})
+        kind, taken = _OPTIMIZER_HANDLERS[args.optim](context)
+        own = taken.pop("params", list(model.parameters()))
+        return kind(taken.pop("optimizer_dict", own), **taken)
+
+    return make
+
+
+def catalogue() -> Iterator[tuple[str, str, Make]]:
+    """Package, optimizer, and how to make it for a model."""
+    for name, kind in optimizers_of(torch.optim):
+        yield "torch", name, by_kind(kind)
+    yield "torch", "Muon + AdamW", MuonAndAdamW
+    import pytorch_optimizer
+
+    for name in pytorch_optimizer.get_supported_optimizers():
+        kind = pytorch_optimizer.load_optimizer(name)
+        if kind.__module__.startswith("pytorch_optimizer"):
+            yield "pytorch_optimizer", kind.__name__, by_kind(kind)
+    import bitsandbytes
+    import torchao.optim
+
+    for package, module in (("torchao", torchao.optim), ("bitsandbytes", bitsandbytes.optim)):
+        for name, kind in optimizers_of(module):
+            yield package, name, by_kind(kind)
+    import galore_torch
+
+    for name, kind in optimizers_of(galore_torch):
+        yield "galore-torch", name, low_rank(kind, scale=0.25, proj_type="std")
+    import apollo_torch
+
+    for projection in ("random", "svd"):
+        own = {"scale": 1.0, "proj_type": "std", "proj": projection, "scale_type": "channel"}
+        yield "apollo-torch", f"APOLLOAdamW, {projection}", low_rank(apollo_torch.APOLLOAdamW, **own)
+    import schedulefree
+
+    for name, kind in optimizers_of(schedulefree):
+        yield "schedulefree", name, by_kind(kind)
+    for name in ("adafactor", "galore_adamw_layerwise", "galore_adafactor_layerwise", "apollo_adamw_layerwise"):
+        yield "transformers", name, by_name(name)
+
+
+def llama(width: int = 64) -> nn.Module:
+    """A Llama of 2 layers, with weights of more than 4096 elements, from where on states are quantised."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=160, max_position_embeddings=32,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def batches() -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.randint(0, 160, (4, 16), generator=generator)
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, labels=ids).loss
+
+
+def signed(symmetry: Symmetry) -> Tensor:
+    """A permutation of the features of each block with some signs changed, (H, k, k)."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(symmetry.blocks):
+        sign = torch.randint(0, 2, (symmetry.size,), generator=generator) * 2.0 - 1
+        found.append(torch.eye(symmetry.size)[torch.randperm(symmetry.size, generator=generator)] * sign)
+    return torch.stack(found).double()
+
+
+def step(model: nn.Module, optimizer: Any, ids: Tensor) -> None:
+    optimizer.zero_grad()
+    loss_of(model, ids).backward()
+    optimizer.step()
+
+
+def next_update(model: nn.Module, optimizer: Any, ids: Tensor, watched: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    before = {parameter: parameter.detach().clone() for parameter in watched}
+    step(model, optimizer, ids)
+    return {parameter: parameter.detach() - before[parameter] for parameter in watched}
+
+
+def agreement(make: Make) -> tuple[float, dict[nn.Parameter, Judgement]]:
+    """The cosine of the next update after a permutation with the permuted one, over all weights that it turns.
+
+    Raises:
+        ValueError: the optimizer is refused.
+    """
+    model = llama()
+    optimizer = make(model)
+    check_optimizer(optimizer)
+    stream = batches()
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(STEPS):
+            step(model, optimizer, next(stream))
+        # A gain that is not one is folded, which scales gradients; this is about turns.
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.data.fill_(1.0)
+        ids = next(stream)
+        symmetries = [s for s in find_symmetries(model, loss_of, ids)[0] if not s.reason and s.kind != "scaling"]
+        turn = Turn({symmetry: signed(symmetry) for symmetry in symmetries})
+        turned = list(dict.fromkeys(part.parameter for symmetry in symmetries for part in symmetry.parts))
+        options = [(group, copy.copy(group)) for _, group in groups_of(optimizer).values()]
+        kept = Snapshot(model.parameters(), states(optimizer))
+        plain = next_update(model, optimizer, ids, turned)
+        kept.restore()
+        for group, before in options:
+            group.update(before)
+        turn.carry_out(OptimizerState(optimizer))
+        found = next_update(model, optimizer, ids, turned)
+    for symmetry, matrices in turn.rotations.items():
+        for part in symmetry.parts:
+            turn_axis(plain[part.parameter], part, matrices)
+    return float(nn.functional.cosine_similarity(flat(found, turned), flat(plain, turned), 0)), judge(optimizer)
+
+
+def flat(tensors: dict[nn.Parameter, Tensor], order: list[nn.Parameter]) -> Tensor:
+    return torch.cat([tensors[parameter].flatten().double() for parameter in order])
+
+
+def kinds(judged: dict[nn.Parameter, Judgement]) -> str:
+    """What is kept for the weights, in words."""
+    found: dict[str, set[str]] = {}
+    for judgement in judged.values():
+        for path, rule in judgement.rules.items():
+            axes = list(rule.axes.values())
+            if rule.square:
+                kind = "squares" if all(axes) else "factored squares"
+            elif not any(axes):
+                kind = "in its own basis"
+            elif any(len(own) > 1 for own in axes):
+                kind = "preconditioner"
+            else:
+                kind = "turns" if all(axes) else "projected"
+            found.setdefault(kind, set()).add(path)
+    return "; ".join(f"{kind}: {', '.join(sorted(paths))}" for kind, paths in sorted(found.items())) or "nothing"
+
+
+def row(package: str, name: str, make: Make) -> dict[str, Any]:
+    """One line of the table."""
+    line: dict[str, Any] = {"package": package, "optimizer": name, "outcome": "", "keeps": "", "cosine": None}
+    try:
+        model = llama()
+        optimizer = make(model)
+        if callable(getattr(optimizer, "train", None)):
+            optimizer.train()
+        with torch.compiler.set_stance("force_eager"):
+            step(model, optimizer, next(batches()))
+    except Exception as error:  # what a package can't do here is no finding of ours
+        return {**line, "outcome": f"did not run here: {brief(error)}"}
+    try:
+        line["cosine"], judged = agreement(make)
+        return {**line, "outcome": "turned", "keeps": kinds(judged)}
+    except ValueError as error:
+        return {**line, "outcome": f"refused: {brief(error)}"}
+
+
+def least(name: str) -> float:
+    """The cosine that must be reached."""
+    return QUANTISED if any(codes in name.lower() for codes in ("4bit", "8bit", "fp8")) else EXACT
+
+
+def brief(error: Exception) -> str:
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return text.split(". Set teleport")[0].split(". Use an")[0].replace("|", "/")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| package | optimizer | outcome | what it keeps | cosine |", "| --- | --- | --- | --- | --- |"]
+    for line in rows:
+        cosine = "" if line["cosine"] is None else f"{line['cosine']:.4f}"
+        lines.append(f"| {line['package']} | {line['optimizer']} | {line['outcome']} | {line['keeps']} | {cosine} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", help="one package")
+    only = parser.parse_args().only
+    warnings.simplefilter("ignore")
+    rows, seen = [], set()
+    for package, name, make in catalogue():
+        if (only is None or package == only) and (package, name) not in seen:
+            seen.add((package, name))
+            rows.append(row(package, name, make))
+            print(rows[-1], flush=True)
+    wrong = [line for line in rows if line["outcome"] == "turned" and not line["cosine"] > least(line["optimizer"])]
+    if only is None:
+        page = PAGE.read_text()
+        before, after = page.split(START)[0], page.split(END)[1]
+        PAGE.write_text(f"{before}{START}\n{table(rows)}\n{END}{after}")
+    for line in wrong:
+        print("WRONG", line, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
