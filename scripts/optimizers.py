@@ -43,15 +43,18 @@ class MuonAndAdamW(torch.optim.Optimizer):
     """Muon for the matrices inside, AdamW for the rest, as those who train with `Trainer` write it."""
 
     def __init__(self, model: nn.Module):
+        super().__init__(list(model.parameters()), {"lr": RATE})
         inside = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n and "head" not in n]
         rest = [p for p in model.parameters() if not any(p is q for q in inside)]
         self.optimizers = [torch.optim.Muon(inside, lr=RATE), torch.optim.AdamW(rest, lr=RATE)]
-        self.defaults = {"lr": RATE}
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    @property
-    def state(self) -> dict[Any, Any]:
-        return {key: value for optimizer in self.optimizers for key, value in optimizer.state.items()}
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
 
     def step(self, closure: Any = None) -> None:
         for optimizer in self.optimizers:

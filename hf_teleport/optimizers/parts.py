@@ -48,21 +48,18 @@ class States(MutableMapping[Any, Any]):
     def __init__(self, optimizers: list[Any]):
         self._new: dict[Any, Any] = {}
         self._all = [self._new, *(optimizer.state for optimizer in optimizers)]
-
-    def _holder(self, key: Any) -> Any:
-        return next((state for state in self._all if key in state), self._new)
+        self._own = {p: each.state for each in optimizers for group in each.param_groups for p in group["params"]}
 
     def __getitem__(self, key: Any) -> Any:
-        holder = self._holder(key)
-        if key not in holder:
+        if key not in self._own.get(key, self._new):  # a defaultdict would make an entry
             raise KeyError(key)
-        return holder[key]
+        return self._own.get(key, self._new)[key]
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self._holder(key)[key] = value
+        self._own.get(key, self._new)[key] = value
 
     def __delitem__(self, key: Any) -> None:
-        del self._holder(key)[key]
+        del self._own.get(key, self._new)[key]
 
     def __iter__(self) -> Iterator[Any]:
         return (key for state in self._all for key in state)

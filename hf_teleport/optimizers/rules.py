@@ -70,12 +70,14 @@ class Judgement:
     Attributes:
         rules: by the path in the state.
         problem: why some of the state has no rule; empty: all has.
+        tried: whether it could be tried at all.
         sees: whether the steps depend on the basis.
     """
 
     rules: dict[str, Rule] = field(default_factory=dict)
     problem: str = ""
     sees: bool = True
+    tried: bool = True
 
     def objection(self, state: dict[str, Any], shape: torch.Size) -> str:
         """Why a state does not follow these rules; empty: it does."""
@@ -142,7 +144,7 @@ def _judged(part: Any, group: Group, parameter: nn.Parameter, known: dict[Any, J
                 return judgement
         return replace(judgement, problem=objection)
     except Exception as error:  # whatever an optimizer of another library needs
-        return Judgement(problem=f"it could not be tried: {error or type(error).__name__}")
+        return Judgement(problem=f"it could not be tried: {str(error) or type(error).__name__}", tried=False)
 
 
 def _probed(parameter: nn.Parameter) -> torch.Size:

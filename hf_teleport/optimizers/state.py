@@ -195,23 +195,14 @@ def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
         )
     judged = judge(optimizer)
     other = "Use an optimizer such as AdamW, or teleport_method='null_space'."
-    if judged and all("closure" in judgement.problem for judgement in judged.values()):
-        raise ValueError(f"{name} steps by a closure, which is not followed. {other}")
+    if untried := [judgement.problem for judgement in judged.values() if not judgement.tried]:
+        raise ValueError(f"{name} can neither be turned nor started anew: {untried[0]}. {other}")
     if reset:
         with preserved_rng():
-            kinds = {
-                (id(part), repr(sorted(k for k in group if k != "params"))): (part, group)
-                for part, group in groups_of(optimizer).values()
-            }
-            for part, group in kinds.values():
-                try:
-                    uncounted = not keeps_own_counts(part, group)
-                except Exception as error:
-                    raise ValueError(
-                        f"{type(part).__name__} could not be tried ({error}), so its state can't be started anew. {other}"
-                    ) from error
-                if not uncounted:
-                    raise ValueError(f"{type(part).__name__} counts steps where no reset of some weights reaches. {other}")
+            kinds = {(id(part), id(group)): (part, group) for part, group in groups_of(optimizer).values()}
+            counting = [type(part).__name__ for part, group in kinds.values() if keeps_own_counts(part, group)]
+        if counting:
+            raise ValueError(f"{counting[0]} counts steps where no reset of some weights reaches. {other}")
     # Norms' gains and biases see a basis that no matrix does, but there is little to win with them.
     matrices = [judgement for parameter, judgement in judged.items() if parameter.dim() > 1] or list(judged.values())
     if matrices and not any(judgement.sees for judgement in matrices):

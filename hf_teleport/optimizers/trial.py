@@ -79,7 +79,7 @@ def _without(group: Group, names: Any = ()) -> Group:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+    return (isinstance(value, (int, float)) and not isinstance(value, bool)) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def _differ(one: Any, other: Any) -> bool:
