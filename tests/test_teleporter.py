@@ -675,7 +675,7 @@ def test_two_methods_in_one_event_are_as_one_after_the_other():
     def moved(*methods):
         model, batch = build("gpt2")
         for method in methods:
-            report = Teleporter(model, TeleportConfig(method=method, max_growth=None)).teleport([batch], loss_fn)
+            report = Teleporter(model, TeleportConfig(max_growth=None).for_method(method)).teleport([batch], loss_fn)
         return report, torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
     (report, together), (_, apart) = moved("null_space+basis"), moved("null_space", "basis")

@@ -56,9 +56,8 @@ class BasisTurn(TurningMethod):
         if self.optimizer is not None:
             reset = self.config.optimizer_state == "reset"
             check_optimizer(self.optimizer, reset=reset)
-            self._state = (
-                None if reset else OptimizerState(self.optimizer, "keep" if self.config.second_moment == "keep" else "turn")
-            )
+            squares: Any = "keep" if self.config.second_moment == "keep" else "turn"
+            self._state = None if reset else OptimizerState(self.optimizer, squares)
 
     @staticmethod
     def is_told(config: TeleportConfig) -> bool:

@@ -75,7 +75,7 @@ class Tracker:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs to go on as if it had not stopped."""
-        if not self.seen:
+        if self.moments is None or not self.moments.looks:
             return self._loaded
         looked = {_name(symmetry): value.contiguous() for symmetry, value in self.moments.values.items()}
         return {**looked, "looks": torch.tensor(self.moments.looks)}
