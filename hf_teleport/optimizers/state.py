@@ -194,15 +194,20 @@ def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
             "none, such as AdamW."
         )
     judged = judge(optimizer)
-    other = "Use an optimizer such as AdamW, or teleport_method='null_space'."
     if untried := [judgement.problem for judgement in judged.values() if not judgement.tried]:
-        raise ValueError(f"{name} can neither be turned nor started anew: {untried[0]}. {other}")
+        raise ValueError(
+            f"{name} can neither be turned nor started anew: {untried[0]}. Use an optimizer such as AdamW, or "
+            "teleport_method='null_space'."
+        )
     if reset:
         with preserved_rng():
             kinds = {(id(part), id(group)): (part, group) for part, group in groups_of(optimizer).values()}
             counting = [type(part).__name__ for part, group in kinds.values() if keeps_own_counts(part, group)]
         if counting:
-            raise ValueError(f"{counting[0]} counts steps where no reset of some weights reaches. {other}")
+            raise ValueError(
+                f"{counting[0]} counts steps where no reset of some weights reaches. Use an optimizer such as AdamW, or "
+                "teleport_method='null_space'."
+            )
     # Norms' gains and biases see a basis that no matrix does, but there is little to win with them.
     matrices = [judgement for parameter, judgement in judged.items() if parameter.dim() > 1] or list(judged.values())
     if matrices and not any(judgement.sees for judgement in matrices):
