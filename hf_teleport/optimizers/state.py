@@ -105,8 +105,11 @@ class OptimizerState:
         state = self.state.get(parameter)
         if not state or self._judgement(parameter, state) is not None:
             return ""
-        reasons = [judged.objection(state, parameter.shape) for judged in self._candidates(parameter)]
-        return f"{type(self.optimizer).__name__}: {reasons[0] if reasons else 'it was not trained before'}"
+        reasons = [judged.objection(state, parameter.shape) for judged in self._candidates(parameter)] or [
+            "it was not trained before"
+        ]
+        why = next(filter(None, reasons), "weights of this shape have states with different rules")
+        return f"{type(self.optimizer).__name__}: {why}"
 
     def _turning(self, parameter: nn.Parameter, dim: int) -> Iterator[tuple[Leaf, Rule, tuple[int, ...]]]:
         """Each tensor that an axis of a parameter concerns, its rule, and its axes that go with that one."""
@@ -116,7 +119,8 @@ class OptimizerState:
         judgement = self._judgement(parameter, state)
         if judgement is None:
             raise ValueError(
-                f"what is kept for a weight of shape {list(parameter.shape)} can't be turned. {self.objection(parameter)}"
+                f"what is kept for a weight of shape {list(parameter.shape)} can't be turned ({self.objection(parameter)}). Start its "
+                "state anew with optimizer_state='reset'."
             )
         for path, leaf in leaves(state).items():
             if own := judgement.rules[path].axes.get(dim):
