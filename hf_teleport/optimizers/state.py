@@ -119,8 +119,8 @@ class OptimizerState:
         judgement = self._judgement(parameter, state)
         if judgement is None:
             raise ValueError(
-                f"what is kept for a weight of shape {list(parameter.shape)} can't be turned ({self.objection(parameter)}). Start its "
-                "state anew with optimizer_state='reset'."
+                f"what is kept for a weight of shape {list(parameter.shape)} can't be turned ({self.objection(parameter)}). "
+                "Set optimizer_state='reset' to start it anew."
             )
         for path, leaf in leaves(state).items():
             if own := judgement.rules[path].axes.get(dim):
