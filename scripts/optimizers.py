@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 
-from hf_teleport.methods.basis.symmetries import Symmetry, find_symmetries
+from hf_teleport.methods.basis.symmetries import find_symmetries
+from hf_teleport.methods.basis.symmetry import Symmetry
 from hf_teleport.methods.basis.turn import Turn, turn_axis
 from hf_teleport.optimizers.parts import groups_of, states
 from hf_teleport.optimizers.rules import Judgement, judge

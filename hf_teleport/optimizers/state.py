@@ -105,8 +105,11 @@ class OptimizerState:
         state = self.state.get(parameter)
         if not state or self._judgement(parameter, state) is not None:
             return ""
-        reasons = [judged.objection(state, parameter.shape) for judged in self._candidates(parameter)]
-        return f"{type(self.optimizer).__name__}: {reasons[0] if reasons else 'it was not trained before'}"
+        reasons = [judged.objection(state, parameter.shape) for judged in self._candidates(parameter)] or [
+            "it was not trained before"
+        ]
+        why = next(filter(None, reasons), "weights of this shape have states with different rules")
+        return f"{type(self.optimizer).__name__}: {why}"
 
     def _turning(self, parameter: nn.Parameter, dim: int) -> Iterator[tuple[Leaf, Rule, tuple[int, ...]]]:
         """Each tensor that an axis of a parameter concerns, its rule, and its axes that go with that one."""
@@ -116,7 +119,8 @@ class OptimizerState:
         judgement = self._judgement(parameter, state)
         if judgement is None:
             raise ValueError(
-                f"what is kept for a weight of shape {list(parameter.shape)} can't be turned. {self.objection(parameter)}"
+                f"what is kept for a weight of shape {list(parameter.shape)} can't be turned ({self.objection(parameter)}). "
+                "Set optimizer_state='reset' to start it anew."
             )
         for path, leaf in leaves(state).items():
             if own := judgement.rules[path].axes.get(dim):
@@ -194,15 +198,20 @@ def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
             "none, such as AdamW."
         )
     judged = judge(optimizer)
-    other = "Use an optimizer such as AdamW, or teleport_method='null_space'."
     if untried := [judgement.problem for judgement in judged.values() if not judgement.tried]:
-        raise ValueError(f"{name} can neither be turned nor started anew: {untried[0]}. {other}")
+        raise ValueError(
+            f"{name} can neither be turned nor started anew: {untried[0]}. Use an optimizer such as AdamW, or "
+            "teleport_method='null_space'."
+        )
     if reset:
         with preserved_rng():
             kinds = {(id(part), id(group)): (part, group) for part, group in groups_of(optimizer).values()}
             counting = [type(part).__name__ for part, group in kinds.values() if keeps_own_counts(part, group)]
         if counting:
-            raise ValueError(f"{counting[0]} counts steps where no reset of some weights reaches. {other}")
+            raise ValueError(
+                f"{counting[0]} counts steps where no reset of some weights reaches. Use an optimizer such as AdamW, or "
+                "teleport_method='null_space'."
+            )
     # Norms' gains and biases see a basis that no matrix does, but there is little to win with them.
     matrices = [judgement for parameter, judgement in judged.items() if parameter.dim() > 1] or list(judged.values())
     if matrices and not any(judgement.sees for judgement in matrices):

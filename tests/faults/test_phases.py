@@ -77,9 +77,9 @@ def test_a_fault_in_any_phase(monkeypatch, method, phase):
 def test_a_fault_when_the_optimizers_state_has_been_reset(monkeypatch, method):
     scene = Scene(method, optimizer_state="reset")
 
-    def keep(self, method, real=Teleporter._keep):
+    def keep(self, method, weights, real=Teleporter._keep):
         monkeypatch.setattr(Ranks, "broadcast", lambda *_: raising(RuntimeError("the cable was pulled"))(None))
-        real(self, method)
+        real(self, method, weights)
 
     monkeypatch.setattr(Teleporter, "_keep", keep)
     with pytest.raises(RuntimeError, match="cable"):

@@ -4,7 +4,7 @@ import transformers.optimization as hf
 from accelerate import Accelerator
 from torch import nn, optim
 
-from hf_teleport.methods.basis.symmetries import Part
+from hf_teleport.methods.basis.symmetry import Part
 from hf_teleport.methods.basis.turn import turn_axis
 from hf_teleport.optimizers.parts import keeps_copies, unwrapped
 from hf_teleport.optimizers.state import OptimizerState, check_optimizer, forget

@@ -16,7 +16,7 @@ from hf_teleport.layers.subspace import converging
 from hf_teleport.methods.basis.features import effective
 from hf_teleport.methods.basis.moments import Moments
 from hf_teleport.methods.basis.smallest import smallest_turn
-from hf_teleport.methods.basis.symmetries import Fold, Part, Symmetry
+from hf_teleport.methods.basis.symmetry import Fold, Part, Symmetry
 from hf_teleport.methods.basis.turn import folded, slices
 from hf_teleport.weights.ranks import Ranks
 

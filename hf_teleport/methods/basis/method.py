@@ -18,7 +18,8 @@ from hf_teleport.methods.base import TurningMethod
 from hf_teleport.methods.basis.bases import BASES, Basis, balance
 from hf_teleport.methods.basis.moments import Moments, misalignment, shares, turned
 from hf_teleport.methods.basis.smallest import mean_angle
-from hf_teleport.methods.basis.symmetries import Part, Symmetry, find_symmetries
+from hf_teleport.methods.basis.symmetries import find_symmetries
+from hf_teleport.methods.basis.symmetry import Part, Symmetry
 from hf_teleport.methods.basis.tracker import Tracker
 from hf_teleport.methods.basis.turn import Turn
 from hf_teleport.optimizers.state import OptimizerState, check_optimizer

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Split
 
 from hf_teleport.methods.basis.features import effective
-from hf_teleport.methods.basis.symmetries import Part, Symmetry
+from hf_teleport.methods.basis.symmetry import Part, Symmetry
 from hf_teleport.methods.basis.turn import slices
 
 Factors = dict[nn.Parameter, list[tuple[int, Tensor]]]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_teleport.methods.basis.moments import Moments
-from hf_teleport.methods.basis.symmetries import UNUSED, Symmetry
+from hf_teleport.methods.basis.symmetry import UNUSED, Symmetry
 
 # How much of the moments is left at the next look. With a look at every fifth step, most of the weight lies on the last 25 steps.
 _DECAY = 0.8

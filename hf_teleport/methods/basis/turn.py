@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_teleport.methods.basis.features import effective
-from hf_teleport.methods.basis.symmetries import Fold, Part, Symmetry
+from hf_teleport.methods.basis.symmetry import Fold, Part, Symmetry
 from hf_teleport.optimizers.state import OptimizerState
 
 

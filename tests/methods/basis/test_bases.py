@@ -16,7 +16,8 @@ from hf_teleport.methods.basis.bases import (
     mean_free,
 )
 from hf_teleport.methods.basis.moments import misalignment
-from hf_teleport.methods.basis.symmetries import Part, Symmetry, find_symmetries
+from hf_teleport.methods.basis.symmetries import find_symmetries
+from hf_teleport.methods.basis.symmetry import Part, Symmetry
 from hf_teleport.methods.basis.turn import Turn, slices
 from hf_teleport.weights.ranks import ALONE
 

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer
 from hf_teleport.methods import BasisTurn
-from hf_teleport.methods.basis.symmetries import Symmetry
+from hf_teleport.methods.basis.symmetry import Symmetry
 
 from tiny_runs import arguments
 
