@@ -1,6 +1,8 @@
 """The optimizers that one consists of: inside Accelerate's wrapper, several behind one object, one for each weight in hooks."""
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
@@ -16,24 +18,61 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 def parts(optimizer: Any) -> list[Any]:
-    """The optimizers that step: those in an object's attributes, lists and dicts (Muon and AdamW behind one), or itself.
+    """The optimizers that step: those inside an object (Muon and AdamW behind one), or itself.
 
-    Transformers' layer-wise optimizers, which step in hooks, are such a dict.
+    Transformers' layer-wise optimizers, which step in hooks, are in a dict.
     """
     optimizer = unwrapped(optimizer)
-    inner = {id(each): each for value in vars(optimizer).values() for each in _optimizers_in(value)}
-    if not inner or keeps_copies(optimizer):
-        return [optimizer]
-    return [part for each in inner.values() for part in parts(each)]
+    inner = [] if keeps_copies(optimizer) else inside(optimizer)
+    return list({id(part): part for each in inner for part in parts(each)}.values()) or [optimizer]
 
 
-def _optimizers_in(value: Any) -> Iterator[Any]:
+# Not of the optimizer's own: what it steps and keeps, and what schedulers and hooks put on it.
+_PUT_ON_IT = ("param_groups", "state", "defaults", "step")
+_HOOKS = "_optimizer_step_"
+# A list in a dict in an object is three levels down.
+_LEVELS = 4
+
+
+def inside(optimizer: Any) -> list[Any]:
+    """The optimizers in an optimizer's attributes: also in containers, in plain objects, and in functions that hold one."""
+    seen = {id(optimizer)}
+    own = {name: value for name, value in vars(optimizer).items() if name not in _PUT_ON_IT and not name.startswith(_HOOKS)}
+    return list(_optimizers_in(own, seen, _LEVELS))
+
+
+def _optimizers_in(value: Any, seen: set[int], levels: int) -> Iterator[Any]:
+    if isinstance(value, Optimizer):
+        value = unwrapped(value)
+    if id(value) in seen or not levels or isinstance(value, (Tensor, nn.Module, type, ModuleType)):
+        return
+    seen.add(id(value))
     if isinstance(value, Optimizer):
         yield value
-    elif isinstance(value, (list, tuple)):
-        yield from (each for each in value if isinstance(each, Optimizer))
-    elif isinstance(value, dict):
-        yield from (each for each in value.values() if isinstance(each, Optimizer))
+        return
+    if isinstance(value, Mapping):
+        held: Iterable[Any] = list(value.values())
+    elif isinstance(value, (list, tuple, set)):
+        held = value
+    elif isinstance(value, FunctionType):
+        held = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+    elif isinstance(value, (partial, MethodType)):
+        held = [value.__self__] if isinstance(value, MethodType) else [value.func, value.args, value.keywords]
+    else:
+        held = list(getattr(value, "__dict__", {}).values())
+    for each in held:
+        yield from _optimizers_in(each, seen, levels - 1)
+
+
+def beyond_trial(optimizer: Any) -> str:
+    """Why an optimizer's steps can't be tried on copies, for they would step the weights themselves; empty: they can."""
+    outer, stepping = unwrapped(optimizer), parts(optimizer)
+    trained = {p for part in stepping for group in part.param_groups for p in group["params"]}
+    of_its_own = [p for group in outer.param_groups for p in group["params"] if p.requires_grad and p not in trained]
+    for part in [outer] if of_its_own else stepping:
+        if inner := inside(part):
+            return f"{type(part).__name__} steps weights by an optimizer inside it ({type(inner[0]).__name__})"
+    return ""
 
 
 def keeps_copies(optimizer: Any) -> bool:

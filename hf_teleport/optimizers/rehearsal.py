@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_teleport.optimizers.parts import groups_of, parts, states, unwrapped
+from hf_teleport.optimizers.parts import beyond_trial, groups_of, parts, states, unwrapped
 from hf_teleport.optimizers.trial import shell
 from hf_teleport.weights.copies import copied
 from hf_teleport.weights.norms import norm
@@ -23,6 +23,10 @@ Tensors = list[Tensor | None]
 _CLIP_EPS = 1e-6
 
 
+class RehearsalError(ValueError):
+    """An optimizer whose next steps can't be found out on copies."""
+
+
 class Rehearsal:
     """An optimizer's next steps, as a function of the gradients, with the optimizer and the weights left as they are.
 
@@ -32,6 +36,9 @@ class Rehearsal:
         max_grad_norm: gradients are clipped to this norm before the step; None or 0: they are not.
         rates: for the i-th step from now the learning rate of each parameter group; default: those of now.
         ranks: the processes that rehearse alike, and fail alike.
+
+    Raises:
+        RehearsalError: the optimizer steps weights by another one inside it, which a copy would share.
     """
 
     def __init__(
@@ -42,6 +49,12 @@ class Rehearsal:
         rates: Callable[[int], list[float]] | None = None,
         ranks: Ranks = ALONE,
     ):
+        if why := beyond_trial(optimizer):
+            raise RehearsalError(
+                f"{why}, so its next steps can't be rehearsed without stepping the weights. Give every weight to an optimizer in "
+                "a list (self.optimizers = [...]) that steps it, or set teleport_objective='grad_norm' and "
+                "teleport_rehearsal_steps=0."
+            )
         self._optimizer = unwrapped(optimizer)
         self._origin = origin
         self._max_grad_norm = max_grad_norm

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_teleport.optimizers.leaves import Leaf, leaves
-from hf_teleport.optimizers.parts import groups_of, keeps_copies, parts, states, unwrapped
+from hf_teleport.optimizers.parts import beyond_trial, groups_of, keeps_copies, parts, states, unwrapped
 from hf_teleport.optimizers.rules import Judgement, Rule, judge
 from hf_teleport.optimizers.trial import anew, at_start, counts, keeps_own_counts
 from hf_teleport.weights.copies import tensors_in
@@ -196,6 +196,11 @@ def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
         raise ValueError(
             f"{copying[0]} seems to keep copies of the weights, which would stay in the old basis. Use an optimizer that keeps "
             "none, such as AdamW."
+        )
+    if why := beyond_trial(optimizer):
+        raise ValueError(
+            f"{why}, so what becomes of its state can't be found out. Give every weight to an optimizer in a list "
+            "(self.optimizers = [...]) that steps it, or use teleport_method='null_space'."
         )
     judged = judge(optimizer)
     if untried := [judgement.problem for judgement in judged.values() if not judgement.tried]:

@@ -20,6 +20,7 @@ from hf_teleport.journal import Journal, teleports
 from hf_teleport.layers.point import LossFn
 from hf_teleport.methods.basis import BasisTurn
 from hf_teleport.methods.basis.tracker import Tracker
+from hf_teleport.optimizers.rehearsal import RehearsalError
 from hf_teleport.optimizers.state import keeps_copies, unwrapped
 from hf_teleport.report import share
 from hf_teleport.teleporter import Teleporter
@@ -95,8 +96,8 @@ class Plan:
         # A change of basis comes early, but an epoch or the whole run may be short.
         self._basis_step = min(BASIS_STEP, course.steps_per_epoch // 2, course.max_steps // 2)
         planned = config
-        if config.method == "auto":  # if it comes to a change of basis, that is the step it waits for
-            planned = replace(config, warmup_steps=max(config.warmup_steps, self._basis_step))
+        if config.method == "auto":  # the events of a change of basis, for no other method has later ones
+            planned = replace(config.for_method("basis"), warmup_steps=max(config.warmup_steps, self._basis_step))
         self.steps = teleport_steps(planned, course.steps_per_epoch, course.max_steps, prefix)
         epoch = course.start // course.steps_per_epoch * course.steps_per_epoch
         # Resumed in the midst of an epoch whose last event set a rate.
@@ -173,7 +174,13 @@ class Plan:
             if auto:
                 self._settle(teleporter(self.config), batch, loss_fn, self._course)
             # Even if the run can't pay for a teleport: a wrong name or a loss that is none is said now, not in the next run.
-            checks = [teleporter(config).check(batch, loss_fn) for config in self.settings.each_method()]
+            try:
+                checks = [teleporter(config).check(batch, loss_fn) for config in self.settings.each_method()]
+            except RehearsalError as error:
+                if not auto:
+                    raise
+                self.give_up(f"Method 'auto': no teleports, for {error}")
+                return
             if not any(without_a_loss(check) for check in checks):
                 break
         if not checks:

@@ -38,7 +38,7 @@ def test_what_is_still_to_come_of_a_resumed_run(start, upcoming):
     assert sorted(plan.steps) == [5, 15]
 
 
-@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("start", [0, 3, 6, 15])
 def test_what_auto_comes_to_is_the_same_for_a_resumed_run(start):
     model, batch = build("gpt2", torch.float32)
     plan = judged(TeleportConfig(), [batch], model, course(start))
@@ -68,3 +68,22 @@ def test_giving_up_is_said():
     plan = Plan(TeleportConfig(method="null_space"), course())
     plan.give_up("No teleports: for a reason.")
     assert (plan.upcoming, plan.notes) == ([], [(logging.WARNING, "No teleports: for a reason.")])
+
+
+@pytest.mark.parametrize("method", ["auto", "null_space"])
+def test_an_optimizer_that_cannot_be_rehearsed(method):
+    packages = pytest.importorskip("pytorch_optimizer")
+    model, batch = build("llama", torch.float32)
+
+    def lookahead(parameters, lr):
+        return packages.Lookahead(torch.optim.AdamW(parameters, lr=lr))
+
+    extra = {"rehearsal_steps": 2} if method == "null_space" else {"budget": None}
+    config = TeleportConfig(method=method, **extra)
+    if method == "null_space":
+        with pytest.raises(ValueError, match=r"Lookahead steps weights by an optimizer inside it \(AdamW\).*rehearsal_steps=0"):
+            judged(config, [batch], model, course(), lookahead)
+        return
+    plan = judged(config, [batch], model, course(), lookahead)
+    assert not plan.upcoming
+    assert [line for _, line in plan.notes if "no teleports, for Lookahead steps weights by an optimizer inside it" in line]
