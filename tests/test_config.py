@@ -46,7 +46,7 @@ from hf_teleport.journal import JOURNAL
         ({"basis": "best"}, "'gradient', 'predicted_decrease', 'activation', 'random', 'identity'"),
         ({"symmetries": ["stream", "time"]}, "some of stream, value_output"),
         ({"symmetries": []}, "some of stream"),
-        ({"second_moment": "keep"}, "'turn', 'measure'"),
+        ({"second_moment": "centred"}, "'factors', 'turn', 'keep', 'measure'"),
         ({"optimizer_state": "turn"}, "'keep', 'reset'"),
         ({"blocking_gains": "cut"}, "'leave', 'hold', 'round'"),
         ({"min_misalignment": 2}, "0 to 1"),

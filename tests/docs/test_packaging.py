@@ -163,7 +163,7 @@ def test_the_wheel_works_without_extras_and_says_which_one_is_missing(environmen
     assert Path(told["file"]).is_relative_to(folder)
     assert told["versions"] == [__version__, __version__] == [package.version] * 2
     assert len(told["modules"]) == len(MODULES) - 1
-    assert set(told["lacking"]) == {"hf_teleport.metrics", "digits", "words", "sound", "style", "interval"}
+    assert set(told["lacking"]) == {"hf_teleport.metrics", "digits", "words", "style"}
     assert all(EXTRA in message for message in told["lacking"].values()), told["lacking"]
     assert any(told["moved"])
 
