@@ -25,7 +25,7 @@ from hf_teleport.event.guard import Guard
 from hf_teleport.event.measurement import Measurement, landing, measure
 from hf_teleport.event.reasons import NO_STEP, explain, why_unmoved
 from hf_teleport.layers.point import LossFn, loss_at
-from hf_teleport.methods import METHODS, BasisTurn, ClimbingMethod, TurningMethod
+from hf_teleport.methods import METHODS, BasisTurn, ClimbingMethod, NullSpace, TurningMethod
 from hf_teleport.methods.basis.tracker import Tracker
 from hf_teleport.methods.null_space.objectives import OBJECTIVES
 from hf_teleport.optimizers.parts import states
@@ -292,7 +292,7 @@ class Teleporter:
         method = METHODS[self.config.method](self.model, loss_fn, self.config, self.optimizer, weights)
         if isinstance(method, BasisTurn):
             method.tracker = self.tracker
-        about_steps = isinstance(method, ClimbingMethod) and OBJECTIVES[self.config.objective].needs_optimizer
+        about_steps = isinstance(method, NullSpace) and OBJECTIVES[self.config.objective].needs_optimizer
         if self.optimizer is not None and (about_steps or self.config.rehearsal_steps):
             method.rehearsal = Rehearsal(self.optimizer, weights.origin, self._max_grad_norm, self._rates, self._ranks)
         return method
