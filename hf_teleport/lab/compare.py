@@ -25,7 +25,7 @@ from hf_teleport.lab.plot import Choices
 from hf_teleport.lab.results import best_rates, evaluations
 from hf_teleport.lab.runs import execute
 from hf_teleport.lab.settings import Experiment, Settings, plan
-from hf_teleport.lab.tuning import Tuned, check, experiment, tune
+from hf_teleport.lab.tuning import Setup, check, experiment, tune
 from hf_teleport.lab.verdict import CLOCKS, Verdict, verdict
 
 BASELINE = "baseline"
@@ -173,28 +173,21 @@ def compare(made: Protocol) -> Comparison:
 
 def _compare_tuned(made: Protocol) -> Comparison:
     """Each arm at its own best settings, and each control at the best ones of the arm that it is made of."""
-    tuned = {each.arm: each for each in tune(made.whole, made.arms)}
-    training = {run.arm: run.training for run in experiment(made.whole, list(tuned.values()), made.seeds[:1]).runs}
-    by_arm = {arm: training[each.name] for arm, each in tuned.items()}
-    controls = [
-        Tuned(
-            name,
-            f"{tuned[arm].name}.{name.rpartition('.')[2]}",
-            tuned[arm].learning_rate,
-            tuned[arm].own | own,
-            tuned[arm].search,
-        )
-        for name, (arm, own) in _controls(made.whole.settings.get("controls"), by_arm).items()
-    ]
-    everything = [*tuned.values(), *controls]
-    second = experiment(made.whole, everything, made.seeds)
+    found = tune(made.whole, made.arms)
+    setups = {arm: setup for arm, (setup, _) in found.items()}
+    training = {run.arm: run.training for run in experiment(made.whole, list(setups.values()), made.seeds[:1]).runs}
+    by_arm = {arm: training[setup.name] for arm, setup in setups.items()}
+    for name, (arm, own) in _controls(made.whole.settings.get("controls"), by_arm).items():
+        of = setups[arm]
+        setups[name] = Setup(name, f"{of.name}.{name.rpartition('.')[2]}", of.learning_rate, of.own | own)
+    second = experiment(made.whole, list(setups.values()), made.seeds)
     execute(second)
-    names = {each.name: each.arm for each in everything}
+    names = {setup.name: name for name, setup in setups.items()}
     frame = _shared(lambda: _of(evaluations(made.whole.output), second).replace({"arm": names}))
-    rates = {each.arm: each.learning_rate for each in everything}
+    rates = {name: setup.learning_rate for name, setup in setups.items()}
     verdicts = [verdict(frame, (BASELINE, rates[BASELINE]), pair, made.clock) for pair in rates.items()]
-    best: dict[str, float | None] = {arm: each.learning_rate for arm, each in tuned.items()}
-    return Comparison(made, frame, best, {AT_TUNED: rates}, verdicts, list(map(str, tuned.values())))
+    best: dict[str, float | None] = {arm: rates[arm] for arm in found}
+    return Comparison(made, frame, best, {AT_TUNED: rates}, verdicts, [f"{arm}: {search}" for arm, (_, search) in found.items()])
 
 
 def _of(frame: Any, experiment: Experiment) -> Any:

@@ -59,6 +59,15 @@ class Search:
         alike = {p[at]: loss for p, loss in self.losses.items() if p[:at] + p[at + 1 :] == best[:at] + best[at + 1 :]}
         return sorted(rate for rate, loss in alike.items() if loss <= (1 + TOLERANCE) * self.loss)
 
+    def __str__(self) -> str:
+        said = f"best at {', '.join(f'{name} {value:g}' for name, value in self.best.items())} ({len(self.losses)} trials)"
+        if not self.ended:
+            return f"{said}; the trials ran out before all of its neighbours were tried: give more trials."
+        good = self.good_rates
+        return (
+            f"{said}; learning rates from {good[0]:g} to {good[-1]:g} end within {TOLERANCE:.0%} of it." if good else f"{said}."
+        )
+
 
 def coordinate_search(
     loss_of: Callable[[dict[str, float]], float], axes: dict[str, list[float]], start: dict[str, float], trials: int
@@ -123,28 +132,19 @@ def _neighbour(axes: dict[str, list[float]], point: Point, name: str, direction:
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """An arm at the best settings that were found.
+class Setup:
+    """An arm at some settings.
 
     Attributes:
         arm: its name in the settings.
         name: what its runs are kept by: the arm, and what differs from the start.
-        own: its settings without the learning rate, those of the arm and those that were found.
+        own: its settings without the learning rate, those of the arm and those that were searched.
     """
 
     arm: str
     name: str
     learning_rate: float
     own: Settings
-    search: Search
-
-    def __str__(self) -> str:
-        search = self.search
-        values = ", ".join(f"{name} {value:g}" for name, value in search.best.items())
-        said = f"{self.arm} is best at {values} ({len(search.losses)} trials)"
-        if (good := search.good_rates) and search.ended:
-            said += f"; learning rates from {good[0]:g} to {good[-1]:g} end within {TOLERANCE:.0%} of it"
-        return f"{said}." if search.ended else f"{said}; the trials ran out before its neighbours were tried: give more trials."
 
 
 def check(settings: Settings) -> None:
@@ -168,8 +168,8 @@ def check(settings: Settings) -> None:
             raise ValueError(f"tune.{name} = {values!r} is not allowed; allowed: a list of numbers in ascending order.")
         if start.get(name) not in numbers:
             raise ValueError(
-                f"{name} = {start.get(name)!r} is where the search starts; allowed: one of tune.{name} = {values}. Give it beside "
-                f"`tune`{', as learning_rates' if name == RATE else ''}."
+                f"{name} = {start.get(name)!r} is where the search starts; allowed: one of tune.{name} = {values}. Give it "
+                f"beside `tune`{', as learning_rates' if name == RATE else ''}."
             )
 
 
@@ -188,7 +188,7 @@ def _number(value: Any) -> Any:
         return value
 
 
-def tune(whole: Experiment, arms: list[str]) -> list[Tuned]:
+def tune(whole: Experiment, arms: list[str]) -> dict[str, tuple[Setup, Search]]:
     """The best settings of every arm; trials that are finished are not run again.
 
     Args:
@@ -198,43 +198,42 @@ def tune(whole: Experiment, arms: list[str]) -> list[Tuned]:
     Raises:
         ValueError: an arm diverges in all of its trials; or as `runs.execute`.
     """
-    settings = whole.settings
-    start, seed = _start(settings), whole.runs[0].seed
-    tuned = []
+    settings, seed = whole.settings, whole.runs[0].seed
+    start = _start(settings)
+    found = {}
     for arm in arms:
-        own = settings["arms"][arm]
+        own = settings["arms"][arm] or {}
         axes = {name: [float(value) for value in values] for name, values in settings["tune"].items() if name not in own}
 
-        def at(point: dict[str, float], arm: str = arm, own: Settings = own) -> Tuned:
-            changed = {name: value for name, value in point.items() if name != RATE}
-            differing = [f"+{name}-{value:g}" for name, value in changed.items() if value != start[name]]
-            settled = own | {name: _plain(value) for name, value in changed.items()}
-            rate = point.get(RATE, _number(whole.runs[0].learning_rate))
-            return Tuned(arm, "".join([arm, *differing]), rate, settled, Search((), {}, False))
-
-        def loss_of(point: dict[str, float], at: Callable[..., Tuned] = at) -> float:
-            trial = at(point)
-            execute(experiment(whole, [trial], [seed]))
-            frame = evaluations(whole.output)
-            kept = frame[(frame["arm"] == trial.name) & (frame["learning_rate"] == trial.learning_rate) & (frame["seed"] == seed)]
-            return float(final(kept)["train_loss"].iloc[0])
+        def loss_of(point: dict[str, float], arm: str = arm) -> float:
+            setup = _setup(whole, arm, point)
+            execute(experiment(whole, [setup], [seed]))
+            ends = final(evaluations(whole.output))
+            rows = (ends["arm"] == setup.name) & (ends["learning_rate"] == setup.learning_rate) & (ends["seed"] == seed)
+            return float(ends[rows]["train_loss"].iloc[0])
 
         search = coordinate_search(loss_of, axes, start, settings.get("trials", TRIALS))
         if search.loss == float("inf"):
             raise ValueError(f"arm {arm!r} diverges in all of its {len(search.losses)} trials: start at a smaller learning rate.")
-        tuned.append(replace(at(search.best), search=search))
-    return tuned
+        found[arm] = _setup(whole, arm, search.best), search
+    return found
 
 
-def _plain(value: float) -> float | int:
-    """Steps are whole numbers."""
-    return int(value) if float(value).is_integer() and value >= 1 else value
+def _setup(whole: Experiment, arm: str, point: dict[str, float]) -> Setup:
+    start, own = _start(whole.settings), whole.settings["arms"][arm] or {}
+    changed = {name: value for name, value in point.items() if name != RATE}
+    name = "".join([arm, *(f"+{key}-{value:g}" for key, value in changed.items() if value != start[key])])
+    rate = point.get(RATE, whole.runs[0].learning_rate)
+    return Setup(arm, name, rate, own | {key: _whole(value) for key, value in changed.items()})
 
 
-def experiment(whole: Experiment, tuned: list[Tuned], seeds: list[int]) -> Experiment:
+def _whole(value: float) -> float | int:
+    """A number of steps is a whole one."""
+    return int(value) if value >= 1 and value.is_integer() else value
+
+
+def experiment(whole: Experiment, setups: list[Setup], seeds: list[int]) -> Experiment:
     """The runs of arms, each at its own settings, in the folder of a whole one, with its data."""
-    plans = [
-        plan({**whole.settings, "arms": {t.name: t.own}, "learning_rates": [t.learning_rate], "seeds": seeds}) for t in tuned
-    ]
-    runs = sorted((run for made in plans for run in made.runs), key=lambda run: seeds.index(run.seed))
-    return replace(whole, runs=runs)
+    given = ({"arms": {s.name: s.own}, "learning_rates": [s.learning_rate], "seeds": seeds} for s in setups)
+    runs = [run for own in given for run in plan({**whole.settings, **own}).runs]
+    return replace(whole, runs=sorted(runs, key=lambda run: seeds.index(run.seed)))
