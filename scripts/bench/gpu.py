@@ -5,8 +5,8 @@
 
 1. Checks: runs in float32, bf16, fp16 with GradScaler, compiled, with NCCL, and under FSDP2 train and teleport (gpu_checks.py).
 2. Ratios: what events cost beside a training step (benchmark.py).
-3. Race: a Llama of the size of GPT-2 small learns Python by AdamW, by AdamW with the basis that follows training, and by Muon
-   with AdamW, in as many steps as there is time for. Nothing was tuned for this size: the rates are those of a smaller model.
+3. Race: a Llama of the size of GPT-2 small learns Python by AdamW, by AdamW with the following basis, and by Muon with AdamW.
+   They make as many steps as there is time for. Nothing was tuned for this size: the rates are those of a smaller model.
 """
 
 import argparse

@@ -168,7 +168,7 @@ def language_model_rows(sentences: list[str], tokenizer: PreTrainedTokenizerFast
 def token_stream(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
     """The tokens (N,) of all texts, one after the other, <eos> after each."""
     end = tokenizer.eos_token_id
-    parts = []
+    parts = [torch.empty(0, dtype=torch.int64)]
     # A list of all tokens would take many times the room of the tensor.
     for start in range(0, len(texts), _ENCODED_AT_ONCE):
         encoded = tokenizer(texts[start : start + _ENCODED_AT_ONCE], add_special_tokens=False)["input_ids"]
