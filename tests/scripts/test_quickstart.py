@@ -8,6 +8,7 @@ import quickstart
 import torch
 from datasets import config
 from matplotlib.image import imread
+from pages import ROOT, blocks
 from rich.console import Console
 
 NAMES = list(quickstart.NAMES.values())
@@ -65,3 +66,11 @@ def test_one_bar_a_run_a_table_and_two_plots(run, tmp_path):
     light, dark = (float(plot.mean()) for plot in plots)
     assert light > 0.8 > 0.3 > dark
     assert "quickstart.png" in run.out
+
+
+def test_the_readme_shows_what_is_printed(run):
+    (shown,) = [block for block in blocks(ROOT / "README.md", "text") if block.startswith("run ")]
+    printed_table = run.out[run.out.index("run ") :].splitlines()
+    rows = shown.splitlines()
+    assert rows[0].split() == printed_table[0].split()
+    assert [row.split("  ")[0] for row in rows[1:3]] == NAMES
