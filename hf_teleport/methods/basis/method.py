@@ -53,6 +53,7 @@ class BasisTurn(TurningMethod):
         self._first: dict[nn.Parameter, Tensor] = {}
         self._squares: dict[tuple[nn.Parameter, int], Tensor] = {}
         self._after: dict[Symmetry, Tensor] = {}  # second moments once turned
+        self._before = Snapshot([])
         self._state: OptimizerState | None = None
         if self.optimizer is not None:
             reset = self.config.optimizer_state == "reset"
@@ -90,7 +91,8 @@ class BasisTurn(TurningMethod):
         return [gain for symmetry in self.used for gain in symmetry.blocking]
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(self.movable, None if self._state is None else self._state.state)
+        self._before = Snapshot(self.movable, None if self._state is None else self._state.state)
+        return self._before
 
     def survey(self, point: Point) -> None:
         if not self.reports:
@@ -279,6 +281,8 @@ class BasisTurn(TurningMethod):
             if squares.sum() > 0:
                 whole = Part(parameter, dim, torch.arange(len(squares)).reshape(1, 1, -1), False)
                 self._state.put_shares(whole, (squares / squares.sum())[None])
+        for parameter, kept in self._before.kept.items():
+            self.reports[parameter].second_moment_moved = self._state.second_moment_moved(parameter, kept)
 
 
 def _off(expected: dict[nn.Parameter, Tensor], found: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, tuple[float, float]]:
