@@ -117,6 +117,10 @@ class OptimizerState:
                 length += float(then.square().sum())
         return (distance / length) ** 0.5 if length else None
 
+    def averages(self, parameter: nn.Parameter) -> int:
+        """How many tensors that turn are kept for a parameter, or will be once it is trained."""
+        return max((sum(bool(rule.axes) for rule in judged.rules.values()) for judged in self._candidates(parameter)), default=0)
+
     def tensors(self, parameter: nn.Parameter) -> list[Tensor]:
         """All tensors that are kept for a parameter, those included of which quantised ones consist."""
         return list(tensors_in(self.state.get(parameter, {})))

@@ -58,9 +58,13 @@ class Tracker:
         self.moments = Moments([symmetry for symmetry in symmetries if not symmetry.reason], _DECAY)
         self._fill(known)
 
+    def looks_at(self, step: int) -> bool:
+        """Whether the gradients of this optimizer step are looked at."""
+        return bool(self.every) and step % self.every == 0
+
     def look(self, step: int) -> None:
         """Before optimizer step `step`, the gradients being those that it will take."""
-        if self.moments is not None and self.every and step % self.every == 0:
+        if self.moments is not None and self.looks_at(step):
             parameters = {part.parameter for symmetry in self.moments.symmetries for part in symmetry.parts}
             self.moments.look({p: p.grad for p in parameters if p.grad is not None})
 
