@@ -84,7 +84,7 @@ class Plan:
         self.settled: TeleportConfig | None = None
         self.steps: dict[int, int] = {}
         self.held: list[nn.Parameter] = []
-        self.tracker = Tracker(config.track_every)
+        self.tracker = Tracker(config.track_every, config.track_decay)
         self.rate_factor = 1.0
         self.notes: list[tuple[int, str]] = []
         self.journal = Journal()
