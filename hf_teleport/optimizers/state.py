@@ -107,11 +107,12 @@ class OptimizerState:
         """
         state = self.state.get(parameter, {})
         judgement = self._judgement(parameter, state)
+        rules = {} if judgement is None else judgement.rules
         distance = length = 0.0
         old = leaves(before)
-        for path, leaf in leaves(state).items() if judgement else ():
-            rule = judgement.rules[path]
-            if _is_of_squares(rule) and path in old:
+        for path, leaf in leaves(state).items():
+            rule = rules.get(path)
+            if rule is not None and _is_of_squares(rule) and path in old:
                 now, then = (each.read() if _is_root(rule) else each.read().sqrt() for each in (leaf, old[path]))
                 distance += float((now - then).square().sum())
                 length += float(then.square().sum())
