@@ -75,7 +75,7 @@ class Teleporter:
         self.optimizer = optimizer
         self._max_grad_norm = max_grad_norm
         self._rates = rates
-        self.tracker = tracker or Tracker()
+        self.tracker = tracker or Tracker(self.config.track_every, self.config.track_decay)
         self._guard = Guard(self.config)
         self._progress = progress or (lambda step, total: None)
         self._ranks = Ranks(next((p.device for p in model.parameters()), "cpu"))

@@ -84,7 +84,7 @@ class OptimizerState:
             shares: of each feature in the squared gradients of its block, (H, k), summing to one.
         """
         for leaf, rule, own in self._turning(part.parameter, part.dim):
-            if not rule.square or rule.degree <= 0.5:
+            if not _is_of_squares(rule):
                 continue
             numbers = leaf.read()
             rows = numbers.movedim(own[0], 0)
@@ -95,6 +95,32 @@ class OptimizerState:
             spread = blocks.sum(2, keepdim=True) * shares.to(blocks)[:, None, :, None]
             rows[at] = (spread.sqrt() if _is_root(rule) else spread).reshape(-1, *rows.shape[1:]).to(rows)
             leaf.write(numbers)
+
+    def second_moment_moved(self, parameter: nn.Parameter, before: dict[str, Any]) -> float | None:
+        """How far the averages v of squared gradients are from what they were: ||sqrt(v') - sqrt(v)|| / ||sqrt(v)||.
+
+        Args:
+            before: a copy of what was kept for the parameter.
+
+        Returns:
+            None if no average of squares is kept.
+        """
+        state = self.state.get(parameter, {})
+        judgement = self._judgement(parameter, state)
+        rules = {} if judgement is None else judgement.rules
+        distance = length = 0.0
+        old = leaves(before)
+        for path, leaf in leaves(state).items():
+            rule = rules.get(path)
+            if rule is not None and _is_of_squares(rule) and path in old:
+                now, then = (each.read() if _is_root(rule) else each.read().sqrt() for each in (leaf, old[path]))
+                distance += float((now - then).square().sum())
+                length += float(then.square().sum())
+        return (distance / length) ** 0.5 if length else None
+
+    def averages(self, parameter: nn.Parameter) -> int:
+        """How many tensors that turn are kept for a parameter, or will be once it is trained."""
+        return max((sum(bool(rule.axes) for rule in judged.rules.values()) for judged in self._candidates(parameter)), default=0)
 
     def tensors(self, parameter: nn.Parameter) -> list[Tensor]:
         """All tensors that are kept for a parameter, those included of which quantised ones consist."""
@@ -141,6 +167,11 @@ class _At:
 
     def __init__(self, dim: int, positions: Tensor):
         self.dim, self.positions = dim, positions
+
+
+def _is_of_squares(rule: Rule) -> bool:
+    """Whether a tensor is an average of squared gradients, or of their roots, and no mere sign or count."""
+    return rule.square and rule.degree > 0.5
 
 
 def _is_root(rule: Rule) -> bool:

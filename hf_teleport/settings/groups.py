@@ -204,6 +204,12 @@ class BasisSettings:
         "batch, to check it on. 0: from `num_batches` teleport batches.",
         _FROM_ZERO,
     )
+    track_decay: float = setting(
+        0.8,
+        "For method 'basis', how much of the gathered second moments is left at the next look (0 to below 1). 0.8 at every fifth "
+        "step: most of the weight lies on the last 25 steps.",
+        within(number, lambda x: 0 <= x < 1, "0 to below 1"),
+    )
     blocking_gains: Literal["leave", "hold", "round"] = setting(
         "leave",
         "For method 'basis', what to do about a norm's gain that stops the residual stream from turning because it can't be "

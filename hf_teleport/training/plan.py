@@ -84,7 +84,7 @@ class Plan:
         self.settled: TeleportConfig | None = None
         self.steps: dict[int, int] = {}
         self.held: list[nn.Parameter] = []
-        self.tracker = Tracker(config.track_every)
+        self.tracker = Tracker(config.track_every, config.track_decay)
         self.rate_factor = 1.0
         self.notes: list[tuple[int, str]] = []
         self.journal = Journal()
@@ -236,7 +236,8 @@ class Plan:
             )
             self.notes.append((logging.INFO, line))
         passes = self._passes(course.max_steps - course.start, course)
-        if line := cost_warning([check.cost for check in checks], len(self.upcoming), passes):
+        looks = len([step for step in range(course.start, max(self.upcoming)) if self.tracker.looks_at(step)])
+        if line := cost_warning([check.cost for check in checks], len(self.upcoming), passes, looks):
             self._warn(line)
 
     def _passes(self, steps: int, course: Course) -> float:
@@ -252,14 +253,15 @@ def without_a_loss(check: Check) -> bool:
     return math.isnan(check.loss) and check.problem != NO_STEP["out_of_memory"]
 
 
-def cost_warning(costs: list[Cost], events: int, training_passes: float) -> str:
+def cost_warning(costs: list[Cost], events: int, training_passes: float, looks: int = 0) -> str:
     """What to warn of if teleports may take more than a small share of the run; empty: they take less.
 
     Args:
         costs: of one event, for each of its methods.
         training_passes: what is left to train, in passes over a teleport batch.
+        looks: how many training steps are looked at.
     """
-    share_of_time = share_of_run(events * sum(cost.event_seconds for cost in costs), training_passes, costs[0].pass_seconds)
+    share_of_time = share_of_run(sum(cost.of_run(events, looks) for cost in costs), training_passes, costs[0].pass_seconds)
     if share_of_time <= LARGE_SHARE:
         return ""
     return (

@@ -16,6 +16,7 @@ from hf_teleport.layers.audit import describe
 from hf_teleport.layers.point import Point
 from hf_teleport.methods.base import TurningMethod
 from hf_teleport.methods.basis.bases import BASES, Basis, balance
+from hf_teleport.methods.basis.cost import bytes_of, decompositions, longest, look_seconds, moment_bytes, turn_seconds, work
 from hf_teleport.methods.basis.moments import Moments, misalignment, shares, turned
 from hf_teleport.methods.basis.smallest import mean_angle
 from hf_teleport.methods.basis.symmetries import find_symmetries
@@ -53,6 +54,7 @@ class BasisTurn(TurningMethod):
         self._first: dict[nn.Parameter, Tensor] = {}
         self._squares: dict[tuple[nn.Parameter, int], Tensor] = {}
         self._after: dict[Symmetry, Tensor] = {}  # second moments once turned
+        self._before = Snapshot([])
         self._state: OptimizerState | None = None
         if self.optimizer is not None:
             reset = self.config.optimizer_state == "reset"
@@ -69,6 +71,29 @@ class BasisTurn(TurningMethod):
     @staticmethod
     def passes(config: TeleportConfig) -> int:
         return 2 if BasisTurn.is_told(config) else 2 * config.num_batches
+
+    def decomposition_seconds(self, point: Point) -> float:
+        device = next((part.parameter.device for symmetry in self.used for part in symmetry.parts), torch.device("cpu"))
+        return longest(decompositions(self._ordered(), self.ranks.size, device))
+
+    def turn_seconds(self, point: Point) -> float:
+        # The weights, what the optimizer keeps of them, and the gradient that the event is checked with, before and after.
+        return (2 + self._averages) * turn_seconds(self.used, point.by_parameter)
+
+    def look_seconds(self, point: Point) -> float:
+        return look_seconds(self.used, point.by_parameter) if self.config.track_every else 0.0
+
+    def event_bytes(self) -> int:
+        movable, trained = (bytes_of(each) for each in (self.movable, (p for p in self.model.parameters() if p.requires_grad)))
+        # A copy of what turns to return to; and at once the gradients before, those turned, and those after.
+        return int((1 + self._averages) * movable) + 3 * trained + moment_bytes(self.used)
+
+    @property
+    def _averages(self) -> float:
+        """How many averages the optimizer keeps of a weight that turns: the mean over their elements."""
+        sizes = {parameter: parameter.numel() for parameter in self.movable}
+        kept = 0 if self._state is None else sum(self._state.averages(p) * size for p, size in sizes.items())
+        return kept / max(1, sum(sizes.values()))
 
     @property
     def used(self) -> list[Symmetry]:
@@ -90,7 +115,8 @@ class BasisTurn(TurningMethod):
         return [gain for symmetry in self.used for gain in symmetry.blocking]
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(self.movable, None if self._state is None else self._state.state)
+        self._before = Snapshot(self.movable, None if self._state is None else self._state.state)
+        return self._before
 
     def survey(self, point: Point) -> None:
         if not self.reports:
@@ -192,7 +218,7 @@ class BasisTurn(TurningMethod):
     def _rotations(self) -> dict[Symmetry, Tensor]:
         """The matrices to turn each symmetry by. One for which they are not found is left out of those that turn."""
         used = self._ordered()
-        owners = self.ranks.spread([symmetry.blocks * symmetry.size**3 for symmetry in used])
+        owners = self.ranks.spread([work(symmetry) for symmetry in used])
         rotations = self.ranks.together(
             lambda: {s: self._chosen(s, owner == self.ranks.rank) for s, owner in zip(used, owners, strict=True)}
         )
@@ -279,6 +305,8 @@ class BasisTurn(TurningMethod):
             if squares.sum() > 0:
                 whole = Part(parameter, dim, torch.arange(len(squares)).reshape(1, 1, -1), False)
                 self._state.put_shares(whole, (squares / squares.sum())[None])
+        for parameter, kept in self._before.kept.items():
+            self.reports[parameter].second_moment_moved = self._state.second_moment_moved(parameter, kept)
 
 
 def _off(expected: dict[nn.Parameter, Tensor], found: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, tuple[float, float]]:

@@ -9,23 +9,22 @@ from torch import Tensor, nn
 from hf_teleport.methods.basis.moments import Moments
 from hf_teleport.methods.basis.symmetry import UNUSED, Symmetry
 
-# How much of the moments is left at the next look. With a look at every fifth step, most of the weight lies on the last 25 steps.
-_DECAY = 0.8
-
 
 class Tracker:
     """Looks at the gradients of training steps, so that an event needs no batches of its own to choose a basis.
 
     Args:
         every: at which steps to look: those that it divides; 0: at none.
+        decay: how much of the moments is left at the next look.
 
     Attributes:
         moments: of the symmetries that will be turned; None: they are not known yet.
         reasons: for each parameter that no symmetry turns, why.
     """
 
-    def __init__(self, every: int = 5):
+    def __init__(self, every: int = 5, decay: float = 0.8):
         self.every = every
+        self.decay = decay
         self.moments: Moments | None = None
         self.reasons: dict[nn.Parameter, str] = {}
         self._all: list[Symmetry] = []
@@ -55,12 +54,16 @@ class Tracker:
         """Take in the symmetries of a model. What was gathered for those that are the same is kept."""
         known = self.state_dict()
         self._all, self.reasons, self._immovable = symmetries, reasons, immovable
-        self.moments = Moments([symmetry for symmetry in symmetries if not symmetry.reason], _DECAY)
+        self.moments = Moments([symmetry for symmetry in symmetries if not symmetry.reason], self.decay)
         self._fill(known)
+
+    def looks_at(self, step: int) -> bool:
+        """Whether the gradients of this optimizer step are looked at."""
+        return bool(self.every) and step % self.every == 0
 
     def look(self, step: int) -> None:
         """Before optimizer step `step`, the gradients being those that it will take."""
-        if self.moments is not None and self.every and step % self.every == 0:
+        if self.moments is not None and self.looks_at(step):
             parameters = {part.parameter for symmetry in self.moments.symmetries for part in symmetry.parts}
             self.moments.look({p: p.grad for p in parameters if p.grad is not None})
 
