@@ -10,10 +10,12 @@ squares follow the rule that was chosen. The next update is then the turned upda
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from hf_teleport.optimizers.hidden import hidden
 from hf_teleport.optimizers.leaves import Leaf, leaves
 from hf_teleport.optimizers.parts import beyond_trial, groups_of, keeps_copies, parts, states, unwrapped
 from hf_teleport.optimizers.rules import Judgement, Rule, judge
@@ -184,6 +186,10 @@ def forget(
                         group[name] = new.param_groups[0][name]
 
 
+# Optimizers that have been looked at. What hides something later leaves events out, and does not end a run.
+_CLEAR: WeakSet[Any] = WeakSet()
+
+
 def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
     """Make sure that a change of basis makes sense for an optimizer, and that its state can follow.
 
@@ -208,6 +214,11 @@ def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
             f"{name} can neither be turned nor started anew: {untried[0]}. Use an optimizer such as AdamW, or "
             "teleport_method='null_space'."
         )
+    if optimizer not in _CLEAR and (why := hidden(optimizer)):
+        raise ValueError(
+            f"{why}: a change of basis reaches only what is in the state of a parameter (optimizer.state[parameter]). Keep it there "
+            "or take it off, or use teleport_method='null_space'."
+        )
     if reset:
         with preserved_rng():
             kinds = {(id(part), id(group)): (part, group) for part, group in groups_of(optimizer).values()}
@@ -230,3 +241,4 @@ def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
                 f"{name} can't follow a change of basis of a weight of shape {list(parameter.shape)}: {judgement.problem}. "
                 "Set teleport_optimizer_state='reset' to start its state anew for the weights that turn."
             )
+    _CLEAR.add(optimizer)
