@@ -1,6 +1,6 @@
 """The optimizers that one consists of: inside Accelerate's wrapper, several behind one object, one for each weight in hooks."""
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
@@ -71,6 +71,20 @@ def keeps_copies(optimizer: Any) -> bool:
     """Whether an optimizer seems to keep copies of the weights, which do not follow a teleport: Lookahead, schedule-free ones."""
     optimizer = unwrapped(optimizer)
     return hasattr(optimizer, "optimizer") or callable(getattr(optimizer, "train", None))
+
+
+def steps_copies(optimizer: Any, model: Iterable[nn.Parameter]) -> str:
+    """Why the next step would undo a teleport: the optimizer steps copies of the model's weights; empty: it does not.
+
+    Args:
+        model: the parameters of the model.
+    """
+    own, stepped = set(model), set(groups_of(optimizer))
+    left = {parameter.shape for parameter in own - stepped if parameter.requires_grad}
+    foreign = [parameter for parameter in stepped - own if parameter.shape in left]
+    if not foreign:
+        return ""
+    return f"{type(unwrapped(optimizer)).__name__} steps tensors of shape {list(foreign[0].shape)} that are not the model's"
 
 
 class States(MutableMapping[Any, Any]):

@@ -39,8 +39,8 @@ class Rehearsal:
         ranks: the processes that rehearse alike, and fail alike.
 
     Raises:
-        RehearsalError: the optimizer steps weights by another one inside it, or keeps something elsewhere than in its state, which a
-            copy would share.
+        RehearsalError: the optimizer steps weights by another one inside it, or keeps something elsewhere than in its state,
+            which a copy would share.
     """
 
     def __init__(

@@ -216,8 +216,8 @@ def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
         )
     if optimizer not in _CLEAR and (why := hidden(optimizer)):
         raise ValueError(
-            f"{why}: a change of basis reaches only what is in the state of a parameter (optimizer.state[parameter]). Keep it there "
-            "or take it off, or use teleport_method='null_space'."
+            f"{why}: a change of basis reaches only what is in the state of a parameter (optimizer.state[parameter]). Keep it "
+            "there or take it off, or use teleport_method='null_space'."
         )
     if reset:
         with preserved_rng():
