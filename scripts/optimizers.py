@@ -1,7 +1,8 @@
 """Try every optimizer of the packages that people train with: does its state follow a change of basis, or is it refused?
 
     python scripts/optimizers.py                     # all of them, and write docs/optimizers.md's tables
-    python scripts/optimizers.py --only bitsandbytes # one package, and write its rows
+    python scripts/optimizers.py --only bitsandbytes # those of one package
+    python scripts/optimizers.py --only Trainer --names lomo rmsprop
 
 A small Llama is trained for some steps. Then its features are permuted and their signs changed: a change of basis under which an
 optimizer that looks at each coordinate alone must do the very same, second moments included. The cosine is that of its next
@@ -15,6 +16,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
@@ -360,33 +362,46 @@ HEAD = [
 ]
 
 
-def write(rows: list[dict[str, Any]], packages: set[str]) -> None:
-    """Put rows in the page's table, in the place of all others of their packages."""
+def write(rows: list[dict[str, Any]]) -> None:
+    """Put rows in the page's table, in the place of those of the same optimizers."""
     page = PAGE.read_text()
     before, after = page.split(START)[0], page.split(END)[1]
-    old = {line: line.split(" | ")[0][2:] for line in page.split(START)[1].split(END)[0].strip().splitlines()[2:]}
-    kept = [line for line, package in old.items() if package in PACKAGES and package not in packages]
-    lines = sorted([*kept, *table(rows)], key=lambda line: PACKAGES.index(line.split(" | ")[0][2:]))
-    PAGE.write_text("\n".join([before + START, *HEAD, *lines, END + after]))
+    lines = {_named(line): line for line in page.split(START)[1].split(END)[0].strip().splitlines()[2:]}
+    lines |= {_named(line): line for line in table(rows)}
+    ordered = sorted(lines.values(), key=lambda line: PACKAGES.index(_named(line)[0]))
+    PAGE.write_text("\n".join([before + START, *HEAD, *ordered, END + after]))
+
+
+def _named(line: str) -> tuple[str, ...]:
+    """Package and optimizer of a line of the table."""
+    return tuple(line.removeprefix("| ").split(" | ")[:2])
+
+
+def chosen(packages: list[str]) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """The name of each optimizer that is asked for, and what makes its row."""
+    if "Trainer" in packages:
+        for each in OptimizerNames:
+            yield each.value, partial(row_of_trainer, each.value)
+    if packages != ["Trainer"]:
+        for (package, name), make in made().items():
+            if package in packages:
+                yield name, partial(row, package, name, make)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=PACKAGES, help="one package")
-    only = parser.parse_args().only
+    parser.add_argument("--names", nargs="+", help="some of its optimizers")
+    asked = parser.parse_args()
     warnings.simplefilter("ignore")
-    packages = {only} if only else set(PACKAGES)
-    rows = []
-    for (package, name), make in made().items():
-        if package in packages:
-            rows.append(row(package, name, make))
-            print(rows[-1], flush=True)
-    for name in OptimizerNames if "Trainer" in packages else ():
-        rows.append(row_of_trainer(name.value))
-        print(rows[-1], flush=True)
-    write(rows, packages)
-    wrong = [line for line in rows if any(not cosine > least(line["optimizer"]) for cosine in line["cosines"])]
-    wrong += [line for line in rows if "ENDED" in line["basis"] + line["auto"]]
+    wrong = []
+    for name, run in chosen([asked.only] if asked.only else PACKAGES):
+        if asked.names is None or name in asked.names:
+            line = run()
+            print(line, flush=True)
+            write([line])
+            if any(not cosine > least(name) for cosine in line["cosines"]) or "ENDED" in line["basis"] + line["auto"]:
+                wrong.append(line)
     for line in wrong:
         print("WRONG", line, file=sys.stderr)
     return 1 if wrong else 0

@@ -26,18 +26,26 @@ Group = dict[str, Any]
 
 def anew(part: Any, group: Group, *parameters: nn.Parameter) -> Any:
     """A new optimizer like `part` for these parameters alone, with the options of a group (`at_start`)."""
+    return _like(part, [{**copied(_without(group)), "params": list(parameters)}])
+
+
+def renewed(part: Any) -> Any:
+    """A new optimizer like `part` for all of its parameters, as if training began: what depends on their order is as it was."""
+    return _like(part, [{**copied(_without(at_start(part, group))), "params": group["params"]} for group in part.param_groups])
+
+
+def _like(part: Any, groups: list[Group]) -> Any:
     kind = type(part)
     known = {**vars(part), **part.defaults}
     takes = list(inspect.signature(kind).parameters)[1:]
-    own = {**copied(_without(group)), "params": list(parameters)}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it was said when the real one was made
-            return kind([own], **{name: copied(known[name]) for name in takes if name in known})
+            return kind(groups, **{name: copied(known[name]) for name in takes if name in known})
     except Exception:  # one that needs more than it tells
         trial = shell(part)
         trial.state = defaultdict(dict)
-        trial.param_groups = [own]
+        trial.param_groups = groups
         return trial
 
 

@@ -1,5 +1,7 @@
 """The optimizers of the packages that people train with: turned, or refused before training; never turned wrongly."""
 
+from functools import cache
+
 import pytest
 import torch
 from optimizers import agreement, by_name, least, llama, made
@@ -72,8 +74,9 @@ def stepped(model, optimizer, seeds):
     return updates
 
 
+@cache
 def accepted(which):
-    """An optimizer of a small model, or None if it does not run, or is refused."""
+    """An optimizer of a small model, or None if it does not run, or is refused. Found once for all tests."""
     model = Two()
     try:
         optimizer = CATALOGUE[which](model)
@@ -83,16 +86,17 @@ def accepted(which):
     return model, optimizer
 
 
-OF_TORCH_AND_MORE = [which for which in CATALOGUE if which[0] in ("torch", "pytorch_optimizer")]
+# APOLLO draws for each parameter by its place among all.
+OF_TORCH_AND_MORE = [which for which in CATALOGUE if which[0] in ("torch", "pytorch_optimizer", "apollo-torch")]
 
 
 @pytest.mark.parametrize("which", OF_TORCH_AND_MORE, ids=lambda which: which[1])
 def test_a_reset_is_a_new_optimizer(which):
     torch.manual_seed(0)
-    made = accepted(which)
-    if made is None:
+    found = accepted(which)
+    if found is None:
         pytest.skip("refused")
-    model, optimizer = made
+    model, optimizer = found
     stepped(model, optimizer, range(5))
     other = Two()
     other.load_state_dict(model.state_dict())

@@ -117,6 +117,15 @@ def test_averages_turn_and_those_of_squares_by_the_squared_matrix(kind, dim, blo
             assert (name in AXES and AXES[name] != dim) or not torch.allclose(tensor, before[name])
 
 
+def test_squares_that_are_kept_stay_while_averages_turn():
+    weight, optimizer = trained(optim.AdamW)
+    before, matrices = kept(optimizer, weight), rotation(1, 6)
+    OptimizerState(optimizer, squares="keep").turn(part_of(weight, 0), matrices, turn_axis)
+    after = kept(optimizer, weight)
+    assert torch.equal(after["exp_avg_sq"], before["exp_avg_sq"])
+    torch.testing.assert_close(after["exp_avg"], matrices[0] @ before["exp_avg"])
+
+
 def test_steps_are_counted_on():
     weight, optimizer = trained(optim.AdamW)
     OptimizerState(optimizer).turn(part_of(weight, 0), rotation(1, 6), turn_axis)
