@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_teleport.optimizers.parts import gradient_hooks, inside, own_attributes, parts, unwrapped
 from hf_teleport.optimizers.reach import TooMuchError, has_coordinates, reach
@@ -47,7 +47,8 @@ def _strays(part: Any, judged: bool, own: set[Any], known: set[int]) -> Iterator
     """Where arrays are kept that are neither known nor of the model that the parameters are of."""
     roots = [("its state", value) for key, value in part.state.items() if not (judged and isinstance(key, nn.Parameter))]
     roots += [(f"group.{k}", value) for group in part.param_groups for k, value in group.items() if k != "params"]
-    roots += [(f"parameter.{k}", value) for group in part.param_groups for p in group["params"] for k, value in vars(p).items()]
+    plain = [p for group in part.param_groups for p in group["params"] if type(p) in (Tensor, nn.Parameter)]
+    roots += [(f"parameter.{name}", value) for p in plain for name, value in vars(p).items()]
     roots += [("a hook of a parameter", hook) for hook in gradient_hooks(part) if not _is_trusted(hook)]
     roots += list(_put_on(part).items())
     for path, value in reach(roots):

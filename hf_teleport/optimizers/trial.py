@@ -1,5 +1,6 @@
 """New optimizers of the kind of a given one: for one parameter, with the options of its group, as if training began."""
 
+import gc
 import inspect
 import math
 import warnings
@@ -138,12 +139,17 @@ class _Made(TorchDispatchMode):
                 self._shapes[memory.cdata] = memory, {*(() if before.expired() else shapes), tuple(tensor.shape)}
         return result
 
-    def outside(self, inside: Any) -> list[tuple[int, ...]]:
-        """The shapes of what is still in use and belongs to no tensor in `inside`."""
+    def outside(self, inside: Any, of: torch.Size) -> tuple[int, ...] | None:
+        """A shape like a weight's of what is still in use and belongs to no tensor in `inside`."""
         own = {tensor.untyped_storage()._cdata for tensor in tensors_in(inside)}
-        return [
-            s for cdata, (memory, shapes) in self._shapes.items() if cdata not in own and not memory.expired() for s in shapes
-        ]
+
+        def found() -> tuple[int, ...] | None:
+            alive = [shapes for number, (memory, shapes) in self._shapes.items() if number not in own and not memory.expired()]
+            return next((shape for shapes in alive for shape in shapes if _shows(shape, of)), None)
+
+        if found() is not None:
+            gc.collect()  # it may be in a circle of references only
+        return found()
 
 
 @contextmanager
@@ -198,8 +204,7 @@ def tried(
             before = parameter.detach().clone()
             _steps(trial, parameter, gradients[-1:])
     state = trial.state.get(parameter, {})
-    found = [] if made is None else made.outside([parameter, parameter.grad, before, state])
-    outside = next((shape for shape in found if _shows(shape, weight.shape)), None)
+    outside = None if made is None else made.outside([parameter, parameter.grad, before, state], weight.shape)
     return Trial(parameter.detach() - before, state, outside)
 
 
@@ -225,9 +230,8 @@ def _standing_for(like: Tensor | None, weight: Tensor) -> Any:
 
 def _shows(shape: tuple[int, ...], of: torch.Size) -> bool:
     """Whether a tensor may have coordinates of a weight. A table of codes is as long as many a bias."""
-    if max(of) < _FEW:
-        return bool(set(shape) & set(of)) or math.prod(shape) == of.numel()
-    return len(of) > 1 and math.prod(shape) == of.numel()
+    alike = math.prod(shape) == of.numel() > 1
+    return alike or bool(set(shape) & set(of) - {1}) if max(of) < _FEW else alike and len(of) > 1
 
 
 def carried(
