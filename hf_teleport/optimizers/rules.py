@@ -208,7 +208,7 @@ def _of_a_stand_in(part: Any, group: Group, shape: torch.Size, like: Tensor) -> 
     plain = tried(part, group, weight, gradients, noted, like)
     if plain.outside is not None and not opaque(plain.state):
         return Judgement(problem=_elsewhere(plain.outside), tried=False)
-    if not plain.update.any():
+    if not plain.update.any() and not plain.state:  # D-Adaptation's first steps are smaller than a weight's last digit
         return Judgement(problem="its steps do not change a weight that is given to a new one like it", tried=False)
 
     def after(axis: int, matrix: Tensor) -> Trial:
