@@ -28,8 +28,8 @@ from hf_teleport.layers.point import LossFn, loss_at
 from hf_teleport.methods import METHODS, BasisTurn, ClimbingMethod, NullSpace, TurningMethod
 from hf_teleport.methods.basis.tracker import Tracker
 from hf_teleport.methods.null_space.objectives import OBJECTIVES
-from hf_teleport.optimizers.parts import states
-from hf_teleport.optimizers.rehearsal import Rehearsal
+from hf_teleport.optimizers.parts import states, steps_copies
+from hf_teleport.optimizers.rehearsal import Rehearsal, RehearsalError
 from hf_teleport.optimizers.state import forget
 from hf_teleport.report import TeleportReport
 from hf_teleport.weights.isolation import isolated, preserved_rng
@@ -289,6 +289,11 @@ class Teleporter:
         return {} if self.optimizer is None else states(self.optimizer)
 
     def _method(self, loss_fn: LossFn, weights: Weights) -> _Method:
+        if self.optimizer is not None and (why := steps_copies(self.optimizer, map(weights.origin, self.model.parameters()))):
+            raise RehearsalError(
+                f"{why}, so a teleport would be undone by its next step. Give the optimizer the model's own parameters, or train "
+                "with plain Trainer."
+            )
         method = METHODS[self.config.method](self.model, loss_fn, self.config, self.optimizer, weights)
         if isinstance(method, BasisTurn):
             method.tracker = self.tracker

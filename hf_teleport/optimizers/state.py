@@ -10,14 +10,16 @@ squares follow the rule that was chosen. The next update is then the turned upda
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from hf_teleport.optimizers.hidden import hidden
 from hf_teleport.optimizers.leaves import Leaf, leaves
 from hf_teleport.optimizers.parts import beyond_trial, groups_of, keeps_copies, parts, states, unwrapped
 from hf_teleport.optimizers.rules import Judgement, Rule, judge
-from hf_teleport.optimizers.trial import anew, at_start, counts, keeps_own_counts
+from hf_teleport.optimizers.trial import counts, keeps_own_counts, renewed
 from hf_teleport.weights.copies import tensors_in
 from hf_teleport.weights.isolation import preserved_rng
 
@@ -193,26 +195,33 @@ def forget(
     Args:
         origin: the parameter in the optimizer that a given one stands in for.
     """
-    state, groups = states(optimizer), groups_of(optimizer)
+    state, groups, new = states(optimizer), groups_of(optimizer), {}
     with preserved_rng():
         for stand_in in parameters:
             stored = origin(stand_in)
             if stored not in groups:
                 continue
             part, group = groups[stored]
-            shared = counts(part, group)
+            if id(part) not in new:
+                new[id(part)] = renewed(part), {id(each): counts(part, each) for each in part.param_groups if each["params"]}
+            fresh, counted = new[id(part)]
+            shared = counted[id(group)]
             begun = any(name in group for name in shared)
             for parameter in group["params"] if begun else [stored]:
-                new = anew(part, at_start(part, group), parameter)
                 for key in {parameter, stand_in if parameter is stored else parameter}:
                     state.pop(key, None)
-                    if new.state.get(parameter):
-                        state[key] = new.state[parameter]
+                    if fresh.state.get(parameter):
+                        state[key] = fresh.state[parameter]
             if begun:
+                start = next(each for each in fresh.param_groups if any(p is stored for p in each["params"]))
                 for name in shared:
                     group.pop(name, None)
-                    if name in new.param_groups[0]:
-                        group[name] = new.param_groups[0][name]
+                    if name in start:
+                        group[name] = start[name]
+
+
+# Optimizers that have been looked at. What hides something later leaves events out, and does not end a run.
+_CLEAR: WeakSet[Any] = WeakSet()
 
 
 def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
@@ -239,6 +248,11 @@ def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
             f"{name} can neither be turned nor started anew: {untried[0]}. Use an optimizer such as AdamW, or "
             "teleport_method='null_space'."
         )
+    if optimizer not in _CLEAR and (why := hidden(optimizer)):
+        raise ValueError(
+            f"{why}: a change of basis reaches only what is in the state of a parameter (optimizer.state[parameter]). Keep it "
+            "there or take it off, or use teleport_method='null_space'."
+        )
     if reset:
         with preserved_rng():
             kinds = {(id(part), id(group)): (part, group) for part, group in groups_of(optimizer).values()}
@@ -261,3 +275,4 @@ def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
                 f"{name} can't follow a change of basis of a weight of shape {list(parameter.shape)}: {judgement.problem}. "
                 "Set teleport_optimizer_state='reset' to start its state anew for the weights that turn."
             )
+    _CLEAR.add(optimizer)

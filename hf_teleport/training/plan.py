@@ -171,10 +171,10 @@ class Plan:
         for batch in batches:
             start = time.perf_counter()
             self.notes = []
-            if auto:
-                self._settle(teleporter(self.config), batch, loss_fn, self._course)
             # Even if the run can't pay for a teleport: a wrong name or a loss that is none is said now, not in the next run.
             try:
+                if auto:
+                    self._settle(teleporter(self.config), batch, loss_fn, self._course)
                 checks = [teleporter(config).check(batch, loss_fn) for config in self.settings.each_method()]
             except RehearsalError as error:
                 if not auto:

@@ -23,6 +23,7 @@ from hf_teleport.methods.basis.symmetries import find_symmetries
 from hf_teleport.methods.basis.symmetry import Part, Symmetry
 from hf_teleport.methods.basis.tracker import Tracker
 from hf_teleport.methods.basis.turn import Turn
+from hf_teleport.optimizers.hidden import hidden
 from hf_teleport.optimizers.state import OptimizerState, check_optimizer
 from hf_teleport.report import SymmetryReport
 from hf_teleport.weights.norms import norm
@@ -56,10 +57,12 @@ class BasisTurn(TurningMethod):
         self._after: dict[Symmetry, Tensor] = {}  # second moments once turned
         self._before = Snapshot([])
         self._state: OptimizerState | None = None
+        self._hidden = ""
         if self.optimizer is not None:
             reset = self.config.optimizer_state == "reset"
             check_optimizer(self.optimizer, reset=reset)
             squares: Any = "keep" if self.config.second_moment == "keep" else "turn"
+            self._hidden = hidden(self.optimizer)
             self._state = None if reset else OptimizerState(self.optimizer, squares)
 
     @staticmethod
@@ -141,6 +144,8 @@ class BasisTurn(TurningMethod):
         for symmetry in symmetries:
             if not symmetry.reason and symmetry.kind not in self.config.symmetries:
                 symmetry.reason = f"{symmetry.kind} is not among the chosen symmetries"
+            if not symmetry.reason:
+                symmetry.reason = self._hidden
             if self._state is not None and not symmetry.reason:
                 symmetry.reason = next(filter(None, map(self._state.objection, symmetry.parameters)), "")
             self._found[symmetry] = SymmetryReport(
