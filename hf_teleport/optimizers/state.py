@@ -20,6 +20,7 @@ from hf_teleport.optimizers.rules import Judgement, Rule, judge
 from hf_teleport.optimizers.trial import anew, at_start, counts, keeps_own_counts
 from hf_teleport.weights.copies import tensors_in
 from hf_teleport.weights.isolation import preserved_rng
+from hf_teleport.weights.shards import whole_of
 
 Turning = Callable[[Tensor, Any, Tensor], Tensor]
 
@@ -129,7 +130,8 @@ class OptimizerState:
     def _candidates(self, parameter: nn.Parameter) -> list[Judgement]:
         """The judgement of a parameter; of one that stands in for another, those of all with its shape."""
         own = self._judged.get(parameter)
-        return [own] if own else [j for stored, j in self._judged.items() if stored.shape == parameter.shape]
+        shape = whole_of(parameter).shape
+        return [own] if own else [j for stored, j in self._judged.items() if stored.shape == shape]
 
     def _judgement(self, parameter: nn.Parameter, state: dict[str, Any]) -> Judgement | None:
         fitting = [j for j in self._candidates(parameter) if not j.objection(state, parameter.shape)]

@@ -55,7 +55,8 @@ class Tracker:
         """Take in the symmetries of a model. What was gathered for those that are the same is kept."""
         known = self.state_dict()
         self._all, self.reasons, self._immovable = symmetries, reasons, immovable
-        self.moments = Moments([symmetry for symmetry in symmetries if not symmetry.reason], _DECAY)
+        # In the same order in all ranks, which add up their shards of one after the other.
+        self.moments = Moments(sorted((each for each in symmetries if not each.reason), key=_name), _DECAY)
         self._fill(known)
 
     def look(self, step: int) -> None:
