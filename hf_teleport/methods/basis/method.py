@@ -6,7 +6,8 @@ not see it; Adam, which scales each coordinate alone, does. docs/basis.md has th
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -268,19 +269,23 @@ class BasisTurn(TurningMethod):
 
     def _off(self, found: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, tuple[float, float]]:
         """The gradients that are not the turned ones of before, each with its distance from that and the size to judge it by."""
-        expected = self.ranks.together(lambda: self.turn.gradients(self._first, self.weights))
-        lengths = self._lengths(expected.values)
-        distances = self._lengths(lambda: (found.get(p, torch.zeros_like(g)) - g for p, g in expected.items()))
-        off, total = {}, math.hypot(*lengths)
-        for parameter, distance, length in zip(expected, distances, lengths, strict=True):
+
+        def lengths() -> dict[nn.Parameter, list[float]]:
+            expected = self.turn.turned(self._first, self.weights)
+            return {p: [norm([gradient]), norm([found[p] - gradient if p in found else gradient])] for p, gradient in expected}
+
+        off, each = {}, self._joined(self.ranks.together(lengths))
+        total = math.hypot(*(length for length, _ in each.values()))
+        for parameter, (length, distance) in each.items():
             size = length + 1e-3 * total
             if not distance <= _AGREEMENT[parameter.dtype] * size:
                 off[parameter] = distance, size
         return off
 
-    def _lengths(self, tensors: Callable[[], Iterable[Tensor]]) -> list[float]:
-        """The norm of each tensor that is laid out as the weights are, made one after the other."""
-        return self.weights.joined(self.ranks.together(lambda: [norm([tensor]) for tensor in tensors()]))
+    def _joined(self, lengths: dict[nn.Parameter, list[float]]) -> dict[nn.Parameter, list[float]]:
+        """Of tensors that are laid out as the weights, from those of this process's parts."""
+        joined = iter(self.weights.joined([length for each in lengths.values() for length in each]))
+        return {parameter: list(islice(joined, len(each))) for parameter, each in lengths.items()}
 
     @torch.no_grad()
     def _rounding(self, point: Point) -> dict[nn.Parameter, float]:
@@ -296,8 +301,8 @@ class BasisTurn(TurningMethod):
         finally:
             kept.restore()
         gradients = {p: gradient for p, gradient in point.by_parameter.items() if p in moved}
-        lengths = self._lengths(lambda: (moved[p] - gradient for p, gradient in gradients.items()))
-        return dict(zip(gradients, lengths, strict=True))
+        lengths = self.ranks.together(lambda: {p: [norm([moved[p] - gradient])] for p, gradient in gradients.items()})
+        return {parameter: length for parameter, (length,) in self._joined(lengths).items()}
 
     def _judge(self, off: dict[nn.Parameter, tuple[float, float]], rounding: dict[nn.Parameter, float]) -> None:
         """A symmetry turns the gradient as it turns the weights: what does not, by more than rounding, was none."""

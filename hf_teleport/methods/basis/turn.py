@@ -87,30 +87,32 @@ class Turn:
         for rounded, before in self._rounded.items():
             rounded.copy_(before)
 
-    def gradients(self, gradients: dict[nn.Parameter, Tensor], weights: Weights = WHOLE) -> dict[nn.Parameter, Tensor]:
-        """The gradients as they are after the turn; those of norm gains, which do not turn, are left out.
+    def gradients(self, gradients: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """The gradients as they are after the turn; those of norm gains, which do not turn, are left out."""
+        return dict(self.turned(gradients))
+
+    def turned(self, gradients: dict[nn.Parameter, Tensor], weights: Weights = WHOLE) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """As `gradients`, one after the other.
 
         Args:
-            gradients: laid out as `weights`, those that the parameters belong to; so is what is returned.
+            gradients: laid out as `weights`, those that the parameters belong to; so is what is yielded.
         """
         steps = defaultdict(list)
         for _, part, matrix in self._steps():
             steps[part.parameter].append((part, 1 / matrix if matrix.shape[-1] == 1 else matrix))
         scaled = reciprocals(self._gains)
 
-        def turned(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+        def change(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
             for dim, factors in scaled[parameter]:
                 gradient = gradient * _along(factors, gradient, dim)
             for part, matrix in steps[parameter]:
                 gradient = turn_axis(gradient.clone(), part, matrix)
             return gradient
 
-        found = {}
         for parameter in weights.in_order(gradients):
             if parameter not in self._levelled:
                 axes = {part.dim for part, _ in steps[parameter]} | {dim for dim, _ in scaled[parameter]}
-                found[parameter] = weights.changed(parameter, gradients[parameter], axes, partial(turned, parameter))
-        return found
+                yield parameter, weights.changed(parameter, gradients[parameter], axes, partial(change, parameter))
 
     @property
     def _levelled(self) -> dict[nn.Parameter, None]:
