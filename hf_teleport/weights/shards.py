@@ -185,9 +185,13 @@ class Shards(Weights):
 
     def laid_out(self, values: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Any]:
         """As sharded tensors."""
-        wholes: dict[Any, Tensor] = {parameter: whole_of(parameter) for parameter in values}
-        layouts = {p: {"shape": whole.shape, "stride": whole.stride(), "run_check": False} for p, whole in wholes.items()}
-        return {p: DTensor.from_local(part.detach(), self._mesh, [Split(0)], **layouts[p]) for p, part in values.items()}
+        found = {}
+        for parameter, part in values.items():
+            whole = whole_of(parameter)
+            found[parameter] = DTensor.from_local(
+                part.detach(), self._mesh, [Split(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+            )
+        return found
 
     def vote(self) -> None:
         """All processes are here, and none has failed."""

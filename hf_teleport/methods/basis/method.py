@@ -77,7 +77,7 @@ class BasisTurn(TurningMethod):
 
     @staticmethod
     def on_shards(config: TeleportConfig) -> bool:
-        # That one climbs with all gradients of a symmetry at once, and a rehearsal steps the whole model.
+        # 'predicted_decrease' climbs with all gradients of a symmetry at once, and a rehearsal steps the whole model.
         return config.basis != "predicted_decrease" and not config.rehearsal_steps
 
     @property
