@@ -121,7 +121,7 @@ class BasisTurn(TurningMethod):
         immovable = {parameter: report.reason for parameter, report in self.reports.items() if report.reason}
         self._immovable = frozenset(map(self.weights.origin, immovable))
         known = {s.of(self.weights.stand_in): s for s in self.tracker.known(self._immovable)}
-        if known and self._with_gains(lambda: all(symmetry.reason or symmetry.holds for symmetry in known)):
+        if bool(known) and self._with_gains(lambda: all(symmetry.reason or symmetry.holds for symmetry in known)):
             self._tracked, symmetries = known, list(known)
             reasons = {self.weights.stand_in(parameter): reason for parameter, reason in self.tracker.reasons.items()}
         else:

@@ -63,7 +63,7 @@ class Turn:
 
     def _changes(self) -> dict[nn.Parameter, list[tuple[int, _Change]]]:
         """For each parameter what is done to it in turn, each with the axis along which it is done."""
-        changes = defaultdict(list)
+        changes: dict[nn.Parameter, list[tuple[int, _Change]]] = defaultdict(list)
         for rounded in self._rounded:
             changes[rounded].append((0, partial(_even_out, rounded)))
         for fold, gain in self._gains.items():

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from hf_teleport import TeleportConfig, Teleporter
 from hf_teleport.methods.basis import BasisTurn, moments, turn
 from hf_teleport.methods.basis.moments import Moments
-from hf_teleport.weights.shards import Shards
+from hf_teleport.weights.shards import Shards, whole_of
 from hf_teleport.weights.snapshot import Snapshot
 
 from ranks import llama, mixtral, run, sharded, tokens
@@ -155,17 +155,17 @@ def faulty(name, rank, size):
 
 
 def left_behind(rank, size):
-    """What comes of an event that forgets to turn one weight."""
+    """What comes of an event that forgets to turn the embeddings and the head."""
     model = sharded(uneven(llama(torch.float64)))
     optimizer = stepped(model, rank, size)
     before, real = everything(model, optimizer), turn._turn
 
-    def all_but_one(part, *args, **kwargs):
-        if len(part.parameter) != VOCAB:
+    def all_but_those(part, *args, **kwargs):
+        if len(whole_of(part.parameter)) != VOCAB:
             real(part, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(turn, "_turn", all_but_one)
+        patch.setattr(turn, "_turn", all_but_those)
         config = TeleportConfig(method="basis", max_loss_change=None)
         report = Teleporter(model, config, optimizer=optimizer).teleport(tokens(rank, size)[:1], loss_fn)
     return report.stopped_because, torch.equal(everything(model, optimizer), before)
