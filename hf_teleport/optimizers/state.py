@@ -22,6 +22,7 @@ from hf_teleport.optimizers.rules import Judgement, Rule, judge
 from hf_teleport.optimizers.trial import counts, keeps_own_counts, renewed
 from hf_teleport.weights.copies import tensors_in
 from hf_teleport.weights.isolation import preserved_rng
+from hf_teleport.weights.shards import whole_of
 
 Turning = Callable[[Tensor, Any, Tensor], Tensor]
 
@@ -98,14 +99,14 @@ class OptimizerState:
             rows[at] = (spread.sqrt() if _is_root(rule) else spread).reshape(-1, *rows.shape[1:]).to(rows)
             leaf.write(numbers)
 
-    def second_moment_moved(self, parameter: nn.Parameter, before: dict[str, Any]) -> float | None:
-        """How far the averages v of squared gradients are from what they were: ||sqrt(v') - sqrt(v)|| / ||sqrt(v)||.
+    def second_moment_moved(self, parameter: nn.Parameter, before: dict[str, Any]) -> tuple[float, float]:
+        """How far the averages v of squared gradients are from what they were.
 
         Args:
             before: a copy of what was kept for the parameter.
 
         Returns:
-            None if no average of squares is kept.
+            ||sqrt(v') - sqrt(v)|| and ||sqrt(v)||, both zero if no average of squares is kept.
         """
         state = self.state.get(parameter, {})
         judgement = self._judgement(parameter, state)
@@ -118,7 +119,7 @@ class OptimizerState:
                 now, then = (each.read() if _is_root(rule) else each.read().sqrt() for each in (leaf, old[path]))
                 distance += float((now - then).square().sum())
                 length += float(then.square().sum())
-        return (distance / length) ** 0.5 if length else None
+        return distance**0.5, length**0.5
 
     def averages(self, parameter: nn.Parameter) -> int:
         """How many tensors that turn are kept for a parameter, or will be once it is trained."""
@@ -157,7 +158,8 @@ class OptimizerState:
     def _candidates(self, parameter: nn.Parameter) -> list[Judgement]:
         """The judgement of a parameter; of one that stands in for another, those of all with its shape."""
         own = self._judged.get(parameter)
-        return [own] if own else [j for stored, j in self._judged.items() if stored.shape == parameter.shape]
+        shape = whole_of(parameter).shape
+        return [own] if own else [j for stored, j in self._judged.items() if stored.shape == shape]
 
     def _judgement(self, parameter: nn.Parameter, state: dict[str, Any]) -> Judgement | None:
         fitting = [j for j in self._candidates(parameter) if not j.objection(state, parameter.shape)]

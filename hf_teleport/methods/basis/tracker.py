@@ -54,7 +54,8 @@ class Tracker:
         """Take in the symmetries of a model. What was gathered for those that are the same is kept."""
         known = self.state_dict()
         self._all, self.reasons, self._immovable = symmetries, reasons, immovable
-        self.moments = Moments([symmetry for symmetry in symmetries if not symmetry.reason], self.decay)
+        # In the same order in all ranks, which add up their shards of one after the other.
+        self.moments = Moments(sorted((each for each in symmetries if not each.reason), key=_name), self.decay)
         self._fill(known)
 
     def looks_at(self, step: int) -> bool:
