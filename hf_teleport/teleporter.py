@@ -25,13 +25,14 @@ from hf_teleport.event.guard import Guard
 from hf_teleport.event.measurement import Measurement, landing, measure
 from hf_teleport.event.reasons import NO_STEP, explain, why_unmoved
 from hf_teleport.layers.point import LossFn, loss_at
+from hf_teleport.layers.roles import plain_name
 from hf_teleport.methods import METHODS, BasisTurn, ClimbingMethod, NullSpace, TurningMethod
 from hf_teleport.methods.basis.tracker import Tracker
 from hf_teleport.methods.null_space.objectives import OBJECTIVES
 from hf_teleport.optimizers.parts import states
 from hf_teleport.optimizers.rehearsal import Rehearsal
-from hf_teleport.optimizers.state import forget
-from hf_teleport.report import TeleportReport
+from hf_teleport.optimizers.state import OptimizerState, forget
+from hf_teleport.report import SymmetryReport, TeleportReport
 from hf_teleport.weights.isolation import isolated, preserved_rng
 from hf_teleport.weights.ranks import Ranks, out_of_memory
 from hf_teleport.weights.snapshot import Snapshot
@@ -130,6 +131,41 @@ class Teleporter:
                 "batch_size saves the first try."
             )
             batches, held_back = smaller, None if held_back is None else (halved([held_back]) or [None])[0]
+
+    def turn_back(self) -> list[SymmetryReport]:
+        """Bring the weights, and the optimizer's state, back into the coordinates in which they were before the first turn.
+
+        The function stays, and so does what training has learned: every change of basis is undone, and each norm gets the gain
+        again that it had when it was folded ([how](docs/basis.md#the-way-home)). Nothing happens if nothing was turned.
+
+        With several processes, all of them must call this.
+
+        Returns:
+            What had been turned. A symmetry with a reason stays turned, and a later call may bring it back.
+        """
+        way, names = self.tracker.way, {p: plain_name(name) for name, p in self.model.named_parameters()}
+        if not way:
+            return []
+        with isolated(self.model, self._state, self._ranks) as weights:
+            state = None
+            if self.optimizer is not None and self.config.optimizer_state == "keep":
+                state = OptimizerState(self.optimizer, "keep" if self.config.second_moment == "keep" else "turn")
+            staying = way.staying(names, (lambda p: "") if state is None else state.objection)
+            turned = [weights.stand_in(parameter) for parameter in way.parameters]
+            snapshot = Snapshot(turned, None if state is None else state.state)
+            moments = self.tracker.moments_back(staying)
+            reports = [leg.report(staying.get(leg, "")) for leg in way.legs]
+            try:
+                self._ranks.together(lambda: way.turn_back(staying, state, weights.stand_in))
+            except BaseException:
+                snapshot.restore()
+                raise
+            self.tracker.turned(moments)
+            kept = [] if state is None else [tensor for parameter in turned for tensor in state.tensors(parameter)]
+            self._ranks.broadcast([parameter.data for parameter in turned] + kept)
+            if self.optimizer is not None and self.config.optimizer_state == "reset":
+                forget(self.optimizer, turned, weights.origin)
+        return reports
 
     def check(self, batch: Any, loss_fn: LossFn) -> Check:
         """What a teleport on this batch could move, without moving anything.

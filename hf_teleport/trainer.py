@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
 
 from hf_teleport.config import TeleportConfig
 from hf_teleport.event.batches import check_given, num_samples
 from hf_teleport.journal import about, teleports
-from hf_teleport.report import TeleportReport
+from hf_teleport.report import SymmetryReport, TeleportReport
 from hf_teleport.teleporter import Teleporter
-from hf_teleport.training.callback import TeleportCallback
+from hf_teleport.training.callback import HomeCallback, TeleportCallback
 from hf_teleport.training.card import add_to_card
 from hf_teleport.training.drawing import (
     Drawn,
@@ -84,6 +85,7 @@ class TeleportMixin(_Base):
         self._training = False
         self._items_per_sample: float | None = None
         self.add_callback(self._teleports)
+        self.callback_handler.callbacks.insert(0, HomeCallback(self._end))
 
     @property
     def teleport_config(self) -> TeleportConfig:
@@ -111,8 +113,8 @@ class TeleportMixin(_Base):
     def _plan(self) -> Plan:
         """That of the run; between runs it is one of the settings as they are now."""
         if not self._training and self._teleports.plan.config != self.teleport_config:
-            journal, self._teleports.plan = self._teleports.plan.journal, Plan(replace(self.teleport_config))
-            self._teleports.plan.journal = journal
+            last, self._teleports.plan = self._teleports.plan, Plan(replace(self.teleport_config))
+            self._teleports.plan.journal, self._teleports.plan.tracker.way = last.journal, last.tracker.way
         return self._teleports.plan
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -164,6 +166,28 @@ class TeleportMixin(_Base):
             self._tell(f"Teleport before step {step}: {report.summary()}")
         return report
 
+    def turn_back(self) -> list[SymmetryReport]:
+        """Bring the model, and what the optimizer remembers, back into the coordinates in which training began.
+
+        All changes of basis since then are undone, whatever training has made of the weights; outputs stay. By default a run
+        that begins from saved weights ends so (`turn_back`). Training may go on afterwards.
+
+        Returns:
+            What had been turned. A symmetry with a reason stays turned, for a gain that can be neither folded nor turned back.
+        """
+        with preserved_rng():
+            found = self._teleporter(self._plan, self._plan.settings).turn_back()
+        staying = {symmetry.name: symmetry.reason for symmetry in found if symmetry.reason}
+        for name, reason in staying.items():
+            self._tell(f"{name} stays in the coordinates that it was turned to: {reason}.", logging.WARNING)
+        if len(staying) < len(found):
+            self._tell("The weights are back in the coordinates in which training began.")
+        return found
+
+    def _end(self) -> None:
+        if self._plan.turns_back:
+            self.turn_back()
+
     def _teleport_on(self, teleporter: Teleporter, batches: list[Any], held_back: Any) -> TeleportReport:
         """An event, and if some batches have no loss while others do, once more without them."""
         report = teleporter.teleport(batches, self._teleport_loss, held_back)
@@ -186,10 +210,29 @@ class TeleportMixin(_Base):
         rates = upcoming_rates(self.lr_scheduler)
         return Teleporter(self.model, config, progress, self.optimizer, self.args.max_grad_norm, rates, plan.tracker)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's; beside weights that are turned, what it takes to turn them back (`hf-teleport turn-back`)."""
+        folder = output_dir or self.args.output_dir
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and Path(folder).is_dir():
+            self._plan.save(folder, self.model)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            self._plan.save(output_dir, self.state.global_step)
+            self._plan.save(output_dir, self.model, self.state.global_step)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Beside the weights that are copied there, if they are.
+        going_on = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        skipped = self.args.hub_strategy == HubStrategy.END or (going_on and not self.args.hub_always_push)
+        if self.is_world_process_zero() and not skipped:
+            self._plan.save(self.args.output_dir, self.model)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._plan.load(str(self.state.best_model_checkpoint), self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -298,8 +341,11 @@ class TeleportMixin(_Base):
         # Made anew, so that a setting that was changed in place is looked at too.
         plan = Plan(replace(self.teleport_config), course, self.state.log_history, self._settings.prefix)
         plan.journal.begin(self._teleport_folder, self.state.log_history)
+        plan.turns_back |= plan.config.turn_back == "auto" and bool(getattr(self.model, "name_or_path", ""))
         if self._resumed_from is not None:
-            plan.load(self._resumed_from)
+            plan.load(self._resumed_from, self.model)
+        elif self._teleports.plan.tracker.way.within(self.model.parameters()):
+            plan.tracker.way = self._teleports.plan.tracker.way
         self.teleport_reports = []
         self._teleports.plan, self._training = plan, True
         if plan.upcoming:

@@ -273,6 +273,7 @@ class BasisTurn(TurningMethod):
 
     def accept(self) -> None:
         self.tracker.turned({self._tracked[symmetry]: moment for symmetry, moment in self._after.items()})
+        self.tracker.way.add(self.turn, self._tracked.__getitem__)
         if self._state is None:
             return
         for (parameter, dim), squares in self._squares.items():

@@ -23,19 +23,20 @@ class Turn:
         rotations: for each symmetry its orthogonal matrices (H, k, k); for one of kind 'scaling' positive factors (H, 1, 1).
         shares: for each symmetry the share of each coordinate in the squared gradients, (H, k): the optimizer's averages of
             squares keep their sums along a turned axis, and are spread by them; default: they turn as `OptimizerState` has it.
+        gains: for each fold what its norm multiplies with before.
     """
 
     rotations: dict[Symmetry, Tensor]
     shares: dict[Symmetry, Tensor] = field(default_factory=dict)
-    _gains: dict[Fold, Tensor] = field(default_factory=dict)
+    gains: dict[Fold, Tensor] = field(default_factory=dict, init=False)
     _rounded: dict[nn.Parameter, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for symmetry in self.rotations:
             for gain in symmetry.rounded:
                 self._rounded[gain] = gain.detach().clone()
-            for fold in symmetry.folds:
-                self._gains[fold] = effective(fold.norm).clone()
+            known = {fold.norm.gain for fold in self.gains}  # which another symmetry of the same norm may fold too
+            self.gains |= {fold: effective(fold.norm).clone() for fold in symmetry.folds if fold.norm.gain not in known}
 
     @property
     def exact(self) -> bool:
@@ -47,7 +48,7 @@ class Turn:
         """Fold the gains, then turn all axes; the optimizer's state goes along."""
         for rounded in self._rounded:
             rounded.fill_(float(rounded.mean()))
-        for fold, gain in self._gains.items():
+        for fold, gain in self.gains.items():
             _scale_gain(fold, gain, state)
         for symmetry, part, matrix in self._steps():
             _turn(part, matrix, state, self.shares.get(symmetry))
@@ -62,14 +63,14 @@ class Turn:
         for _, part, matrix in reversed(list(self._steps())):
             scaling = matrix.shape[-1] == 1
             _turn(part, 1 / matrix if scaling else matrix.mT, state)
-        for fold, gain in reversed(list(self._gains.items())):
+        for fold, gain in reversed(list(self.gains.items())):
             _scale_gain(fold, 1 / gain, state)
         for rounded, before in self._rounded.items():
             rounded.copy_(before)
 
     def gradients(self, gradients: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         """The gradients as they are after the turn; those of norm gains, which do not turn, are left out."""
-        turned = folded(self._gains, gradients)
+        turned = folded(self.gains, gradients)
         for _, part, matrix in self._steps():
             if part.parameter in turned:
                 scaled = 1 / matrix if matrix.shape[-1] == 1 else matrix
@@ -82,6 +83,18 @@ class Turn:
             for part in symmetry.parts:
                 reciprocal = symmetry.kind == "scaling" and part.reads
                 yield symmetry, part, 1 / matrices if reciprocal else matrices
+
+
+@torch.no_grad()
+def unfold(fold: Fold, gain: Tensor, state: OptimizerState | None = None) -> None:
+    """Give a norm whose gain was folded (it multiplies with one) this gain, and divide its readers by it.
+
+    Args:
+        gain: what the norm is to multiply with, (d,) in float64, so that an offset leaves its last digits.
+    """
+    own = fold.norm.gain
+    _scale_gain(fold, 1 / gain.to(own), state)
+    own.copy_(gain - fold.norm.offset)
 
 
 def folded(gains: dict[Fold, Tensor], gradients: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
@@ -124,19 +137,21 @@ def _turn(part: Part, matrices: Tensor, state: OptimizerState | None, shares: Te
 
 def _scale_gain(fold: Fold, gain: Tensor, state: OptimizerState | None) -> None:
     """Divide the norm by a gain and multiply its readers with it."""
-    norm = fold.norm
-    norm.gain.copy_(effective(norm) / gain - norm.offset)
-    scaled = [(norm.gain, 0, 1 / gain)]
+    norm, now = fold.norm, effective(fold.norm)
+    # A gain of zero can be multiplied into readers, and the norm has one left.
+    norm.gain.copy_(torch.where(now == gain, 1, now / gain) - norm.offset)
+    divisor = torch.where(gain == 0, 1, gain)
+    scaled = [(norm.gain, 0, 1 / divisor)]
     if norm.bias is not None:
-        norm.bias.div_(gain)
-        scaled.append((norm.bias, 0, 1 / gain))
+        norm.bias.div_(divisor)
+        scaled.append((norm.bias, 0, 1 / divisor))
     for parameter, dim, elements in fold.readers:
         factors = gain[elements.to(gain.device)]
         parameter.mul_(_along(factors, parameter, dim))
         scaled.append((parameter, dim, factors))
     if state is not None:
         for parameter, dim, factors in scaled:
-            state.scale(parameter, dim, 1 / factors)
+            state.scale(parameter, dim, 1 / torch.where(factors == 0, 1, factors))
 
 
 def _along(factors: Tensor, parameter: Tensor, dim: int) -> Tensor:
