@@ -7,13 +7,13 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from functools import partial
 from typing import Any, TypeVar
 
 from accelerate.utils import convert_to_fp32, extract_model_from_parallel
 from accelerate.utils.memory import clear_device_cache
-from torch import nn
+from torch import Tensor, nn
 
 from hf_teleport.config import TeleportConfig
 from hf_teleport.event.batches import halved
@@ -27,6 +27,7 @@ from hf_teleport.event.reasons import NO_STEP, explain, why_unmoved
 from hf_teleport.layers.point import LossFn, loss_at
 from hf_teleport.layers.roles import plain_name
 from hf_teleport.methods import METHODS, BasisTurn, ClimbingMethod, NullSpace, TurningMethod
+from hf_teleport.methods.basis.averages import taken_in
 from hf_teleport.methods.basis.tracker import Tracker
 from hf_teleport.methods.null_space.objectives import OBJECTIVES
 from hf_teleport.optimizers.parts import states
@@ -150,7 +151,7 @@ class Teleporter:
             state = None
             if self.optimizer is not None and self.config.optimizer_state == "keep":
                 state = OptimizerState(self.optimizer, "keep" if self.config.second_moment == "keep" else "turn")
-            staying = way.staying(names, (lambda p: "") if state is None else state.objection)
+            staying = way.staying(names, (lambda p: "") if state is None else state.objection, self.tracker.averages)
             turned = [weights.stand_in(parameter) for parameter in way.parameters]
             snapshot = Snapshot(turned, None if state is None else state.state)
             moments = self.tracker.moments_back(staying)
@@ -160,12 +161,27 @@ class Teleporter:
             except BaseException:
                 snapshot.restore()
                 raise
+            for average in self.tracker.averages:
+                way.turn_back(staying, None, average)
             self.tracker.turned(moments)
+            way.forget(staying)
             kept = [] if state is None else [tensor for parameter in turned for tensor in state.tensors(parameter)]
             self._ranks.broadcast([parameter.data for parameter in turned] + kept)
             if self.optimizer is not None and self.config.optimizer_state == "reset":
                 forget(self.optimizer, turned, weights.origin)
         return reports
+
+    def register_average(self, *averages: nn.Module | Mapping[str, Tensor]) -> None:
+        """Turn averages of the weights (EMA, SWA) along with the weights; they take the place of those registered before.
+
+        Args:
+            averages: modules with the model's parameters (`AveragedModel`), or tensors by the names of `named_parameters`, which
+                are changed in place.
+
+        Raises:
+            ValueError: a trained parameter is missing in one, has another shape, or is sharded.
+        """
+        self.tracker.averages = taken_in(self.model, averages)
 
     def check(self, batch: Any, loss_fn: LossFn) -> Check:
         """What a teleport on this batch could move, without moving anything.

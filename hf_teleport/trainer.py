@@ -23,6 +23,7 @@ from transformers.trainer_utils import HubStrategy
 from hf_teleport.config import TeleportConfig
 from hf_teleport.event.batches import check_given, num_samples
 from hf_teleport.journal import about, teleports
+from hf_teleport.methods.basis.averages import Average, averages_of, taken_in
 from hf_teleport.report import SymmetryReport, TeleportReport
 from hf_teleport.teleporter import Teleporter
 from hf_teleport.training.callback import HomeCallback, TeleportCallback
@@ -80,6 +81,7 @@ class TeleportMixin(_Base):
         self._settings = Settings(lambda: self.args, teleport_config)
         self._own_teleport_dataset = teleport_dataset
         self.teleport_reports: list[TeleportReport] = []
+        self._averages: list[nn.Module | Mapping[str, Tensor]] = []
         self._resumed_from: str | None = None
         self._teleports = TeleportCallback(Plan(self.teleport_config), self._make_plan)
         self._training = False
@@ -150,6 +152,7 @@ class TeleportMixin(_Base):
             raise EmptyError
         if drawn.left_out:
             self._tell(f"Teleport before step {step}: {drawn.left_out} batches with no label to learn from were passed over.")
+        self._take_in_averages(plan)
         for config in plan.settings.each_method():
             with self._teleport_bar(step) as progress, preserved_rng(), unnoted(self):
                 teleporter = self._teleporter(plan, config, progress)
@@ -166,6 +169,21 @@ class TeleportMixin(_Base):
             self._tell(f"Teleport before step {step}: {report.summary()}")
         return report
 
+    def register_average(self, average: nn.Module | Mapping[str, Tensor]) -> None:
+        """Turn an average of the weights (EMA, SWA) along with the weights at each change of basis, and on the way back.
+
+        Those that the trainer or its callbacks keep as attributes are found: `AveragedModel` of torch, `ModelEmaV3` of timm,
+        `BEMACallback` and `SyncRefModelCallback` of TRL.
+
+        Args:
+            average: a module with the model's parameters, or tensors by the names of `named_parameters`, changed in place.
+
+        Raises:
+            ValueError: a trained parameter is missing in it, has another shape, or is sharded.
+        """
+        Average(self.model, average)
+        self._averages.append(average)
+
     def turn_back(self) -> list[SymmetryReport]:
         """Bring the model, and what the optimizer remembers, back into the coordinates in which training began.
 
@@ -175,6 +193,7 @@ class TeleportMixin(_Base):
         Returns:
             What had been turned. A symmetry with a reason stays turned, for a gain that can be neither folded nor turned back.
         """
+        self._take_in_averages(self._plan)
         with preserved_rng():
             found = self._teleporter(self._plan, self._plan.settings).turn_back()
         staying = {symmetry.name: symmetry.reason for symmetry in found if symmetry.reason}
@@ -209,6 +228,11 @@ class TeleportMixin(_Base):
     def _teleporter(self, plan: Plan, config: TeleportConfig, progress: Any = None) -> Teleporter:
         rates = upcoming_rates(self.lr_scheduler)
         return Teleporter(self.model, config, progress, self.optimizer, self.args.max_grad_norm, rates, plan.tracker)
+
+    def _take_in_averages(self, plan: Plan) -> None:
+        """Let averages of the weights turn along. Not inside `unnoted`, where the trainer's attributes are copies."""
+        if plan.tracker.way or "basis" in plan.settings.method or plan.settings.method == "auto":
+            plan.tracker.averages = taken_in(self.model, [*averages_of(self), *self._averages])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's; beside weights that are turned, what it takes to turn them back (`hf-teleport turn-back`)."""
@@ -351,6 +375,7 @@ class TeleportMixin(_Base):
         if plan.upcoming:
             check_strategy(self.accelerator)
             check_given(type(self))
+            self._take_in_averages(plan)
             try:
                 with preserved_rng(), unnoted(self):
                     plan.judge(self._candidates(plan), partial(self._teleporter, plan), self._teleport_loss)

@@ -47,8 +47,8 @@ def test_an_event_reads_what_is_declared_and_nothing_else(method):
     report = teleporter.teleport([batch, batch], loss)
     assert report.steps
     common = {setting.name for setting in fields(CommonSettings)}
-    # The teleporter looks at `control` whatever the method is, and TeleportConfig refuses it for all but one. `turn_back` is about
-    # the end of a run.
+    # The teleporter looks at `control` whatever the method is, and TeleportConfig refuses it for all but one.
+    # `turn_back` is about the end of a run.
     others = {"control", "turn_back"}
     own = Watched.seen.intersection(NAMES) - common - others
     assert own == {name for name in NAMES if method in readers(name)} - others

@@ -117,6 +117,9 @@ class BasisTurn(TurningMethod):
                 symmetry.reason = f"{symmetry.kind} is not among the chosen symmetries"
             if self._state is not None and not symmetry.reason:
                 symmetry.reason = next(filter(None, map(self._state.objection, symmetry.parameters)), "")
+            if not symmetry.reason:
+                stored = symmetry.of(self.weights.origin)
+                symmetry.reason = next(filter(None, (average.objection(stored) for average in self.tracker.averages)), "")
             self._found[symmetry] = SymmetryReport(
                 symmetry.kind, symmetry.name, symmetry.blocks, symmetry.size, len(symmetry.parameters), reason=symmetry.reason
             )
@@ -274,6 +277,10 @@ class BasisTurn(TurningMethod):
     def accept(self) -> None:
         self.tracker.turned({self._tracked[symmetry]: moment for symmetry, moment in self._after.items()})
         self.tracker.way.add(self.turn, self._tracked.__getitem__)
+        for average in self.tracker.averages:
+            Turn(
+                {self._tracked[symmetry].of(average): matrices for symmetry, matrices in self.turn.rotations.items()}
+            ).carry_out()
         if self._state is None:
             return
         for (parameter, dim), squares in self._squares.items():

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_teleport.methods.basis.averages import Average
 from hf_teleport.methods.basis.moments import Moments, turned
 from hf_teleport.methods.basis.symmetry import UNUSED, Symmetry
 from hf_teleport.methods.basis.way import Leg, Way
@@ -24,11 +25,13 @@ class Tracker:
         moments: of the symmetries that will be turned; None: they are not known yet.
         reasons: for each parameter that no symmetry turns, why.
         way: all turns since the run began.
+        averages: of the weights, to be turned along.
     """
 
     def __init__(self, every: int = 5):
         self.every = every
         self.way = Way()
+        self.averages: list[Average] = []
         self.moments: Moments | None = None
         self.reasons: dict[nn.Parameter, str] = {}
         self._all: list[Symmetry] = []

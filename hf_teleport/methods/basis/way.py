@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_teleport.methods.basis.averages import Average
 from hf_teleport.methods.basis.features import Norm, effective, uniform
 from hf_teleport.methods.basis.symmetry import SMALLEST_GAIN, Fold, Part, Symmetry
 from hf_teleport.methods.basis.turn import Turn, unfold
@@ -94,19 +95,25 @@ class Way:
         return list(dict.fromkeys(parameter for leg in self.legs for parameter in leg.symmetry.parameters))
 
     def staying(
-        self, names: Mapping[nn.Parameter, str], objection: Callable[[nn.Parameter], str] = lambda parameter: ""
+        self,
+        names: Mapping[nn.Parameter, str],
+        objection: Callable[[nn.Parameter], str] = lambda parameter: "",
+        averages: Iterable[Average] = (),
     ) -> dict[Leg, str]:
         """The legs that can't be undone now, each with the reason.
 
         Args:
             names: of the parameters.
             objection: why what an optimizer keeps for a parameter can't be turned; empty: it can be.
+            averages: which turn along.
         """
+        averages = list(averages)
         reasons: dict[Leg, str] = {}
         for leg in reversed(self.legs):
             later = next((other for other in reasons if _overlap(other.symmetry, leg.symmetry)), None)
             why = reasons[later] if later else _blocked(leg.symmetry, names)
             why = why or next(filter(None, map(objection, leg.symmetry.parameters)), "")
+            why = why or next(filter(None, (average.objection(leg.symmetry) for average in averages)), "")
             if why:
                 reasons[leg] = why
         return reasons
@@ -118,9 +125,10 @@ class Way:
         state: OptimizerState | None = None,
         stand_in: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
     ) -> None:
-        """Undo all legs but those that stay; what is left of the way are these.
+        """Undo all legs but those that stay, in the parameters of the model or in an average of them.
 
         Args:
+            staying: which stay; `forget` the others when all is turned.
             state: what an optimizer keeps, turned along. Averages of squares turn by the squared matrices: in the coordinates
                 that they leave, the gradient's are nearly uncorrelated.
             stand_in: the parameter to turn in place of one.
@@ -129,11 +137,21 @@ class Way:
         going = [leg for leg in self.legs if leg not in staying]
         for leg in reversed(going):
             Turn({leg.symmetry.of(stand_in): leg.back}).carry_out(state)
+        for gain in self._unfolded(staying):
+            fold, before = self.gains[gain]
+            unfold(fold.of(stand_in), before.to(stand_in(gain).device), state)
+
+    def forget(self, staying: Iterable[Leg] = ()) -> None:
+        """All is turned back; what is left of the way are the legs that stay."""
+        staying = list(staying)
+        for gain in self._unfolded(staying):
+            del self.gains[gain]
+        self.legs = [leg for leg in self.legs if leg in staying]
+
+    def _unfolded(self, staying: list[Leg]) -> list[nn.Parameter]:
+        """The gains that come back."""
         kept = {fold.norm.gain for leg in staying for fold in leg.symmetry.folds}
-        for gain in [gain for gain in self.gains if gain not in kept]:
-            fold, before = self.gains.pop(gain)
-            unfold(fold.of(stand_in), before, state)
-        self.legs = staying
+        return [gain for gain in self.gains if gain not in kept]
 
     def of(self, symmetry: Symmetry) -> list[Leg]:
         """The legs of the same features, whenever they were found, in order."""
