@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,17 +23,17 @@ from hf_teleport.event.choice import BASIS_STEP, choose
 from hf_teleport.event.climb import HALVINGS, Climb, turn
 from hf_teleport.event.cost import Cost
 from hf_teleport.event.guard import Guard
+from hf_teleport.event.home import turn_back
 from hf_teleport.event.measurement import Measurement, landing, measure
 from hf_teleport.event.reasons import NO_STEP, explain, why_unmoved
 from hf_teleport.layers.point import LossFn, loss_at
-from hf_teleport.layers.roles import plain_name
 from hf_teleport.methods import METHODS, BasisTurn, ClimbingMethod, NullSpace, TurningMethod
 from hf_teleport.methods.basis.averages import taken_in
 from hf_teleport.methods.basis.tracker import Tracker
 from hf_teleport.methods.null_space.objectives import OBJECTIVES
 from hf_teleport.optimizers.parts import states
 from hf_teleport.optimizers.rehearsal import Rehearsal
-from hf_teleport.optimizers.state import OptimizerState, forget
+from hf_teleport.optimizers.state import forget
 from hf_teleport.report import SymmetryReport, TeleportReport
 from hf_teleport.weights.isolation import isolated, preserved_rng
 from hf_teleport.weights.ranks import Ranks, out_of_memory
@@ -144,32 +145,7 @@ class Teleporter:
         Returns:
             What had been turned. A symmetry with a reason stays turned, and a later call may bring it back.
         """
-        way, names = self.tracker.way, {p: plain_name(name) for name, p in self.model.named_parameters()}
-        if not way:
-            return []
-        with isolated(self.model, self._state, self._ranks) as weights:
-            state = None
-            if self.optimizer is not None and self.config.optimizer_state == "keep":
-                state = OptimizerState(self.optimizer, "keep" if self.config.second_moment == "keep" else "turn")
-            staying = way.staying(names, (lambda p: "") if state is None else state.objection, self.tracker.averages)
-            turned = [weights.stand_in(parameter) for parameter in way.parameters]
-            snapshot = Snapshot(turned, None if state is None else state.state)
-            moments = self.tracker.moments_back(staying)
-            reports = [leg.report(staying.get(leg, "")) for leg in way.legs]
-            try:
-                self._ranks.together(lambda: way.turn_back(staying, state, weights.stand_in))
-            except BaseException:
-                snapshot.restore()
-                raise
-            for average in self.tracker.averages:
-                way.turn_back(staying, None, average)
-            self.tracker.turned(moments)
-            way.forget(staying)
-            kept = [] if state is None else [tensor for parameter in turned for tensor in state.tensors(parameter)]
-            self._ranks.broadcast([parameter.data for parameter in turned] + kept)
-            if self.optimizer is not None and self.config.optimizer_state == "reset":
-                forget(self.optimizer, turned, weights.origin)
-        return reports
+        return turn_back(self.model, self.config, self.tracker, self.optimizer, self._state, self._ranks)
 
     def register_average(self, *averages: nn.Module | Mapping[str, Tensor]) -> None:
         """Turn averages of the weights (EMA, SWA) along with the weights; they take the place of those registered before.
@@ -223,7 +199,7 @@ class Teleporter:
 
     def _judge(self, batch: Any, loss_fn: LossFn) -> Check:
         loss_fn = self._on_float32(loss_fn)
-        with isolated(self.model, self._state, self._ranks, METHODS[self.config.method].on_shards(self.config)) as weights:
+        with self._isolated() as weights:
             method = self._method(loss_fn, weights)
             point = method.evaluate(batch, self.config.seed)
             if not point.finite:
@@ -235,6 +211,11 @@ class Teleporter:
                 found.symmetries = method.symmetries
                 found.blocking = [weights.origin(parameter) for parameter in method.blocking]
             return found
+
+    def _isolated(self) -> AbstractContextManager[Weights]:
+        if self.config.frozen_weights == "turn":
+            self.tracker.way.frozen.untie(self.model)
+        return isolated(self.model, self._state, self._ranks, METHODS[self.config.method].on_shards(self.config))
 
     def _unless_memory_runs_out(self, work: Callable[[], _T]) -> _T | None:
         try:
@@ -254,7 +235,7 @@ class Teleporter:
 
     def _event(self, batches: list[Any], loss_fn: LossFn, held_back: Any, start: float) -> TeleportReport:
         loss_fn = self._on_float32(loss_fn)
-        with isolated(self.model, self._state, self._ranks, METHODS[self.config.method].on_shards(self.config)) as weights:
+        with self._isolated() as weights:
             method = self._method(loss_fn, weights)
             before = measure(method, batches, method.survey)
             if not before.finite:

@@ -18,13 +18,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Trainer
-from transformers.trainer_utils import HubStrategy
 
 from hf_teleport.config import TeleportConfig
 from hf_teleport.event.batches import check_given, num_samples
 from hf_teleport.journal import about, teleports
-from hf_teleport.methods.basis.averages import Average, averages_of, taken_in
-from hf_teleport.report import SymmetryReport, TeleportReport
+from hf_teleport.report import TeleportReport
 from hf_teleport.teleporter import Teleporter
 from hf_teleport.training.callback import HomeCallback, TeleportCallback
 from hf_teleport.training.card import add_to_card
@@ -39,6 +37,7 @@ from hf_teleport.training.drawing import (
     redrawn,
     unless_read_once,
 )
+from hf_teleport.training.home import HomeMixin
 from hf_teleport.training.plan import Course, Plan, without_a_loss
 from hf_teleport.training.schedule import upcoming_rates
 from hf_teleport.training.settings import Settings
@@ -53,7 +52,7 @@ _WAYS_OUT = "Pass rows that data_collator takes as teleport_dataset, or override
 _Base: Any = Trainer if TYPE_CHECKING else object
 
 
-class TeleportMixin(_Base):
+class TeleportMixin(HomeMixin, _Base):
     """Teleportation for any `Trainer` subclass: `class MySFT(TeleportMixin, SFTTrainer): ...`.
 
     Settings are read when training begins, and at a teleport by hand. They are those of `teleport_config`, if one was given or
@@ -81,7 +80,6 @@ class TeleportMixin(_Base):
         self._settings = Settings(lambda: self.args, teleport_config)
         self._own_teleport_dataset = teleport_dataset
         self.teleport_reports: list[TeleportReport] = []
-        self._averages: list[nn.Module | Mapping[str, Tensor]] = []
         self._resumed_from: str | None = None
         self._teleports = TeleportCallback(Plan(self.teleport_config), self._make_plan)
         self._training = False
@@ -169,44 +167,6 @@ class TeleportMixin(_Base):
             self._tell(f"Teleport before step {step}: {report.summary()}")
         return report
 
-    def register_average(self, average: nn.Module | Mapping[str, Tensor]) -> None:
-        """Turn an average of the weights (EMA, SWA) along with the weights at each change of basis, and on the way back.
-
-        Those that the trainer or its callbacks keep as attributes are found: `AveragedModel` of torch, `ModelEmaV3` of timm,
-        `BEMACallback` and `SyncRefModelCallback` of TRL.
-
-        Args:
-            average: a module with the model's parameters, or tensors by the names of `named_parameters`, changed in place.
-
-        Raises:
-            ValueError: a trained parameter is missing in it, has another shape, or is sharded.
-        """
-        Average(self.model, average)
-        self._averages.append(average)
-
-    def turn_back(self) -> list[SymmetryReport]:
-        """Bring the model, and what the optimizer remembers, back into the coordinates in which training began.
-
-        All changes of basis since then are undone, whatever training has made of the weights; outputs stay. By default a run
-        that begins from saved weights ends so (`turn_back`). Training may go on afterwards.
-
-        Returns:
-            What had been turned. A symmetry with a reason stays turned, for a gain that can be neither folded nor turned back.
-        """
-        self._take_in_averages(self._plan)
-        with preserved_rng():
-            found = self._teleporter(self._plan, self._plan.settings).turn_back()
-        staying = {symmetry.name: symmetry.reason for symmetry in found if symmetry.reason}
-        for name, reason in staying.items():
-            self._tell(f"{name} stays in the coordinates that it was turned to: {reason}.", logging.WARNING)
-        if len(staying) < len(found):
-            self._tell("The weights are back in the coordinates in which training began.")
-        return found
-
-    def _end(self) -> None:
-        if self._plan.turns_back:
-            self.turn_back()
-
     def _teleport_on(self, teleporter: Teleporter, batches: list[Any], held_back: Any) -> TeleportReport:
         """An event, and if some batches have no loss while others do, once more without them."""
         report = teleporter.teleport(batches, self._teleport_loss, held_back)
@@ -228,35 +188,6 @@ class TeleportMixin(_Base):
     def _teleporter(self, plan: Plan, config: TeleportConfig, progress: Any = None) -> Teleporter:
         rates = upcoming_rates(self.lr_scheduler)
         return Teleporter(self.model, config, progress, self.optimizer, self.args.max_grad_norm, rates, plan.tracker)
-
-    def _take_in_averages(self, plan: Plan) -> None:
-        """Let averages of the weights turn along. Not inside `unnoted`, where the trainer's attributes are copies."""
-        if plan.tracker.way or "basis" in plan.settings.method or plan.settings.method == "auto":
-            plan.tracker.averages = taken_in(self.model, [*averages_of(self), *self._averages])
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's; beside weights that are turned, what it takes to turn them back (`hf-teleport turn-back`)."""
-        folder = output_dir or self.args.output_dir
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save and Path(folder).is_dir():
-            self._plan.save(folder, self.model)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            self._plan.save(output_dir, self.model, self.state.global_step)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Beside the weights that are copied there, if they are.
-        going_on = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        skipped = self.args.hub_strategy == HubStrategy.END or (going_on and not self.args.hub_always_push)
-        if self.is_world_process_zero() and not skipped:
-            self._plan.save(self.args.output_dir, self.model)
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._plan.load(str(self.state.best_model_checkpoint), self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -365,8 +296,10 @@ class TeleportMixin(_Base):
         # Made anew, so that a setting that was changed in place is looked at too.
         plan = Plan(replace(self.teleport_config), course, self.state.log_history, self._settings.prefix)
         plan.journal.begin(self._teleport_folder, self.state.log_history)
-        plan.turns_back |= plan.config.turn_back == "auto" and bool(getattr(self.model, "name_or_path", ""))
+        loaded = bool(getattr(self.model, "name_or_path", "")) or plan.config.frozen_weights == "turn"
+        plan.turns_back |= plan.config.turn_back == "auto" and loaded
         if self._resumed_from is not None:
+            self._teleports.plan.tracker.way.frozen.restore()
             plan.load(self._resumed_from, self.model)
         elif self._teleports.plan.tracker.way.within(self.model.parameters()):
             plan.tracker.way = self._teleports.plan.tracker.way

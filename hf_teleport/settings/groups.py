@@ -211,6 +211,12 @@ class BasisSettings:
         "'hold' such gains untrained until the last teleport, or to the end if the run turns back there; 'round' them to their "
         "mean at the teleport, a change of the loss, under `max_loss_change`.",
     )
+    frozen_weights: Literal["stay", "turn"] = setting(
+        "stay",
+        "For method 'basis', weights that are not trained (the base of adapters, frozen layers): they 'stay', and fix what they "
+        "write and read, or 'turn' in memory while training goes on. Then adapters are saved so that they fit the base that was "
+        "loaded, and at the end of training that base is put back bit for bit. Quantized weights stay.",
+    )
     turn_back: Literal["auto", "end", "never"] = setting(
         "auto",
         "For method 'basis', whether training ends in the coordinates in which it began, so that the model can be merged with "

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -31,6 +32,8 @@ from hf_teleport.training.schedule import teleport_steps
 
 # The file beside saved weights that were turned, and in a checkpoint's folder.
 TRACKED = "teleport.safetensors"
+# In it, trained weights as they are in turned coordinates, where those beside it are not.
+_TURNED = "turned/"
 
 
 @dataclass(frozen=True)
@@ -140,14 +143,25 @@ class Plan:
         told = self.settings.method == "basis" and BasisTurn.is_told(self.settings) and self.tracker.seen
         return 1 if told else self.settings.num_batches
 
+    def saves_at_home(self, model: nn.Module) -> bool:
+        """Whether trained weights are saved as they fit the base that was loaded, which turns in memory only: adapters."""
+        way = self.tracker.way
+        adapters = hasattr(model, "peft_config") and bool(way.frozen.originals)
+        return adapters and not way.staying({parameter: name for name, parameter in _named(model).items()})
+
     def save(self, folder: str | Path, model: nn.Module, step: int | None = None) -> None:
-        """Put beside saved weights what it takes to turn them back, and in a checkpoint what coming events need.
+        """Put beside saved weights what it takes to turn them back, and in a checkpoint what a resumed run needs.
 
         Args:
             model: whose weights were saved.
             step: of a checkpoint, the one from which the run will go on.
         """
-        state = self.tracker.way.state_dict({parameter: name for name, parameter in _named(model).items()})
+        way, names = self.tracker.way, {parameter: name for name, parameter in _named(model).items()}
+        home = self.saves_at_home(model)
+        state = {} if home and step is None else way.state_dict(names)
+        if home and step is not None:
+            trained = [parameter for parameter in way.parameters if parameter.requires_grad]
+            state |= {f"{_TURNED}{names[parameter]}": parameter.detach().contiguous() for parameter in trained}
         if step is not None and step <= max(self.steps, default=-1):
             state |= self.tracker.state_dict()
         path = Path(folder, TRACKED)
@@ -156,15 +170,27 @@ class Plan:
         else:
             path.unlink(missing_ok=True)  # of other weights that were saved there before
 
+    @torch.no_grad()
     def load(self, folder: str | Path, model: nn.Module) -> None:
         """Go on from what was saved beside the weights that were loaded; without such a file, they were never turned.
 
         Raises:
             ValueError: it is of another model.
         """
+        frozen = self.tracker.way.frozen
+        if self.config.frozen_weights == "turn":
+            frozen.untie(model)
+        state, named = _saved(folder), _named(model)
         self.tracker.way = load_way(folder, model)
-        state = _saved(folder)
-        if moments := {name: value for name, value in state.items() if not is_of_way(name)}:
+        self.tracker.way.frozen = frozen
+        if turned := {name.removeprefix(_TURNED): value for name, value in state.items() if name.startswith(_TURNED)}:
+            # The base is as it was loaded, and so are the adapters that fit it.
+            frozen.keep(self.tracker.way.parameters)
+            for parameter, values in self.tracker.way.turned_frozen().items():
+                parameter.copy_(values)
+            for name, value in turned.items():
+                named[name].copy_(value)
+        if moments := {name: v for name, v in state.items() if not is_of_way(name) and not name.startswith(_TURNED)}:
             self.tracker.load_state_dict(moments)
 
     def give_up(self, why: str) -> None:

@@ -1,6 +1,6 @@
 """A symmetry of a model: blocks of features, each with the parameter axes that one orthogonal matrix turns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -96,6 +96,11 @@ class Symmetry:
             folds=[fold.of(stand_in) for fold in self.folds],
             rounded=[stand_in(gain) for gain in self.rounded],
         )
+
+    def within(self, parameters: Container[nn.Parameter]) -> "Symmetry":
+        """The part of a symmetry that concerns these matrices. Norms stay in it, for they say what to multiply with."""
+        folds = [Fold(fold.norm, [reader for reader in fold.readers if reader[0] in parameters]) for fold in self.folds]
+        return replace(self, parts=[part for part in self.parts if part.parameter in parameters], folds=folds)
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -7,7 +7,8 @@ away, and its readers are divided by it: `W <- W diag(1/g)`.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_teleport.methods.basis.averages import Average
 from hf_teleport.methods.basis.features import Norm, effective, uniform
+from hf_teleport.methods.basis.frozen import Frozen
 from hf_teleport.methods.basis.symmetry import SMALLEST_GAIN, Fold, Part, Symmetry
 from hf_teleport.methods.basis.turn import Turn, unfold
 from hf_teleport.optimizers.state import OptimizerState
@@ -59,11 +61,13 @@ class Way:
     Attributes:
         legs: in order; only legs that share features need to be undone in the reverse order.
         gains: for each gain that was folded its fold, and what the norm multiplied with before the first one, (d,) in float64.
+        frozen: what was loaded, of frozen weights that were turned in memory.
     """
 
     def __init__(self) -> None:
         self.legs: list[Leg] = []
         self.gains: dict[nn.Parameter, tuple[Fold, Tensor]] = {}
+        self.frozen = Frozen()
 
     def __bool__(self) -> bool:
         return bool(self.legs)
@@ -124,6 +128,7 @@ class Way:
         staying: Iterable[Leg] = (),
         state: OptimizerState | None = None,
         stand_in: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
+        only: Container[nn.Parameter] | None = None,
     ) -> None:
         """Undo all legs but those that stay, in the parameters of the model or in an average of them.
 
@@ -132,21 +137,55 @@ class Way:
             state: what an optimizer keeps, turned along. Averages of squares turn by the squared matrices: in the coordinates
                 that they leave, the gradient's are nearly uncorrelated.
             stand_in: the parameter to turn in place of one.
+            only: turn these and no others; `stand_in` gives copies of norms that are not among them.
         """
         staying = list(staying)
         going = [leg for leg in self.legs if leg not in staying]
         for leg in reversed(going):
-            Turn({leg.symmetry.of(stand_in): leg.back}).carry_out(state)
+            symmetry = leg.symmetry if only is None else leg.symmetry.within(only)
+            Turn({symmetry.of(stand_in): leg.back}).carry_out(state)
         for gain in self._unfolded(staying):
             fold, before = self.gains[gain]
+            if only is not None:
+                fold = Fold(fold.norm, [reader for reader in fold.readers if reader[0] in only])
             unfold(fold.of(stand_in), before.to(stand_in(gain).device), state)
 
+    @torch.no_grad()
+    def turned_frozen(self) -> dict[nn.Parameter, Tensor]:
+        """Frozen weights in the coordinates to which the way leads, from what was loaded; in float32 at least."""
+        originals = self.frozen.originals
+        made = {
+            p: nn.Parameter(original.to(p.device, torch.promote_types(p.dtype, torch.float32), copy=True), False)
+            for p, original in originals.items()
+        }
+        stand_in = _Copies(made)
+        for leg in self.legs:
+            Turn({leg.symmetry.within(originals).of(stand_in): leg.matrices}).carry_out()
+        return {parameter: own.detach() for parameter, own in made.items()}
+
+    @contextmanager
+    def trained_at_home(self) -> Iterator[None]:
+        """Inside, trained weights are where the frozen ones were loaded; afterwards they are bit for bit what they were."""
+        trained = [parameter for parameter in self.parameters if parameter.requires_grad]
+        kept = [parameter.detach().clone() for parameter in trained]
+        try:
+            self.turn_back((), None, _Copies({parameter: parameter for parameter in trained}), set(trained))
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, values in zip(trained, kept, strict=True):
+                    parameter.copy_(values)
+
     def forget(self, staying: Iterable[Leg] = ()) -> None:
-        """All is turned back; what is left of the way are the legs that stay."""
+        """All is turned back; what is left of the way are the legs that stay, and frozen weights that they turn."""
         staying = list(staying)
+        still = {parameter for leg in staying for parameter in leg.symmetry.parameters}
+        self.frozen.restore([parameter for parameter in self.frozen.originals if parameter not in still])
         for gain in self._unfolded(staying):
             del self.gains[gain]
         self.legs = [leg for leg in self.legs if leg in staying]
+        if not self.legs:
+            self.frozen.restore()
 
     def _unfolded(self, staying: list[Leg]) -> list[nn.Parameter]:
         """The gains that come back."""
@@ -228,6 +267,18 @@ class Way:
             symmetry.folds = [folds[name] for name in own["folds"]]
             way.legs.append(Leg(symmetry, state[f"{_WAY}/{i}/matrices"].to(parts[0].parameter.device)))
         return way
+
+
+class _Copies:
+    """Stand-ins for parameters: those given, and copies of others."""
+
+    def __init__(self, given: dict[nn.Parameter, nn.Parameter]):
+        self._made = dict(given)
+
+    def __call__(self, parameter: nn.Parameter) -> nn.Parameter:
+        if parameter not in self._made:
+            self._made[parameter] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        return self._made[parameter]
 
 
 def _key(symmetry: Symmetry) -> tuple[Any, ...]:
