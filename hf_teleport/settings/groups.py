@@ -214,8 +214,21 @@ class BasisSettings:
         "leave",
         "For method 'basis', what to do about a norm's gain that stops the residual stream from turning because it can't be "
         "folded (tied embeddings, post-norm), once training has made it uneven: 'leave' the stream (with method 'auto': hold); "
-        "'hold' such gains untrained until the last teleport; 'round' them to their mean at the teleport, a change of the loss, "
-        "under `max_loss_change`.",
+        "'hold' such gains untrained until the last teleport, or to the end if the run turns back there; 'round' them to their "
+        "mean at the teleport, a change of the loss, under `max_loss_change`.",
+    )
+    frozen_weights: Literal["stay", "turn"] = setting(
+        "stay",
+        "For method 'basis', weights that are not trained (the base of adapters, frozen layers): they 'stay', and fix what they "
+        "write and read, or 'turn' in memory while training goes on. Then adapters are saved so that they fit the base that was "
+        "loaded, and at the end of training that base is put back bit for bit. Quantized weights stay.",
+    )
+    turn_back: Literal["auto", "end", "never"] = setting(
+        "auto",
+        "For method 'basis', whether training ends in the coordinates in which it began, so that the model can be merged with "
+        "what it came from, averaged and compared. 'end': when training ends everything is turned back; outputs stay. 'never': "
+        "it stays turned; trainer.turn_back() and `hf-teleport turn-back` turn it back later. 'auto': 'end' for a model that was "
+        "loaded from saved weights, 'never' for a new one.",
     )
     min_misalignment: float = setting(
         0.0,

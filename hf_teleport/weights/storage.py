@@ -99,7 +99,7 @@ def _whole(value: Any) -> Any:
 @torch.no_grad()
 def _write_back(stand_in: nn.Parameter, stored: Any, state: MutableMapping[Any, Any]) -> None:
     """Give a stored parameter, and the optimizer's state for it, the values of its stand-in."""
-    if not stored.requires_grad:
+    if not stored.requires_grad and (isinstance(stored, DTensor) or torch.equal(stand_in, stored.to(stand_in.dtype))):
         return
     put_back = _put_own if isinstance(stand_in, Shard) else put
     put_back(stored, stand_in)

@@ -20,6 +20,7 @@ from hf_teleport.methods.base import TurningMethod
 from hf_teleport.methods.basis.bases import BASES, Basis, balance
 from hf_teleport.methods.basis.cost import bytes_of, decompositions, longest, look_seconds, moment_bytes, turn_seconds, work
 from hf_teleport.methods.basis.features import vectors
+from hf_teleport.methods.basis.frozen import stays_frozen
 from hf_teleport.methods.basis.moments import Moments, misalignment, shares, turned
 from hf_teleport.methods.basis.smallest import mean_angle
 from hf_teleport.methods.basis.symmetries import find_symmetries
@@ -147,6 +148,10 @@ class BasisTurn(TurningMethod):
 
     def _find(self, point: Point) -> None:
         self.reports = describe(self.model, point, self.config)
+        if self.config.frozen_weights == "turn":
+            for parameter, report in self.reports.items():
+                if not parameter.requires_grad:
+                    report.reason = stays_frozen(self.weights.origin(parameter)) or report.reason
         immovable = {parameter: report.reason for parameter, report in self.reports.items() if report.reason}
         self._immovable = frozenset(map(self.weights.origin, immovable))
         known = {s.of(self.weights.stand_in): s for s in self.tracker.known(self._immovable)}
@@ -166,6 +171,11 @@ class BasisTurn(TurningMethod):
                 symmetry.reason = self._hidden
             if self._state is not None and not symmetry.reason:
                 symmetry.reason = next(filter(None, map(self._state.objection, symmetry.parameters)), "")
+            if not symmetry.reason:
+                symmetry.reason = self._frozen_objection(symmetry)
+            if not symmetry.reason:
+                stored = symmetry.of(self.weights.origin)
+                symmetry.reason = next(filter(None, (average.objection(stored) for average in self.tracker.averages)), "")
             self._found[symmetry] = SymmetryReport(
                 symmetry.kind, symmetry.name, symmetry.blocks, symmetry.size, len(symmetry.parameters), reason=symmetry.reason
             )
@@ -175,6 +185,19 @@ class BasisTurn(TurningMethod):
             report.reason = report.reason or left_out.get(parameter) or reasons.get(parameter, "")
         for parameter in self.movable:
             self.reports[parameter].movable, self.reports[parameter].reason = True, ""
+
+    def _frozen_objection(self, symmetry: Symmetry) -> str:
+        """Why frozen weights keep a symmetry from turning: there are no others, or one would have to take in a trained gain."""
+        if not any(parameter.requires_grad for parameter in symmetry.parameters):
+            return "all of its weights are frozen"
+        for fold in symmetry.folds:
+            frozen = [reader for reader, _, _ in fold.readers if not reader.requires_grad]
+            if frozen and fold.norm.gain.requires_grad:
+                norm, reader = (self.reports[parameter].name for parameter in (fold.norm.gain, frozen[0]))
+                return (
+                    f"{norm} is trained, and would have to be folded into {reader}, which is frozen: freeze both, or train both"
+                )
+        return ""
 
     def _take_up(self) -> None:
         """Use what was gathered during training; what was found now is what training is looked at for from now on."""
@@ -275,6 +298,9 @@ class BasisTurn(TurningMethod):
         return bool(self.config.min_misalignment) and max(measured, default=0.0) < self.config.min_misalignment
 
     def carry_out(self) -> None:
+        way = self.tracker.way
+        known = set(way.parameters)  # if without a copy, then it was loaded turned
+        way.frozen.keep(stored for stored in map(self.weights.origin, self.movable) if stored not in known)
         self.turn.carry_out(self._state, self.weights)
 
     def review(self, point: Point) -> None:
@@ -346,6 +372,13 @@ class BasisTurn(TurningMethod):
 
     def accept(self) -> None:
         self.tracker.turned({self._tracked[symmetry]: moment for symmetry, moment in self._after.items()})
+        self.tracker.way.add(self.turn, self._tracked.__getitem__)
+        for parameter, values in self.tracker.way.turned_frozen().items():
+            self.weights.stand_in(parameter).data.copy_(values)
+        for average in self.tracker.averages:
+            Turn(
+                {self._tracked[symmetry].of(average): matrices for symmetry, matrices in self.turn.rotations.items()}
+            ).carry_out()
         if self._state is None:
             return
         for (parameter, dim), squares in self._squares.items():

@@ -1,13 +1,15 @@
 """What a run knows of its bases between events: the symmetries, and second moments gathered from its training steps."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_teleport.methods.basis.moments import Moments
+from hf_teleport.methods.basis.averages import Average
+from hf_teleport.methods.basis.moments import Moments, turned
 from hf_teleport.methods.basis.symmetry import UNUSED, Symmetry
+from hf_teleport.methods.basis.way import Leg, Way
 
 
 class Tracker:
@@ -20,11 +22,15 @@ class Tracker:
     Attributes:
         moments: of the symmetries that will be turned; None: they are not known yet.
         reasons: for each parameter that no symmetry turns, why.
+        way: all turns since the run began.
+        averages: of the weights, to be turned along.
     """
 
     def __init__(self, every: int = 5, decay: float = 0.8):
         self.every = every
         self.decay = decay
+        self.way = Way()
+        self.averages: list[Average] = []
         self.moments: Moments | None = None
         self.reasons: dict[nn.Parameter, str] = {}
         self._all: list[Symmetry] = []
@@ -76,6 +82,15 @@ class Tracker:
         """The model was turned, and these second moments with it."""
         if self.seen:
             self.values.update(moments)
+
+    def moments_back(self, staying: Container[Leg]) -> dict[Symmetry, Tensor]:
+        """The second moments as they are once the way is gone back, but for legs that stay."""
+        back = dict(self.values)
+        for symmetry in back:
+            for leg in reversed(self.way.of(symmetry)):
+                if leg not in staying and symmetry.kind != "scaling":
+                    back[symmetry] = turned(back[symmetry], leg.back)
+        return back
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs to go on as if it had not stopped."""

@@ -28,19 +28,20 @@ class Turn:
         rotations: for each symmetry its orthogonal matrices (H, k, k); for one of kind 'scaling' positive factors (H, 1, 1).
         shares: for each symmetry the share of each coordinate in the squared gradients, (H, k): the optimizer's averages of
             squares keep their sums along a turned axis, and are spread by them; default: they turn as `OptimizerState` has it.
+        gains: for each fold what its norm multiplies with before.
     """
 
     rotations: dict[Symmetry, Tensor]
     shares: dict[Symmetry, Tensor] = field(default_factory=dict)
-    _gains: dict[Fold, Tensor] = field(default_factory=dict)
+    gains: dict[Fold, Tensor] = field(default_factory=dict, init=False)
     _rounded: dict[nn.Parameter, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for symmetry in self.rotations:
             for gain in symmetry.rounded:
                 self._rounded[gain] = gain.detach().clone()
-            for fold in symmetry.folds:
-                self._gains[fold] = effective(fold.norm).clone()
+            known = {fold.norm.gain for fold in self.gains}  # which another symmetry of the same norm may fold too
+            self.gains |= {fold: effective(fold.norm).clone() for fold in symmetry.folds if fold.norm.gain not in known}
 
     @property
     def exact(self) -> bool:
@@ -66,7 +67,7 @@ class Turn:
         changes: dict[nn.Parameter, list[tuple[int, _Change]]] = defaultdict(list)
         for rounded in self._rounded:
             changes[rounded].append((0, partial(_even_out, rounded)))
-        for fold, gain in self._gains.items():
+        for fold, gain in self.gains.items():
             for parameter, dim, change in _scalings(fold, gain):
                 changes[parameter].append((dim, change))
         for symmetry, part, matrix in self._steps():
@@ -81,7 +82,7 @@ class Turn:
         for _, part, matrix in reversed(list(self._steps())):
             scaling = matrix.shape[-1] == 1
             _turn(part, 1 / matrix if scaling else matrix.mT, state)
-        for fold, gain in reversed(list(self._gains.items())):
+        for fold, gain in reversed(list(self.gains.items())):
             for _, _, change in _scalings(fold, 1 / gain):
                 change(state)
         for rounded, before in self._rounded.items():
@@ -100,7 +101,7 @@ class Turn:
         steps = defaultdict(list)
         for _, part, matrix in self._steps():
             steps[part.parameter].append((part, 1 / matrix if matrix.shape[-1] == 1 else matrix))
-        scaled = reciprocals(self._gains)
+        scaled = reciprocals(self.gains)
 
         def change(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
             for dim, factors in scaled[parameter]:
@@ -124,6 +125,18 @@ class Turn:
             for part in symmetry.parts:
                 reciprocal = symmetry.kind == "scaling" and part.reads
                 yield symmetry, part, 1 / matrices if reciprocal else matrices
+
+
+@torch.no_grad()
+def unfold(fold: Fold, gain: Tensor, state: OptimizerState | None = None) -> None:
+    """Give a norm whose gain was folded (it multiplies with one) this gain, and divide its readers by it.
+
+    Args:
+        gain: what the norm is to multiply with, (d,) in float64, so that an offset leaves its last digits.
+    """
+    own = fold.norm.gain
+    _scale_gain(fold, 1 / gain.to(own), state)
+    own.copy_(gain - fold.norm.offset)
 
 
 def folded(gains: dict[Fold, Tensor], gradients: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
@@ -177,22 +190,26 @@ def _scalings(fold: Fold, gain: Tensor) -> Iterator[tuple[nn.Parameter, int, _Ch
     norm = fold.norm
     yield norm.gain, 0, partial(_divide, norm.gain, norm.offset, gain)
     if norm.bias is not None:
-        yield norm.bias, 0, partial(_divide, norm.bias, 0.0, gain)
+        yield norm.bias, 0, partial(_multiply, norm.bias, 0, 1 / torch.where(gain == 0, 1, gain))
     for parameter, dim, elements in fold.readers:
         yield parameter, dim, partial(_multiply, parameter, dim, gain[elements.to(gain.device)])
 
 
 def _divide(parameter: nn.Parameter, offset: float, gain: Tensor, state: OptimizerState | None) -> None:
-    """Divide what is `offset` more than a norm's parameter: a gain divided by itself is exactly one."""
-    parameter.copy_((parameter + offset) / gain - offset)
+    """Divide a norm's gain, `offset` more than its parameter: divided by itself it is exactly one.
+
+    A gain of zero too, for it can be multiplied into the norm's readers.
+    """
+    now = parameter + offset
+    parameter.copy_(torch.where(now == gain, 1, now / gain) - offset)
     if state is not None:
-        state.scale(parameter, 0, gain)
+        state.scale(parameter, 0, torch.where(gain == 0, 1, gain))
 
 
 def _multiply(parameter: nn.Parameter, dim: int, factors: Tensor, state: OptimizerState | None) -> None:
     parameter.mul_(_along(factors, parameter, dim))
     if state is not None:
-        state.scale(parameter, dim, 1 / factors)
+        state.scale(parameter, dim, 1 / torch.where(factors == 0, 1, factors))
 
 
 def _even_out(gain: nn.Parameter, state: OptimizerState | None) -> None:
