@@ -135,7 +135,8 @@ def unfold(fold: Fold, gain: Tensor, state: OptimizerState | None = None) -> Non
         gain: what the norm is to multiply with, (d,) in float64, so that an offset leaves its last digits.
     """
     own = fold.norm.gain
-    _scale_gain(fold, 1 / gain.to(own), state)
+    for _, _, change in _scalings(fold, 1 / gain.to(own)):
+        change(state)
     own.copy_(gain - fold.norm.offset)
 
 
