@@ -103,7 +103,8 @@ _JUDGED: WeakKeyDictionary[Any, dict[Any, Judgement]] = WeakKeyDictionary()
 
 def judge(optimizer: Any) -> dict[nn.Parameter, Judgement]:
     """For each trained parameter with axes what becomes of its state; found once for each kind of group and shape."""
-    found, alike = {}, {}
+    found: dict[nn.Parameter, Judgement] = {}
+    alike: dict[Any, dict[Any, Judgement]] = {}
     with preserved_rng():
         for parameter, (part, group) in groups_of(optimizer).items():
             if parameter.requires_grad and parameter.dim() and parameter.is_floating_point():

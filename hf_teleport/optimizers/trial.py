@@ -219,7 +219,7 @@ def _at_one_rate(part: Any, group: Group, *parameters: nn.Parameter) -> Any:
 
 def _standing_for(like: Tensor | None, weight: Tensor) -> Any:
     """A parameter with these values, of the same class as another one, and marked as it."""
-    kind = type(like)
+    kind: Any = type(like)
     if like is None or kind in (Tensor, nn.Parameter) or is_wrapper(like) or isinstance(like, DTensor):
         own: Any = nn.Parameter(weight.clone())
     else:
