@@ -206,8 +206,8 @@ def make_optimizer(model: nn.Module, arguments: Any) -> Optimizer:
     if arguments.optimizer == MUON_ADAMW:
         if not hidden:
             raise ValueError(f"optimizer = {MUON_ADAMW!r} is not allowed: the model has no hidden matrices; take 'AdamW'.")
-        kind = CPUMuon if arguments.device.type == "cpu" else torch.optim.Muon
-        muon = kind(hidden, **{"adjust_lr_fn": "match_rms_adamw", **settings})
+        muons = CPUMuon if arguments.device.type == "cpu" else torch.optim.Muon
+        muon = muons(hidden, **{"adjust_lr_fn": "match_rms_adamw", **settings})
         betas = arguments.adam_beta1, arguments.adam_beta2
         return CombinedOptimizer(muon, torch.optim.AdamW(others, betas=betas, eps=arguments.adam_epsilon)) if others else muon
     if arguments.optimizer is None:

@@ -73,9 +73,8 @@ def _samples(settings: dict[str, Any], log: list[dict[str, Any]]) -> Callable[[i
         return settings.get(name, _DEFAULTS[name])
 
     batch = value("per_device_train_batch_size") * settings.get("processes", 1)
-    told = value("teleport_method") == "basis" and BasisTurn.is_told(
-        SimpleNamespace(**{name: value(f"teleport_{name}") for name in ("basis", "second_moment", "track_every")})
-    )
+    of_a_turn: Any = SimpleNamespace(**{name: value(f"teleport_{name}") for name in ("basis", "second_moment", "track_every")})
+    told = value("teleport_method") == "basis" and BasisTurn.is_told(of_a_turn)
     # An event that training's gradients have told all takes one batch, to check on, and the one that is held back.
     drawn = ((1 if told else value("teleport_num_batches")) + 1) * (value("teleport_batch_size") or batch)
     event = min(drawn, settings.get("train_rows") or drawn)

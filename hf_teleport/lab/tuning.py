@@ -43,7 +43,8 @@ class Search:
     @property
     def best(self) -> dict[str, float]:
         """The values with the lowest loss."""
-        return dict(zip(self.names, min(self.losses, key=self.losses.__getitem__), strict=True))
+        best: Point = min(self.losses, key=self.losses.__getitem__)
+        return dict(zip(self.names, best, strict=True))
 
     @property
     def loss(self) -> float:

@@ -22,12 +22,15 @@ _Base: Any = Trainer if TYPE_CHECKING else object
 class HomeMixin(_Base):
     """What a teleporting trainer does about coordinates. `TeleportMixin` has the plan that it goes by."""
 
-    _plan: Plan
     _saving_at_home = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._averages: list[nn.Module | Mapping[str, Tensor]] = []
         super().__init__(*args, **kwargs)
+
+    @property
+    def _plan(self) -> Plan:
+        raise NotImplementedError
 
     def register_average(self, average: nn.Module | Mapping[str, Tensor]) -> None:
         """Turn an average of the weights (EMA, SWA) along with the weights at each change of basis, and on the way back.

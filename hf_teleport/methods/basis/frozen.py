@@ -5,6 +5,7 @@ event. So a resumed run has it bit for bit, and at home it is bit for bit what w
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +59,9 @@ class Frozen:
         if inner is None or not hasattr(model, "peft_config"):
             return
         base = inner()
-        ends = [getattr(base, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
-        embedding, head = (getattr(end, "weight", None) for end in ends)
+        ends: list[Any] = [getattr(base, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+        weights: list[Any] = [getattr(end, "weight", None) for end in ends]
+        embedding, head = weights
         if isinstance(embedding, nn.Parameter) and head is embedding and not embedding.requires_grad:
             if stays_frozen(embedding):
                 return

@@ -97,7 +97,7 @@ def turned(name, rank, size, gathered):
 
     def copying(self, parameters, state=None):
         copy(self, parameters, state)
-        kept = [value for own in self._kept.values() for value in own.values() if isinstance(value, torch.Tensor)]
+        kept = [value for own in self.kept.values() for value in own.values() if isinstance(value, torch.Tensor)]
         copied.append(sum(value.numel() for value in [*(saved for _, saved in self._saved), *kept]))
 
     with pytest.MonkeyPatch.context() as patch:
