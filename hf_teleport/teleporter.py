@@ -213,7 +213,7 @@ class Teleporter:
             return found
 
     def _isolated(self) -> AbstractContextManager[Weights]:
-        if self.config.frozen_weights == "turn":
+        if self.config.method == "basis" and self.config.frozen_weights == "turn":
             self.tracker.way.frozen.untie(self.model)
         return isolated(self.model, self._state, self._ranks, METHODS[self.config.method].on_shards(self.config))
 

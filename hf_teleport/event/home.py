@@ -37,12 +37,13 @@ def turn_back(
     if not way:
         way.frozen.restore()
         return []
-    names = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
     with isolated(model, states, ranks) as weights:
+        names = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
         state = None
         if optimizer is not None and config.optimizer_state == "keep":
             state = OptimizerState(optimizer, "keep" if config.second_moment == "keep" else "turn")
-        staying = way.staying(names, (lambda parameter: "") if state is None else state.objection, tracker.averages)
+        objection = (lambda parameter: "") if state is None else state.objection
+        staying = way.staying(names, objection, tracker.averages, weights.stand_in)
         turned = [weights.stand_in(parameter) for parameter in way.parameters]
         snapshot = Snapshot(turned, None if state is None else state.state)
         moments = tracker.moments_back(staying)

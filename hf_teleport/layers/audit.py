@@ -66,8 +66,13 @@ def audit(model: nn.Module, point: Point, config: TeleportConfig) -> tuple[list[
     return layers, reports
 
 
-def describe(model: nn.Module, point: Point, config: TeleportConfig) -> dict[nn.Parameter, LayerReport]:
+def describe(
+    model: nn.Module, point: Point, config: TeleportConfig, *, with_frozen: bool = False
+) -> dict[nn.Parameter, LayerReport]:
     """A report for each parameter, in the model's order: its name, its role, and what keeps it from moving by any method.
+
+    Args:
+        with_frozen: frozen weights may move too.
 
     Raises:
         ValueError: as `audit`.
@@ -85,7 +90,7 @@ def describe(model: nn.Module, point: Point, config: TeleportConfig) -> dict[nn.
         else:
             role = _role_of_other(module, name)
         report = reports[parameter] = LayerReport(name, role, list(whole_of(parameter).shape))
-        if not parameter.requires_grad and config.frozen_weights == "stay":
+        if not parameter.requires_grad and not with_frozen:
             report.reason = "frozen: requires_grad is False"
         elif not selected(name, role, config):
             report.reason = "not selected by target_modules / exclude_modules"

@@ -147,11 +147,11 @@ class BasisTurn(TurningMethod):
             return work()
 
     def _find(self, point: Point) -> None:
-        self.reports = describe(self.model, point, self.config)
-        if self.config.frozen_weights == "turn":
-            for parameter, report in self.reports.items():
-                if not parameter.requires_grad:
-                    report.reason = stays_frozen(self.weights.origin(parameter)) or report.reason
+        with_frozen = self.config.frozen_weights == "turn"
+        self.reports = describe(self.model, point, self.config, with_frozen=with_frozen)
+        for parameter, report in self.reports.items():
+            if with_frozen and not parameter.requires_grad:
+                report.reason = stays_frozen(self.weights.origin(parameter)) or report.reason
         immovable = {parameter: report.reason for parameter, report in self.reports.items() if report.reason}
         self._immovable = frozenset(map(self.weights.origin, immovable))
         known = {s.of(self.weights.stand_in): s for s in self.tracker.known(self._immovable)}

@@ -103,6 +103,7 @@ class Way:
         names: Mapping[nn.Parameter, str],
         objection: Callable[[nn.Parameter], str] = lambda parameter: "",
         averages: Iterable[Average] = (),
+        stand_in: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
     ) -> dict[Leg, str]:
         """The legs that can't be undone now, each with the reason.
 
@@ -110,13 +111,15 @@ class Way:
             names: of the parameters.
             objection: why what an optimizer keeps for a parameter can't be turned; empty: it can be.
             averages: which turn along.
+            stand_in: the parameter to look at in place of one; `names` and `objection` take these.
         """
         averages = list(averages)
         reasons: dict[Leg, str] = {}
         for leg in reversed(self.legs):
             later = next((other for other in reasons if _overlap(other.symmetry, leg.symmetry)), None)
-            why = reasons[later] if later else _blocked(leg.symmetry, names)
-            why = why or next(filter(None, map(objection, leg.symmetry.parameters)), "")
+            symmetry = leg.symmetry.of(stand_in)
+            why = reasons[later] if later else _blocked(symmetry, names)
+            why = why or next(filter(None, map(objection, symmetry.parameters)), "")
             why = why or next(filter(None, (average.objection(leg.symmetry) for average in averages)), "")
             if why:
                 reasons[leg] = why
