@@ -20,7 +20,7 @@ NOT_YET = {page.name for page in PAGES} - {"README.md", "design.md", "methods.md
 
 _NO_PROSE = re.compile(r"^( *)```.*?^\1```|<!--.*?-->|(?<=\n\n)(?:    [^\n]*\n)+", re.DOTALL | re.MULTILINE)
 _BLOCK_START = re.compile(r"\s*([-*+]|\d+\.|#+|>|\|)(\s|$)")
-_SENTENCE_END = re.compile(r"""(?<=[.!?])["')*_\]]*\s+(?=["'(*_\[]*[A-Z0-9])""")
+_SENTENCE_END = re.compile(r"""(?<=[.!?])["')*_\]]*\s+(?=["'(*_\[]*[A-Z0-9]|')""")
 
 
 def problems(text: str) -> Iterator[tuple[int, str]]:
