@@ -1,4 +1,4 @@
-"""The one table of a run's teleports: which columns it has, and what stands in them. Card, terminal and page render it."""
+"""The one table of a run's teleports: its columns and their values. Card, terminal and HTML page render it."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -7,11 +7,11 @@ from typing import Any
 from hf_teleport.display.quantities import count, duration
 
 Event = Mapping[str, Any]
-"""As `hf_teleport.journal` has it: `TeleportReport.metrics` or more, and the `step` that the event came before."""
+"""An event as `hf_teleport.journal` has it: `TeleportReport.metrics` or more, and the `step` before which it came."""
 
 
 def _number(event: Event, key: str, form: str) -> str:
-    """Blank if the event has no such number; JSON has None for what is not finite."""
+    """Blank if the event has no such number. JSON has None for a number that is not finite."""
     if key not in event:
         return ""
     value = event[key]
@@ -37,14 +37,14 @@ COLUMNS: dict[str, Callable[[Event], str]] = {
     "time": lambda event: duration(event["seconds"]) if event.get("seconds") is not None else "",
     "stopped because": _ending,
 }
-"""For each column, by its name, what stands in it for an event."""
+"""For each column, by its name, the function that makes an event's cell."""
 
 TEXTS = ("method", "stopped because")
 """The columns that are not numbers."""
 
 
 def cells(event: Event) -> list[str]:
-    """What stands in each of `COLUMNS` for an event."""
+    """An event's cell in each of `COLUMNS`."""
     return [cell(event) for cell in COLUMNS.values()]
 
 
@@ -55,5 +55,5 @@ def how_many(events: Sequence[Event]) -> str:
 
 
 def total_time(events: Sequence[Event]) -> str:
-    """The time of all together."""
+    """The total time of all events."""
     return duration(sum(event.get("seconds") or 0.0 for event in events))

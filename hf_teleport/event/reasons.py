@@ -1,4 +1,4 @@
-"""Why an event or a weight did not move, in words that say what to do."""
+"""Why an event or a weight did not move, with the way out."""
 
 from collections import Counter
 
@@ -29,7 +29,7 @@ def explain(
     reason: str,
     at_rest: str,
 ) -> None:
-    """Note in each report whether its weight moved and how far, and if not, why.
+    """Note in each report whether its weight moved and how far, or why it did not.
 
     Args:
         changed: as `Snapshot.changed`; empty if nothing moved.

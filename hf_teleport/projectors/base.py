@@ -49,7 +49,7 @@ class Projector(ABC):
         """Z, or the gradient D with respect to it, as rows, (G, N, o)."""
 
     def output_shape(self, call: Call) -> tuple[int, ...] | None:
-        """The shape of what a call makes; None: only the operation itself knows."""
+        """The shape of a call's result; None: only the operation itself knows."""
         return None
 
     def to_matrix(self, weight: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Projector(ABC):
         return self.outer(self.output_rows(output_gradient), self.rows(input))
 
     def outer(self, output_rows: Tensor, rows: Tensor) -> Tensor:
-        """`Dᵀ X` of rows, (G, o, d), best with the strides of a weight's `to_matrix`, for it will be added to one."""
+        """`Dᵀ X` of rows, (G, o, d). It should have the strides of a weight's `to_matrix`, because it is added to one."""
         return output_rows.mT @ rows
 
 

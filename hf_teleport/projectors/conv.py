@@ -76,7 +76,7 @@ class Conv(Projector):
         return weight.unflatten(0, (self.groups, -1)).flatten(2)
 
     def weight_gradient(self, input: Tensor, output_gradient: Tensor, shape: tuple[int, ...]) -> Tensor:
-        # The library's own kernel: patches overlap, and as rows they would take prod(kernel) times the memory.
+        # Use the library's own kernel. Patches overlap, and as rows they would take prod(kernel) times the memory.
         batched = output_gradient if output_gradient.dim() == len(self.kernel) + 2 else output_gradient.unsqueeze(0)
         gradient = _WEIGHT_GRADIENTS[len(self.kernel)](
             self._padded(input),
@@ -100,7 +100,7 @@ class TransposedConv(Projector):
 
     role: ClassVar[str] = "conv"
 
-    forward: Conv  # the convolution that this one transposes, and whose patches are meant
+    forward: Conv  # the convolution that this one transposes; its patches are the rows
     groups: int
 
     @classmethod

@@ -110,7 +110,7 @@ class Einsum(Projector):
         input, weight = operands[1 - weight_at], operands[weight_at]
         first, second = terms[1 - weight_at], terms[weight_at]
         unique = all(len(set(term)) == len(term) for term in (first, second, output))
-        # Every index must have one of the four parts to play.
+        # Every index must have one of the four roles.
         kept = set(output) | (set(first) & set(second))
         if not unique or not set(first + second) <= kept:
             return None
