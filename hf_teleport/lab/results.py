@@ -1,4 +1,4 @@
-"""What came of an experiment's runs, as tables: mean and standard deviation over the seeds."""
+"""The outcome of an experiment's runs, as tables: mean and standard deviation over the seeds."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from hf_teleport.lab.keys import from_yaml
 from hf_teleport.lab.runs import ALL_SETTINGS, DONE, HISTORY, SETTINGS
 from hf_teleport.reporting.extras import require_extra
 
-# Of settings that a file does not name.
+# Defaults of settings that a file does not name.
 _DEFAULTS = {setting.name: setting.default for setting in fields(TeleportTrainingArguments)}
 
 # Measures of the test set besides its loss, one for each kind of data.
@@ -61,7 +61,7 @@ def _by_step(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _samples(settings: dict[str, Any], log: list[dict[str, Any]]) -> Callable[[int], int]:
-    """How many samples a run has used when it has made so many steps.
+    """How many samples a run has used after this many steps.
 
     A teleport uses those of its batches and of the one held back, however often it passes over them. It comes before the step
     that it is named after, and after an evaluation there.

@@ -1,4 +1,4 @@
-"""From the name of a data set to what a Trainer draws its batches from, as the paper's experiments need it."""
+"""From the name of a data set to rows for a Trainer, as the paper's experiments need them."""
 
 import inspect
 from collections.abc import Callable
@@ -52,7 +52,7 @@ class Pipeline:
     mask_probability: float | None = None
 
     def collator(self, seed: int) -> Callable[..., Any]:
-        """What makes batches of training rows; the seed decides which words it masks."""
+        """The collator of training rows; the seed decides which words it masks."""
         if self.mask_probability is None:
             return default_data_collator
         return Masking(self.tokenizer, mlm_probability=self.mask_probability, seed=seed)
@@ -124,7 +124,7 @@ def _series(
     context: int = 7 * 24,
     horizon: int | None = None,
     shift: int | None = 24,
-    # Those of Lai et al. (arXiv 1703.07015), from whom most work has the electricity and traffic tables.
+    # The shares of Lai et al. (arXiv 1703.07015), from whom most work has the electricity and traffic tables.
     shares: tuple[float, float] = (0.6, 0.2),
     columns: list[str] | None = None,
     split: str | None = None,
@@ -159,7 +159,7 @@ def _text(
     if tokenizer is not None and vocabulary_size is not None:
         raise ValueError(f"vocabulary_size = {vocabulary_size} is not allowed; allowed: none, for the tokenizer has its own.")
     tokens = None if tokenizer is None else saved_tokenizer(tokenizer)
-    # A tokenizer of words takes them between blanks; any other one finds them in the text as it is.
+    # A tokenizer of words splits at blanks; any other one finds tokens in the text as it is.
     if tokens is None or splits_at_blanks(tokens):
         parts = {role: Texts(treebank_words(texts.sentences), texts.labels) for role, texts in parts.items()}
     tokens = tokens or word_tokenizer(parts["train"].sentences, vocabulary_size, masked=bool(label_column or mask_probability))

@@ -1,4 +1,4 @@
-"""What the data modules share: rows held in memory as tensors, and the splits of a data set from a folder or the Hub."""
+"""Shared by the data modules: rows held in memory as tensors, and the splits of a data set from a folder or the Hub."""
 
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def load_splits(source: str | Source, folder: str | Path | None = None) -> Any:
 
 
 def split_roles(source: str | Source, folder: str | Path | None = None) -> dict[str, Any]:
-    """The splits by what they are for: 'train', 'test', and 'validation' if there is one that is not the test split.
+    """The splits by their use: 'train', 'test', and 'validation' if there is one that is not the test split.
 
     Raises:
         FileNotFoundError: as `load_splits`.
