@@ -200,8 +200,8 @@ def _check_arms(arms: dict[str, TeleportTrainingArguments]) -> None:
         given = {"eval_strategy": training.eval_strategy.value, "eval_on_start": training.eval_on_start}
         if given["eval_strategy"] == "no" or not given["eval_on_start"]:
             raise ValueError(
-                f"arm {arm!r} with {given} is not allowed; allowed: eval_strategy 'steps' or 'epoch' and eval_on_start true, because "
-                "arms are compared at equal times."
+                f"arm {arm!r} with {given} is not allowed; allowed: eval_strategy 'steps' or 'epoch' and eval_on_start true, "
+                "because arms are compared at equal times."
             )
 
 
