@@ -8,8 +8,8 @@ from hf_teleport.report import LayerReport, TeleportReport, why_immovable
 
 NO_STEP = {
     "no_direction": "no layer has a direction; a model of one layer has none, nor has fresh LoRA (B = 0): teleport it later",
-    "non_finite": "the loss or its gradient is not finite on the teleport data; check that its rows have something to learn "
-    "(labels that are not all -100), and that training itself has not diverged",
+    "non_finite": "the loss or its gradient is not finite on the teleport data; check that its rows have labels that are "
+    "not all -100, and that training itself has not diverged",
     "max_loss_change": "every step changed the loss by more than max_loss_change; lower the teleport learning_rate, or raise it",
     "grad_norm_cap": "the gradient norm is above grad_norm_cap already; raise it to go further",
     "not_a_symmetry": "what was turned changes the model's gradients otherwise than a symmetry would; please report this model",

@@ -43,7 +43,7 @@ def model_and_batch(
         raise ValueError(
             f"{type(model).__name__} cannot take these inputs ({', '.join(batch)}): {shortened(error)}. Give rows that suit it "
             f"with --data, as training sees them (tokenised, for instance): {model.main_input_name}, and labels for the model's "
-            "own loss; or, for a config name, other sizes with --set."
+            "own loss. For a config name, give other sizes with --set."
         ) from error
     return model, batch
 

@@ -36,9 +36,10 @@ class Workload:
 
     Args:
         dataset: a name of the catalogue, a Hub id, or a local folder, as for `data.load`.
-        model: one of the paper's, 'mlp', 'cnn', 'residual_cnn', 'transformer_classifier', 'transformer_regressor' and
-            'transformer_lm'; of Transformers, 'llama', 'qwen3', 'gemma', 'gpt2', 'bert' (which classifies), 'bert_mlm' (which
-            finds masked words) and 'vit'; or 'forecaster', a small transformer that forecasts the next `horizon` steps of series.
+        model: a name. The paper's are 'mlp', 'cnn', 'residual_cnn', 'transformer_classifier', 'transformer_regressor' and
+            'transformer_lm'. Those of Transformers are 'llama', 'qwen3', 'gemma', 'gpt2', 'bert' (which classifies), 'bert_mlm'
+            (which finds masked words) and 'vit'. 'forecaster' is a small transformer that forecasts the next `horizon` steps of
+            series.
         folder: a local copy of what `dataset` names.
         kind: of the data; default: the catalogue's.
         options: of `data.load`, those in `OPTIONS`.
@@ -52,8 +53,8 @@ class Workload:
         train_loss_rows: measure the training loss on this many of the training rows, evenly spread.
 
     Raises:
-        ValueError: a model that there is not, that does not take such data, or that is another one than the saved model; an
-            option or a size that there is not.
+        ValueError: an unknown model, one that does not take such data, or one that differs from the saved model. An unknown
+            option or size.
         FileNotFoundError: `pretrained` has no saved model.
     """
 

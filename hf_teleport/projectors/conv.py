@@ -1,7 +1,7 @@
 """Convolutions in one, two and three dimensions: rows are the patches that the kernel sees (im2col).
 
-The modules pad in the modes other than zeros with `F.pad` before they convolve, so the operation followed here sees the padded
-input, and every padding mode comes out right without a case of its own.
+With a padding mode other than zeros the modules call `F.pad` before they convolve. The operation followed here sees the padded
+input, so every padding mode is right without a case of its own.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The check of the documentation's prose: what it finds, what it lets pass, and that the pages pass."""
+"""The check of the prose: what it finds, what it lets pass, and that the pages and the package pass."""
 
 import subprocess
 import sys
@@ -57,6 +57,26 @@ def test_what_is_allowed_passes(text):
     assert found(f"{text}\n") == []
 
 
+CODE = """\"\"\"Short.
+
+Args:
+    one: {words}.
+    two: {words}.
+\"\"\"
+
+# {words}
+# {words}
+x = "{words} {words}"
+"""
+
+
+def test_a_long_sentence_in_a_docstring_or_comment_is_found():
+    assert list(prose.problems_of_code(CODE.format(words="word " * 14))) == []
+    found = list(prose.problems_of_code(CODE.format(words="word " * 31)))
+    assert [line for line, _ in found] == [1, 1, 8]
+    assert "at most 30" in found[0][1]
+
+
 def test_the_command_names_page_and_line_and_fails(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"# Page\n\n{LONG_LINE}\n")
@@ -65,6 +85,6 @@ def test_the_command_names_page_and_line_and_fails(tmp_path):
     assert done.stdout.startswith("page.md:3: a line of 126 characters")
 
 
-def test_all_pages_pass():
+def test_all_pages_and_the_package_pass():
     done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")

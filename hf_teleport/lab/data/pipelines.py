@@ -73,11 +73,13 @@ def load(source: str | Source, folder: str | Path | None = None, kind: str | Non
         options: of the kind:
             image: image_size, image_column, label_column, as for `load_images`.
             sequence: length, image_column, label_column, as for `load_sequences`.
-            series: context (7 x 24 steps), horizon (as long as the context), shift (24: the target is the window a day later),
-            shares (0.6 and 0.2, the rest for the test), columns, split, series_column, as for `load_series`.
-            text: text_column, label_column (default: the catalogue's; without one it is for a language model), length (256 tokens
-            in a row), vocabulary_size (default: every word of the training text), tokenizer (a folder or Hub id; default: one
-            made from the words of the training text), mask_probability (for a masked language model; default: no masks).
+            series: context, horizon, shift, shares, columns, split, series_column, as for `load_series`. The context has
+            7 x 24 steps, and the horizon is as long. The shift of 24 makes the target the window a day later. The shares are
+            0.6 and 0.2, the rest for the test.
+            text: text_column, label_column, length, vocabulary_size, tokenizer, mask_probability. The label column is the
+            catalogue's; without one the rows are for a language model. A row has 256 tokens. The vocabulary has every word of
+            the training text. The tokenizer is a folder or Hub id, or made from the words of the training text. The
+            probability is for a masked language model; by default nothing is masked.
 
     Raises:
         FileNotFoundError: the data are neither here nor within reach.
