@@ -7,7 +7,8 @@ from torch import nn
 from hf_teleport.report import LayerReport, TeleportReport, why_immovable
 
 NO_STEP = {
-    "no_direction": "no layer has a direction; a model of one layer has none, and fresh LoRA (B = 0) has none yet: teleport it later",
+    "no_direction": "no layer has a direction; a model of one layer has none, and fresh LoRA (B = 0) has none yet: "
+    "teleport it later",
     "non_finite": "the loss or its gradient is not finite on the teleport data; check that its rows have labels that are "
     "not all -100, and that training itself has not diverged",
     "max_loss_change": "every step changed the loss by more than max_loss_change; lower the teleport learning_rate, or raise it",
