@@ -3,11 +3,11 @@
 import argparse
 import sys
 
-from hf_teleport.commands import compare, doctor, experiment, inspect, plot, report, train
+from hf_teleport.commands import compare, doctor, experiment, inspect, plot, report, train, turn_back
 from hf_teleport.commands.parser import Help
 from hf_teleport.version import __version__
 
-COMMANDS = (inspect, doctor, train, experiment, compare, plot, report)
+COMMANDS = (inspect, doctor, train, experiment, compare, plot, report, turn_back)
 
 _EPILOG = """For instance:
   hf-teleport doctor

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from hf_teleport.config import TeleportConfig
-from hf_teleport.display.events import COLUMNS, cells, how_many, total_time
+from hf_teleport.display.events import angle, cells, columns, how_many, misalignment, total_time
 from hf_teleport.display.quantities import count, duration
 from hf_teleport.journal import JOURNAL, Event
 from hf_teleport.reporting import plots
@@ -30,7 +30,7 @@ _TOLD = 10
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]")
 
 _LAYER_COLUMNS = ("layer", "role", "shape", "null dimensions", "moved by", "why it stayed")
-_SYMMETRY_COLUMNS = ("written by", "symmetry", "rotations", "weights", "misalignment", "why it was left out")
+_SYMMETRY_COLUMNS = ("written by", "symmetry", "rotations", "weights", "misalignment", "turned by", "why it was left out")
 
 Draw = Callable[[Outcome], Any]
 """From a run to a figure, or None."""
@@ -56,6 +56,12 @@ _PICTURES: list[tuple[Draw, str, str]] = [
         lambda run: plots.movement(run.events),
         "How far each weight moved, in its own length; blank: it stayed.",
         "Heat map of layers by events: relative movement of each weight.",
+    ),
+    (
+        lambda run: plots.misalignment_over_run(run.events),
+        "Misalignment over the run: it falls at each change of basis, and grows until the next. What has hardly grown is hardly "
+        "worth the next one.",
+        "A curve for each kind of symmetry: misalignment before and after each change of basis, against steps.",
     ),
     (
         lambda run: plots.misalignment(run.events),
@@ -119,11 +125,12 @@ def _run(run: Outcome) -> dict[str, Any]:
     about, events = run.about, run.events
     config, settled = about.get("config", {}), about.get("settled")
     told = events if len(events) <= 2 * _TOLD else [*events[:_TOLD], *events[-_TOLD:]]
+    names = columns(events)
     return {
         "summary": _summary(run),
         "notes": _notes(run, told),
-        "events": [cells(event) for event in events],
-        "event_columns": list(COLUMNS),
+        "events": [cells(event, names) for event in events],
+        "event_columns": names,
         "images": [image for picture in _PICTURES if (image := _drawn(*picture, run))],
         "details": [_details(event) for event in told if event.get("layers") or event.get("symmetries")],
         "layer_columns": _LAYER_COLUMNS,
@@ -180,8 +187,8 @@ def _layer_row(layer: dict[str, Any]) -> list[str]:
 
 def _symmetry_row(symmetry: dict[str, Any]) -> list[str]:
     size = f"{symmetry['blocks']} x {symmetry['size']}"
-    misalignment = "" if symmetry["misalignment"] is None else f"{symmetry['misalignment']:.4g}"
-    return [symmetry["name"], symmetry["kind"], size, count(symmetry["weights"]), misalignment, symmetry["reason"]]
+    measured = [misalignment(symmetry), angle(symmetry)]
+    return [symmetry["name"], symmetry["kind"], size, count(symmetry["weights"]), *measured, symmetry["reason"]]
 
 
 def _changed(config: dict[str, Any]) -> list[str]:

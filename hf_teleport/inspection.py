@@ -1,19 +1,24 @@
 """What would move in a model, at which energy thresholds, and what the decompositions cost: without training it."""
 
 import time
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_teleport.config import TeleportConfig
-from hf_teleport.event.cost import Cost
+from hf_teleport.event.cost import Cost, share_of_run
 from hf_teleport.layers.audit import audit
 from hf_teleport.layers.point import LossFn, evaluate
 from hf_teleport.layers.subspace import Representation, core_dims, rank_tolerance
+from hf_teleport.methods.basis.cost import Decomposition, decompositions, longest
+from hf_teleport.methods.basis.tracker import Tracker
 from hf_teleport.report import LayerReport, share
 from hf_teleport.settings.groups import reads
 from hf_teleport.teleporter import Teleporter
+from hf_teleport.training.schedule import teleport_steps
 from hf_teleport.weights.isolation import evaluation_mode, full_precision, preserved_rng
 from hf_teleport.weights.snapshot import Snapshot
 
@@ -101,6 +106,81 @@ def inspect_model(model: nn.Module, batch: Any, loss_fn: LossFn, config: Telepor
                 core = core_dims(values, tau, rank_tolerance(width, representation.dtype))
                 found.null_dims[f"{tau:g}"] = found.null_dims.get(f"{tau:g}", 0) + groups * width - int(core.sum())
     return Inspection(list(inspected.values()), report.loss_before, cost or Cost())
+
+
+@dataclass
+class RunCost:
+    """What the events of a run with method 'basis' are likely to cost in all.
+
+    Attributes:
+        event: the cost of one event, and of one look at a training step's gradients.
+        steps: the events come before these steps.
+        looks: how many training steps are looked at.
+        max_steps: optimizer steps of the run.
+        decompositions: of one event, each with the process that makes it.
+        device: where they are made.
+        moment_bytes: what is gathered between events.
+    """
+
+    event: Cost
+    steps: list[int]
+    looks: int
+    max_steps: int
+    decompositions: list[Decomposition]
+    device: str
+    moment_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Of all events and looks."""
+        return self.event.of_run(len(self.steps), self.looks)
+
+    @property
+    def share(self) -> float:
+        """`seconds` as a share of the run, if a training step is one pass over such a batch."""
+        return share_of_run(self.seconds, self.max_steps, self.event.pass_seconds)
+
+    @property
+    def by_process(self) -> dict[int, list[Decomposition]]:
+        """What each process decomposes, the longest first."""
+        found = defaultdict(list)
+        for each in sorted(self.decompositions, key=lambda each: -each.seconds):
+            found[each.process].append(each)
+        return dict(sorted(found.items()))
+
+
+def run_cost(model: nn.Module, batch: Any, loss_fn: LossFn, max_steps: int, processes: int = 1) -> RunCost:
+    """Judge on one batch what a run with AdamW and the default settings of method 'basis' spends on its events.
+
+    Nothing is moved. Several processes are not started: all but the decompositions is judged as if each did the same work.
+
+    Args:
+        max_steps: optimizer steps of the run, taken as one epoch.
+        processes: how many share the decompositions.
+
+    Raises:
+        ValueError: as `Teleporter.check`, or a run without steps.
+    """
+    if max_steps < 2:
+        raise ValueError(f"max_steps = {max_steps} is not allowed; allowed: a whole number from 2.")
+    config = TeleportConfig(method="basis")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    found = Teleporter(model, config, optimizer=optimizer).check(batch, loss_fn)
+    used = [symmetry for symmetry in found.symmetries if not symmetry.reason]
+    device = next(p.device for p in model.parameters())
+    planned = decompositions(used, processes, device)
+    cost = replace(found.cost, decomposition_seconds=longest(planned))
+    saved = found.cost.decomposition_seconds - cost.decomposition_seconds
+    steps, tracker = sorted(teleport_steps(config, max_steps, max_steps)), Tracker(config.track_every)
+    return RunCost(
+        event=replace(cost, event_seconds=cost.event_seconds - saved),
+        steps=steps,
+        looks=sum(tracker.looks_at(step) for step in range(max(steps))),
+        max_steps=max_steps,
+        decompositions=planned,
+        device=str(device),
+        moment_bytes=sum(4 * symmetry.blocks * symmetry.size**2 for symmetry in used),
+    )
 
 
 _ONE_STEP = {"num_batches": 1, "steps_per_batch": 1, "energy_threshold": 1.0, "max_growth": None, "grad_norm_cap": None}

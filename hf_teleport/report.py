@@ -8,7 +8,8 @@ from typing import Any
 
 from hf_teleport.display.quantities import duration
 
-_OF_SYMMETRIES = ("misalignment", "misalignment_after", "angle")
+# What only a change of basis has.
+_OF_A_TURN = ("misalignment", "misalignment_after", "angle", "second_moment_moved")
 
 
 @dataclass
@@ -27,6 +28,8 @@ class LayerReport:
         moved_by: how far it moved, ||W' - W|| / ||W||; None where that is unknown: before an event, or of a weight that was zero.
         reason: why it did not move; empty if it did.
         movable: whether nothing but its inputs or the outcome of the event kept it from moving.
+        second_moment_moved: for a change of basis how far the optimizer's averages v of this weight's squared gradients moved,
+            ||sqrt(v') - sqrt(v)|| / ||sqrt(v)||; None if it keeps none, or if the event was undone.
     """
 
     name: str
@@ -39,6 +42,7 @@ class LayerReport:
     movable: bool = False
     moved_by: float | None = None
     captured: float | None = None
+    second_moment_moved: float | None = None
 
 
 @dataclass
@@ -111,6 +115,12 @@ class TeleportReport:
         """By how many degrees a coordinate turned, likewise."""
         return self._mean("angle")
 
+    @property
+    def second_moment_moved(self) -> float | None:
+        """How far the optimizer's second moments moved: the mean over the weights that have one."""
+        moved = [layer.second_moment_moved for layer in self.layers if layer.second_moment_moved is not None]
+        return sum(moved) / len(moved) if moved else None
+
     def _mean(self, name: str) -> float | None:
         measured = [(value, s.blocks) for s in self.symmetries if (value := getattr(s, name)) is not None]
         return sum(value * blocks for value, blocks in measured) / sum(blocks for _, blocks in measured) if measured else None
@@ -145,7 +155,7 @@ class TeleportReport:
             "stopped_because": self.stopped_because,
             "rolled_back": self.rolled_back,
             **({} if self.matched_rate == 1 else {"matched_rate": self.matched_rate}),
-            **{name: value for name in _OF_SYMMETRIES if (value := getattr(self, name)) is not None},
+            **{name: value for name in _OF_A_TURN if (value := getattr(self, name)) is not None},
         }
 
     def summary(self) -> str:
@@ -153,14 +163,24 @@ class TeleportReport:
         moved, steps = sum(layer.moved for layer in self.layers), "step" if self.steps == 1 else "steps"
         return (
             f"loss {self.loss_before:.6g} -> {self.loss_after:.6g}, "
-            f"gradient norm {self.grad_norm_before:.4g} -> {self.grad_norm_after:.4g}, "
+            f"gradient norm {self.grad_norm_before:.4g} -> {self.grad_norm_after:.4g}, {self._of_a_turn()}"
             f"{self.steps} {steps}, {moved} of {len(self.layers)} weights moved, {duration(self.seconds)}, "
             f"stopped: {self.stopped_because}{' (undone)' if self.rolled_back else ''}"
         )
 
+    def _of_a_turn(self) -> str:
+        told = []
+        if self.misalignment is not None and self.misalignment_after is not None:
+            told.append(f"misalignment {self.misalignment:.3g} -> {self.misalignment_after:.3g}")
+        if self.angle is not None:
+            told.append(f"turned by {self.angle:.0f} degrees")
+        if self.second_moment_moved is not None:
+            told.append(f"second moments moved by {self.second_moment_moved:.0%}")
+        return "".join(f"{each}, " for each in told)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values. A number that is not finite becomes None, for JSON has no NaN."""
-        derived = {name: getattr(self, name) for name in ("null_dim", "moved_share", *_OF_SYMMETRIES)}
+        derived = {name: getattr(self, name) for name in ("null_dim", "moved_share", *_OF_A_TURN)}
         return _json_safe({**asdict(self), **derived})
 
 

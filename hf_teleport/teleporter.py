@@ -7,13 +7,14 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, TypeVar
 
 from accelerate.utils import convert_to_fp32, extract_model_from_parallel
 from accelerate.utils.memory import clear_device_cache
-from torch import nn
+from torch import Tensor, nn
 
 from hf_teleport.config import TeleportConfig
 from hf_teleport.event.batches import halved
@@ -22,16 +23,18 @@ from hf_teleport.event.choice import BASIS_STEP, choose
 from hf_teleport.event.climb import HALVINGS, Climb, turn
 from hf_teleport.event.cost import Cost
 from hf_teleport.event.guard import Guard
+from hf_teleport.event.home import turn_back
 from hf_teleport.event.measurement import Measurement, landing, measure
 from hf_teleport.event.reasons import NO_STEP, explain, why_unmoved
 from hf_teleport.layers.point import LossFn, loss_at
 from hf_teleport.methods import METHODS, BasisTurn, ClimbingMethod, NullSpace, TurningMethod
+from hf_teleport.methods.basis.averages import taken_in
 from hf_teleport.methods.basis.tracker import Tracker
 from hf_teleport.methods.null_space.objectives import OBJECTIVES
-from hf_teleport.optimizers.parts import states
-from hf_teleport.optimizers.rehearsal import Rehearsal
+from hf_teleport.optimizers.parts import states, steps_copies
+from hf_teleport.optimizers.rehearsal import Rehearsal, RehearsalError
 from hf_teleport.optimizers.state import forget
-from hf_teleport.report import TeleportReport
+from hf_teleport.report import SymmetryReport, TeleportReport
 from hf_teleport.weights.isolation import isolated, preserved_rng
 from hf_teleport.weights.ranks import Ranks, out_of_memory
 from hf_teleport.weights.snapshot import Snapshot
@@ -75,7 +78,7 @@ class Teleporter:
         self.optimizer = optimizer
         self._max_grad_norm = max_grad_norm
         self._rates = rates
-        self.tracker = tracker or Tracker()
+        self.tracker = tracker or Tracker(self.config.track_every, self.config.track_decay)
         self._guard = Guard(self.config)
         self._progress = progress or (lambda step, total: None)
         self._ranks = Ranks(next((p.device for p in model.parameters()), "cpu"))
@@ -131,6 +134,31 @@ class Teleporter:
             )
             batches, held_back = smaller, None if held_back is None else (halved([held_back]) or [None])[0]
 
+    def turn_back(self) -> list[SymmetryReport]:
+        """Bring the weights, and the optimizer's state, back into the coordinates in which they were before the first turn.
+
+        The function stays, and so does what training has learned. Every change of basis is undone, and each norm gets back the
+        gain that it had when it was folded ([how](docs/basis.md#the-way-home)). Nothing happens if nothing was turned.
+
+        With several processes, all of them must call this.
+
+        Returns:
+            What had been turned. A symmetry with a reason stays turned, and a later call may bring it back.
+        """
+        return turn_back(self.model, self.config, self.tracker, self.optimizer, self._state, self._ranks)
+
+    def register_average(self, *averages: nn.Module | Mapping[str, Tensor]) -> None:
+        """Turn averages of the weights (EMA, SWA) along with the weights; they take the place of those registered before.
+
+        Args:
+            averages: modules with the model's parameters (`AveragedModel`), or tensors by the names of `named_parameters`, which
+                are changed in place.
+
+        Raises:
+            ValueError: a trained parameter is missing in one, has another shape, or is sharded.
+        """
+        self.tracker.averages = taken_in(self.model, averages)
+
     def check(self, batch: Any, loss_fn: LossFn) -> Check:
         """What a teleport on this batch could move, without moving anything.
 
@@ -171,7 +199,7 @@ class Teleporter:
 
     def _judge(self, batch: Any, loss_fn: LossFn) -> Check:
         loss_fn = self._on_float32(loss_fn)
-        with isolated(self.model, self._state, self._ranks, METHODS[self.config.method].on_shards(self.config)) as weights:
+        with self._isolated() as weights:
             method = self._method(loss_fn, weights)
             point = method.evaluate(batch, self.config.seed)
             if not point.finite:
@@ -183,6 +211,11 @@ class Teleporter:
                 found.symmetries = method.symmetries
                 found.blocking = [weights.origin(parameter) for parameter in method.blocking]
             return found
+
+    def _isolated(self) -> AbstractContextManager[Weights]:
+        if self.config.frozen_weights == "turn":
+            self.tracker.way.frozen.untie(self.model)
+        return isolated(self.model, self._state, self._ranks, METHODS[self.config.method].on_shards(self.config))
 
     def _unless_memory_runs_out(self, work: Callable[[], _T]) -> _T | None:
         try:
@@ -202,7 +235,7 @@ class Teleporter:
 
     def _event(self, batches: list[Any], loss_fn: LossFn, held_back: Any, start: float) -> TeleportReport:
         loss_fn = self._on_float32(loss_fn)
-        with isolated(self.model, self._state, self._ranks, METHODS[self.config.method].on_shards(self.config)) as weights:
+        with self._isolated() as weights:
             method = self._method(loss_fn, weights)
             before = measure(method, batches, method.survey)
             if not before.finite:
@@ -289,6 +322,11 @@ class Teleporter:
         return {} if self.optimizer is None else states(self.optimizer)
 
     def _method(self, loss_fn: LossFn, weights: Weights) -> _Method:
+        if self.optimizer is not None and (why := steps_copies(self.optimizer, map(weights.origin, self.model.parameters()))):
+            raise RehearsalError(
+                f"{why}, so a teleport would be undone by its next step. Give the optimizer the model's own parameters, or train "
+                "with plain Trainer."
+            )
         method = METHODS[self.config.method](self.model, loss_fn, self.config, self.optimizer, weights)
         if isinstance(method, BasisTurn):
             method.tracker = self.tracker

@@ -24,7 +24,7 @@ from hf_teleport.event.batches import check_given, num_samples
 from hf_teleport.journal import about, teleports
 from hf_teleport.report import TeleportReport
 from hf_teleport.teleporter import Teleporter
-from hf_teleport.training.callback import TeleportCallback
+from hf_teleport.training.callback import HomeCallback, TeleportCallback
 from hf_teleport.training.card import add_to_card
 from hf_teleport.training.drawing import (
     Drawn,
@@ -37,6 +37,7 @@ from hf_teleport.training.drawing import (
     redrawn,
     unless_read_once,
 )
+from hf_teleport.training.home import HomeMixin
 from hf_teleport.training.plan import Course, Plan, without_a_loss
 from hf_teleport.training.schedule import upcoming_rates
 from hf_teleport.training.settings import Settings
@@ -51,7 +52,7 @@ _WAYS_OUT = "Pass rows that data_collator takes as teleport_dataset, or override
 _Base: Any = Trainer if TYPE_CHECKING else object
 
 
-class TeleportMixin(_Base):
+class TeleportMixin(HomeMixin, _Base):
     """Teleportation for any `Trainer` subclass: `class MySFT(TeleportMixin, SFTTrainer): ...`.
 
     Settings are read when training begins, and at a teleport by hand. They are those of `teleport_config`, if one was given or
@@ -84,6 +85,7 @@ class TeleportMixin(_Base):
         self._training = False
         self._items_per_sample: float | None = None
         self.add_callback(self._teleports)
+        self.callback_handler.callbacks.insert(0, HomeCallback(self._end))
 
     @property
     def teleport_config(self) -> TeleportConfig:
@@ -111,8 +113,8 @@ class TeleportMixin(_Base):
     def _plan(self) -> Plan:
         """That of the run; between runs it is one of the settings as they are now."""
         if not self._training and self._teleports.plan.config != self.teleport_config:
-            journal, self._teleports.plan = self._teleports.plan.journal, Plan(replace(self.teleport_config))
-            self._teleports.plan.journal = journal
+            last, self._teleports.plan = self._teleports.plan, Plan(replace(self.teleport_config))
+            self._teleports.plan.journal, self._teleports.plan.tracker.way = last.journal, last.tracker.way
         return self._teleports.plan
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -148,6 +150,7 @@ class TeleportMixin(_Base):
             raise EmptyError
         if drawn.left_out:
             self._tell(f"Teleport before step {step}: {drawn.left_out} batches with no label to learn from were passed over.")
+        self._take_in_averages(plan)
         for config in plan.settings.each_method():
             with self._teleport_bar(step) as progress, preserved_rng(), unnoted(self):
                 teleporter = self._teleporter(plan, config, progress)
@@ -185,11 +188,6 @@ class TeleportMixin(_Base):
     def _teleporter(self, plan: Plan, config: TeleportConfig, progress: Any = None) -> Teleporter:
         rates = upcoming_rates(self.lr_scheduler)
         return Teleporter(self.model, config, progress, self.optimizer, self.args.max_grad_norm, rates, plan.tracker)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            self._plan.save(output_dir, self.state.global_step)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -298,13 +296,19 @@ class TeleportMixin(_Base):
         # Made anew, so that a setting that was changed in place is looked at too.
         plan = Plan(replace(self.teleport_config), course, self.state.log_history, self._settings.prefix)
         plan.journal.begin(self._teleport_folder, self.state.log_history)
+        loaded = bool(getattr(self.model, "name_or_path", "")) or plan.config.frozen_weights == "turn"
+        plan.turns_back |= plan.config.turn_back == "auto" and loaded
         if self._resumed_from is not None:
-            plan.load(self._resumed_from)
+            self._teleports.plan.tracker.way.frozen.restore()
+            plan.load(self._resumed_from, self.model)
+        elif self._teleports.plan.tracker.way.within(self.model.parameters()):
+            plan.tracker.way = self._teleports.plan.tracker.way
         self.teleport_reports = []
         self._teleports.plan, self._training = plan, True
         if plan.upcoming:
             check_strategy(self.accelerator)
             check_given(type(self))
+            self._take_in_averages(plan)
             try:
                 with preserved_rng(), unnoted(self):
                     plan.judge(self._candidates(plan), partial(self._teleporter, plan), self._teleport_loss)

@@ -1,11 +1,13 @@
 """Try every optimizer of the packages that people train with: does its state follow a change of basis, or is it refused?
 
-    python scripts/optimizers.py                     # all of them, and write docs/optimizers.md's table
-    python scripts/optimizers.py --only bitsandbytes # one package, printed
+    python scripts/optimizers.py                     # all of them, and write docs/optimizers.md's tables
+    python scripts/optimizers.py --only bitsandbytes # those of one package
+    python scripts/optimizers.py --only Trainer --names lomo rmsprop
 
 A small Llama is trained for some steps. Then its features are permuted and their signs changed: a change of basis under which an
 optimizer that looks at each coordinate alone must do the very same, second moments included. The cosine is that of its next
-update with the turned next update of the model that was left as it was.
+update with the turned next update of the model that was left as it was. The optimizers of Trainer's `optim` also train with
+TeleportTrainer.
 """
 
 import argparse
@@ -14,23 +16,31 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
+from transformers.training_args import OptimizerNames
 
+from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer
 from hf_teleport.methods.basis.symmetries import find_symmetries
 from hf_teleport.methods.basis.symmetry import Symmetry
 from hf_teleport.methods.basis.turn import Turn, turn_axis
 from hf_teleport.optimizers.parts import groups_of, states
+from hf_teleport.optimizers.rehearsal import RehearsalError
 from hf_teleport.optimizers.rules import Judgement, judge
 from hf_teleport.optimizers.state import OptimizerState, check_optimizer
 from hf_teleport.weights.snapshot import Snapshot
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "optimizers.md"
+PACKAGES = [
+    "Trainer", "torch", "pytorch_optimizer", "torchao", "bitsandbytes", "galore-torch", "apollo-torch", "schedulefree",
+]  # fmt: skip
 START, END = "<!-- table: scripts/optimizers.py -->", "<!-- end of table -->"
 STEPS, RATE = 5, 1e-3
 # Those whose averages are kept in codes agree as far as the codes are fine.
@@ -118,7 +128,7 @@ def by_name(name: str) -> Make:
     def make(model: nn.Module) -> Any:
         options = {"optim_target_modules": ["self_attn", "mlp"]} if "galore" in name or "apollo" in name else {}
         rank = "rank=8" if "apollo" in name or "galore" in name else None
-        args = TrainingArguments("/tmp/unused", optim=name, learning_rate=RATE, optim_args=rank, use_cpu=True, **options)
+        args = TrainingArguments(gettempdir(), optim=name, learning_rate=RATE, optim_args=rank, use_cpu=True, **options)
         given = {"lr": RATE}
         adam = {"betas": (0.9, 0.999), "eps": 1e-8}
         context = OptimizerContext(args, model, given, adam, {"rank": "8"} if rank else {})
@@ -159,16 +169,19 @@ def catalogue() -> Iterator[tuple[str, str, Make]]:
 
     for name, kind in optimizers_of(schedulefree):
         yield "schedulefree", name, by_kind(kind)
-    for name in ("adafactor", "galore_adamw_layerwise", "galore_adafactor_layerwise", "apollo_adamw_layerwise"):
-        yield "transformers", name, by_name(name)
+
+
+def made() -> dict[tuple[str, str], Make]:
+    """The catalogue, each optimizer once."""
+    return {(package, name): make for package, name, make in catalogue()}
 
 
 def llama(width: int = 64) -> nn.Module:
-    """A Llama of 2 layers, with weights of more than 4096 elements, from where on states are quantised."""
+    """A Llama of 2 layers. Of width 64 some weights have more than 4096 elements, and their states are quantised; of 32 none."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=160, max_position_embeddings=32,
+        vocab_size=160 if width > 32 else 96, max_position_embeddings=32,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
@@ -176,7 +189,7 @@ def llama(width: int = 64) -> nn.Module:
 def batches() -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(0)
     while True:
-        yield torch.randint(0, 160, (4, 16), generator=generator)
+        yield torch.randint(0, 96, (4, 16), generator=generator)
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
@@ -205,14 +218,12 @@ def next_update(model: nn.Module, optimizer: Any, ids: Tensor, watched: list[nn.
     return {parameter: parameter.detach() - before[parameter] for parameter in watched}
 
 
-def agreement(make: Make) -> tuple[float, dict[nn.Parameter, Judgement]]:
+def agreement(model: nn.Module, optimizer: Any) -> tuple[float, dict[nn.Parameter, Judgement]]:
     """The cosine of the next update after a permutation with the permuted one, over all weights that it turns.
 
     Raises:
         ValueError: the optimizer is refused.
     """
-    model = llama()
-    optimizer = make(model)
     check_optimizer(optimizer)
     stream = batches()
     with torch.compiler.set_stance("force_eager"):
@@ -264,7 +275,7 @@ def kinds(judged: dict[nn.Parameter, Judgement]) -> str:
 
 def row(package: str, name: str, make: Make) -> dict[str, Any]:
     """One line of the table."""
-    line: dict[str, Any] = {"package": package, "optimizer": name, "outcome": "", "keeps": "", "cosine": None}
+    line: dict[str, Any] = {"package": package, "optimizer": name, "basis": "", "auto": "", "keeps": "", "cosines": []}
     try:
         model = llama()
         optimizer = make(model)
@@ -273,12 +284,57 @@ def row(package: str, name: str, make: Make) -> dict[str, Any]:
         with torch.compiler.set_stance("force_eager"):
             step(model, optimizer, next(batches()))
     except Exception as error:  # what a package can't do here is no finding of ours
-        return {**line, "outcome": f"did not run here: {brief(error)}"}
+        return {**line, "basis": _not_run(error)}
+    model, small = llama(), llama(32)
+    small_ones = make(small)
     try:
-        line["cosine"], judged = agreement(make)
-        return {**line, "outcome": "turned", "keeps": kinds(judged)}
+        line["auto"] = Teleporter(small, TeleportConfig(), optimizer=small_ones).choose(next(batches()), loss_of)[0].method
+    except RehearsalError:
+        line["auto"] = "none"
+    try:
+        cosine, judged = agreement(model, make(model))
+        return {**line, "basis": "turned", "keeps": kinds(judged), "cosines": [agreement(small, small_ones)[0], cosine]}
     except ValueError as error:
-        return {**line, "outcome": f"refused: {brief(error)}"}
+        return {**line, "basis": f"refused: {brief(error)}"}
+
+
+def _not_run(error: Exception) -> str:
+    missing = isinstance(error, ImportError) or "install" in str(error) or "import" in str(error)
+    return f"{'not installed' if missing else 'did not run here'}: {brief(error)}"
+
+
+def trained(name: str, method: str) -> str:
+    """What became of the events of a run with `TeleportTrainer` and an optimizer of Trainer's."""
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.cat([next(batches()) for _ in range(4)])]
+    settings: dict[str, Any] = {"optim_target_modules": ["self_attn", "mlp"]} if "galore" in name or "apollo" in name else {}
+    with TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            folder, optim=name, max_steps=4, per_device_train_batch_size=4, learning_rate=RATE, use_cpu=True, report_to="none",
+            disable_tqdm=True, save_strategy="no", optim_args="rank=8" if settings else None, **settings,
+        )  # fmt: skip
+        config = TeleportConfig(method="basis", steps=[2]) if method == "basis" else TeleportConfig(budget=None)
+        trainer = TeleportTrainer(llama(), args, train_dataset=rows, teleport_config=config)
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                trainer.train()
+        except ValueError as error:
+            if trainer.state.global_step:
+                raise
+            return f"refused: {brief(error)}"
+        reports = trainer.teleport_reports
+    return ", ".join(f"{r.method}: {r.stopped_because.replace('_', ' ')}" for r in reports) or "no teleports"
+
+
+def row_of_trainer(name: str) -> dict[str, Any]:
+    """A line for one of Trainer's `optim`: it trains without us, and then with teleports."""
+    line = row("Trainer", f"optim={name!r}", by_name(name))
+    if not line["basis"].startswith(("not installed", "did not run")):
+        for method in ("basis", "auto"):
+            try:
+                line[method] = trained(name, method)
+            except Exception as error:  # shown in the table, and as a failure
+                line[method] = f"ENDED: {brief(error)}"
+    return line
 
 
 def least(name: str) -> float:
@@ -291,30 +347,61 @@ def brief(error: Exception) -> str:
     return text.split(". Set teleport")[0].split(". Use an")[0].replace("|", "/")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| package | optimizer | outcome | what it keeps | cosine |", "| --- | --- | --- | --- | --- |"]
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
     for line in rows:
-        cosine = "" if line["cosine"] is None else f"{line['cosine']:.4f}"
-        lines.append(f"| {line['package']} | {line['optimizer']} | {line['outcome']} | {line['keeps']} | {cosine} |")
-    return "\n".join(lines)
+        cosines = " | ".join(f"{cosine:.4f}" for cosine in line["cosines"]) or " | "
+        cells = (line[name] for name in ("package", "optimizer", "basis", "auto", "keeps"))
+        lines.append(f"| {' | '.join(cells)} | {cosines} |")
+    return lines
+
+
+HEAD = [
+    "| package | optimizer | basis | auto | what it keeps | cosine, width 32 | width 64 |",
+    "| --- | --- | --- | --- | --- | --- | --- |",
+]
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """Put rows in the page's table, in the place of those of the same optimizers."""
+    page = PAGE.read_text()
+    before, after = page.split(START)[0], page.split(END)[1]
+    lines = {_named(line): line for line in page.split(START)[1].split(END)[0].strip().splitlines()[2:]}
+    lines |= {_named(line): line for line in table(rows)}
+    ordered = sorted(lines.values(), key=lambda line: PACKAGES.index(_named(line)[0]))
+    PAGE.write_text("\n".join([before + START, *HEAD, *ordered, END + after]))
+
+
+def _named(line: str) -> tuple[str, ...]:
+    """Package and optimizer of a line of the table."""
+    return tuple(line.removeprefix("| ").split(" | ")[:2])
+
+
+def chosen(packages: list[str]) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """The name of each optimizer that is asked for, and what makes its row."""
+    if "Trainer" in packages:
+        for each in OptimizerNames:
+            yield each.value, partial(row_of_trainer, each.value)
+    if packages != ["Trainer"]:
+        for (package, name), make in made().items():
+            if package in packages:
+                yield name, partial(row, package, name, make)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", help="one package")
-    only = parser.parse_args().only
+    parser.add_argument("--only", choices=PACKAGES, help="one package")
+    parser.add_argument("--names", nargs="+", help="some of its optimizers")
+    asked = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows, seen = [], set()
-    for package, name, make in catalogue():
-        if (only is None or package == only) and (package, name) not in seen:
-            seen.add((package, name))
-            rows.append(row(package, name, make))
-            print(rows[-1], flush=True)
-    wrong = [line for line in rows if line["outcome"] == "turned" and not line["cosine"] > least(line["optimizer"])]
-    if only is None:
-        page = PAGE.read_text()
-        before, after = page.split(START)[0], page.split(END)[1]
-        PAGE.write_text(f"{before}{START}\n{table(rows)}\n{END}{after}")
+    wrong = []
+    for name, run in chosen([asked.only] if asked.only else PACKAGES):
+        if asked.names is None or name in asked.names:
+            line = run()
+            print(line, flush=True)
+            write([line])
+            if any(not cosine > least(name) for cosine in line["cosines"]) or "ENDED" in line["basis"] + line["auto"]:
+                wrong.append(line)
     for line in wrong:
         print("WRONG", line, file=sys.stderr)
     return 1 if wrong else 0

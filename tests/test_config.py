@@ -50,6 +50,7 @@ from hf_teleport.journal import JOURNAL
         ({"optimizer_state": "turn"}, "'keep', 'reset'"),
         ({"blocking_gains": "cut"}, "'leave', 'hold', 'round'"),
         ({"min_misalignment": 2}, "0 to 1"),
+        ({"track_decay": 1}, "0 to below 1"),
     ],
 )
 def test_bad_values_are_named_with_what_is_allowed(settings, named):

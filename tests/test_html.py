@@ -125,7 +125,7 @@ def page(run):
 
 def test_it_opens_anywhere(page):
     assert_opens_anywhere(page)
-    assert len(page.images()) == 4
+    assert len(page.images()) == 5
 
 
 def test_events_are_those_of_the_reports(run, page):
@@ -157,7 +157,9 @@ def test_layers_are_those_of_the_reports(run, page):
     symmetries = read(run)["events"][1]["symmetries"]
     _, *rows = page.table("Symmetries of the teleport before step 2, basis")
     assert [row[0] for row in rows] == [symmetry["name"] for symmetry in symmetries]
-    assert [row[4] for row in rows] == ["" if s["misalignment"] is None else f"{s['misalignment']:.4g}" for s in symmetries]
+    expected = [(s["misalignment"], s["misalignment_after"], s["angle"]) for s in symmetries]
+    told = [("", "") if b is None else (f"{b:.3g} -> {a:.3g}", f"{angle:.0f}°") for b, a, angle in expected]
+    assert [(row[4], row[5]) for row in rows] == told
 
 
 def test_summary_settings_and_versions(run, page):
@@ -272,7 +274,7 @@ def test_without_a_log_the_file_tells_the_events(run, tmp_path):
     shutil.copy(run / JOURNAL, tmp_path)
     page = Page(render(tmp_path))
     assert_opens_anywhere(page)
-    assert len(page.images()) == 3
+    assert len(page.images()) == 4
     assert any(f"There is no {STATE}" in text for text in page.words("p"))
 
 

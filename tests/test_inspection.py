@@ -1,7 +1,8 @@
+import pytest
 import torch
 
 from hf_teleport import TeleportConfig
-from hf_teleport.inspection import inspect_model
+from hf_teleport.inspection import inspect_model, run_cost
 
 from tiny_models import build, loss_fn
 
@@ -30,6 +31,20 @@ def test_with_settings_of_a_change_of_basis():
     model, batch = build("llama")
     found = inspect_model(model, batch, loss_fn, TeleportConfig(method="basis", symmetries=["value_output"]))
     assert {layer.name.rsplit(".", 1)[-1] for layer in found.layers if layer.moved} == {"v_proj", "o_proj"}
+
+
+def test_the_cost_of_a_run_is_that_of_its_events_and_of_looking_at_its_gradients():
+    model, batch = build("llama")
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    run = run_cost(model, batch, loss_fn, max_steps=100, processes=2)
+    assert run.steps == [10, 20, 40]
+    assert run.looks == 8
+    assert run.seconds == pytest.approx(3 * run.event.event_seconds + 8 * run.event.look_seconds)
+    assert run.share == pytest.approx(run.seconds / (100 * run.event.pass_seconds))
+    assert set(run.by_process) == {0, 1}
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match="max_steps = 1 is not allowed"):
+        run_cost(model, batch, loss_fn, max_steps=1)
 
 
 def test_under_autocast_and_with_buffers():

@@ -2,17 +2,18 @@
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from hf_teleport.commands.parser import MODEL, Subparsers, add_command, add_inputs
+from hf_teleport.commands.parser import MODEL, Subparsers, add_command, add_inputs, positive
 from hf_teleport.config import SYMMETRIES, TeleportConfig
-from hf_teleport.display.quantities import count, duration
+from hf_teleport.display.quantities import count, duration, size
 from hf_teleport.report import LayerReport, SymmetryReport
 
 if TYPE_CHECKING:
-    from hf_teleport.inspection import Inspection
+    from hf_teleport.inspection import Inspection, RunCost
 
 # 'auto' comes to one of them, and '+' joins two.
 METHODS = [name for name in get_args(get_type_hints(TeleportConfig)["method"]) if name != "auto" and "+" not in name]
@@ -34,6 +35,8 @@ def add_to(subparsers: Subparsers) -> None:
     command.add_argument("model", help=MODEL)
     add_inputs(command)
     command.add_argument("--method", choices=METHODS, default="null_space", help="of teleportation")
+    command.add_argument("--max_steps", type=positive, default=1000, help="of the run whose cost --method basis tells")
+    command.add_argument("--processes", type=positive, default=1, help="that share the work in that run")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -41,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Inspect and print."""
     from hf_teleport.inputs.models import model_and_batch
     from hf_teleport.inputs.synthetic import synthetic_loss
-    from hf_teleport.inspection import inspect_model
+    from hf_teleport.inspection import inspect_model, run_cost
     from hf_teleport.teleporter import Teleporter
 
     model, batch = model_and_batch(arguments.model, arguments.set, arguments.data, arguments.batch_size, arguments.length)
@@ -60,6 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps([asdict(report) for report in reports], indent=1))
     elif found.symmetries:
         _print_symmetries(arguments.model, found.symmetries)
+        if any(not symmetry.reason for symmetry in found.symmetries):
+            _say_cost(run_cost(model, batch, synthetic_loss, arguments.max_steps, arguments.processes))
     else:
         _print_layers(f"{arguments.model}: what method {arguments.method!r} may move", found.layers)
 
@@ -82,6 +87,29 @@ def _print_symmetries(name: str, symmetries: list[SymmetryReport]) -> None:
             "Such gains are uniform before training. In a run from scratch method 'auto', or teleport_blocking_gains='hold', "
             "keeps them so until the turn; in a trained model 'round' makes them so, if the loss allows it."
         )
+
+
+def _say_cost(run: "RunCost") -> None:
+    event, steps = run.event, ", ".join(map(count, run.steps))
+    check = event.event_seconds - event.decomposition_seconds - event.turn_seconds
+    parts = {"the check on a batch": check, "decompositions": event.decomposition_seconds, "the turn": event.turn_seconds}
+    _say(
+        f"An event takes about {duration(event.event_seconds)} on batches like this one, with AdamW: "
+        f"{', '.join(f'{duration(seconds)} for {name}' for name, seconds in parts.items())}. "
+        f"It holds {size(event.event_bytes)} beside a batch's activations."
+    )
+    _say(
+        f"A run of {count(run.max_steps)} steps has {len(run.steps)} events, before steps {steps}, and looks at the gradients of "
+        f"{count(run.looks)} steps, {duration(event.look_seconds)} each. That is {duration(run.seconds)} in all, {run.share:.1%} "
+        f"of {count(run.max_steps)} passes over such a batch. What is gathered takes {size(run.moment_bytes)}."
+    )
+    for process, planned in run.by_process.items():
+        sizes: Counter[int] = Counter()
+        for each in planned:
+            sizes[each.symmetry.size] += each.symmetry.blocks
+        shown = ", ".join(f"{count(blocks)} of {width} x {width}" for width, blocks in sizes.items())
+        seconds = duration(sum(each.seconds for each in planned))
+        _say(f"Process {process} decomposes on {run.device}, in float64, while training waits: {shown}; {seconds}.")
 
 
 def _print_inspection(arguments: argparse.Namespace, inspection: "Inspection") -> None:

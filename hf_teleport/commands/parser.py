@@ -41,11 +41,12 @@ def add_inputs(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--data", type=Path, help="parquet, JSON or CSV file of rows with the model's inputs; default: random ones"
     )
-    command.add_argument("--batch_size", type=_positive, default=2, help="samples in the batch")
-    command.add_argument("--length", type=_positive, default=16, help="tokens in a random sequence")
+    command.add_argument("--batch_size", type=positive, default=2, help="samples in the batch")
+    command.add_argument("--length", type=positive, default=16, help="tokens in a random sequence")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number from 1."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number from 1")
     return int(text)

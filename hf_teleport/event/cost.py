@@ -8,7 +8,7 @@ from typing import Any
 from hf_teleport.config import TeleportConfig
 from hf_teleport.display.quantities import duration, size
 from hf_teleport.layers.point import Point
-from hf_teleport.methods import METHODS, Method
+from hf_teleport.methods import METHODS, Method, TurningMethod
 
 # Teleports that take a larger share of the run's time are worth a warning.
 LARGE_SHARE = 0.05
@@ -25,13 +25,18 @@ class Cost:
 
     Attributes:
         pass_seconds: of a forward and backward over a teleport batch.
-        event_seconds: of an event: its passes and decompositions.
+        event_seconds: of an event: its passes, decompositions and turn.
         event_bytes: what an event holds beside the weights, the optimizer's state and a batch's activations.
+        decomposition_seconds, turn_seconds: what of an event are its decompositions, and the turn of a change of basis.
+        look_seconds: of looking at the gradients of one training step, for a change of basis that follows training.
     """
 
     pass_seconds: float = math.nan
     event_seconds: float = math.nan
     event_bytes: int = 0
+    decomposition_seconds: float = 0.0
+    turn_seconds: float = 0.0
+    look_seconds: float = 0.0
 
     @classmethod
     def of(cls, method: Method, batch: Any, point: Point) -> "Cost":
@@ -45,9 +50,16 @@ class Cost:
         method.evaluate(batch, point.seed)
         seconds = time.perf_counter() - start
         decompositions = method.ranks.together(lambda: method.decomposition_seconds(point))
-        trained = sum(p.numel() * p.element_size() for p in method.model.parameters() if p.requires_grad)
-        event = event_passes(method.config) * seconds + decompositions
-        return cls(seconds, event, method.copies(method.config) * trained)
+        turn = look = 0.0
+        if isinstance(method, TurningMethod):
+            turn = method.ranks.together(lambda: method.turn_seconds(point))
+            look = method.ranks.together(lambda: method.look_seconds(point))
+        event = event_passes(method.config) * seconds + decompositions + turn
+        return cls(seconds, event, method.event_bytes(), decompositions, turn, look)
+
+    def of_run(self, events: int, looks: int) -> float:
+        """The seconds of so many events, and of looking at the gradients of so many training steps."""
+        return events * self.event_seconds + looks * self.look_seconds
 
     def __str__(self) -> str:
         return f"{duration(self.event_seconds)} and {size(self.event_bytes)} beside a batch's activations"

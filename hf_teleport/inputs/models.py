@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from hf_teleport.display.quantities import count, size
@@ -103,7 +104,19 @@ def from_saved(load: Callable[..., _T], argument: str, name: str, **settings: An
     try:
         return load(str(path) if path.exists() else name, **settings)
     except Exception as error:  # of whatever library reads the files
-        raise ValueError(f"{given} could not be loaded: {shortened(error).rstrip('.')}. To mend it, {_WAYS}.") from error
+        broken = _broken(path) if path.is_dir() else ""
+        raise ValueError(f"{given} could not be loaded: {broken}{shortened(error).rstrip('.')}. To mend it, {_WAYS}.") from error
+
+
+def _broken(folder: Path) -> str:
+    """The first file of weights in a folder that is cut short or broken; empty: none is."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except Exception:  # safetensors' own
+            return f"{file.name} ({size(file.stat().st_size)}) is cut short or broken: "
+    return ""
 
 
 def new_config(name: str, overrides: dict[str, Any], argument: str, **settings: Any) -> Any:

@@ -1,14 +1,17 @@
 """The rows of a file. For a file that cannot be read, an error names the argument, the file, the line and the way out."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 """For each suffix the format of `datasets.load_dataset`."""
 
-# A zero byte among this many first bytes means that a text is in UTF-16 or UTF-32, or is no text.
+# A zero byte among this many first bytes means that a text is in one of these encodings, or is no text.
 _HEAD = 4096
+_WIDE = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
 
 # The longest value or error in a message.
 _LONGEST = 300
@@ -39,12 +42,29 @@ def read_rows(argument: str, path: str | Path) -> Any:
     if kind != "parquet" and (problem := _encoding(file, head=True)):
         raise ValueError(f"{given} {problem}")
     try:
-        rows = load_dataset(kind, data_files=str(file), split="train")
+        with _silent():
+            rows = load_dataset(kind, data_files=str(file), split="train")
     except Exception as error:  # of whatever library reads the file
         raise ValueError(f"{given} {_problem(file, kind, error)}") from error
     if not len(rows):
         raise ValueError(f"{given} has no rows; give a file with some.")
     return rows
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Inside, `datasets` prints nothing: what is wrong with a file is said once."""
+    import datasets
+
+    verbosity, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if not bars:
+            datasets.enable_progress_bars()
 
 
 def shortened(value: object) -> str:
@@ -74,8 +94,11 @@ def _encoding(file: Path, head: bool = False) -> str:
     """What is wrong with the encoding of a text; empty: nothing. With `head`, only its first bytes are checked."""
     with file.open("rb") as opened:
         start = opened.read(_HEAD)
-        if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
-            return "is not UTF-8: it looks like UTF-16. Save it as UTF-8, for instance: iconv -f UTF-16 -t UTF-8 OLD > NEW"
+        if wide := _wide(start):
+            return f"is not UTF-8: it looks like {wide}. Save it as UTF-8, for instance: iconv -f {wide} -t UTF-8 OLD > NEW"
+        if b"\0" in start:
+            kinds = ", ".join(KINDS)
+            return f"is no text: byte {start.index(0) + 1} is zero. Give a file of text, or name it by what it is: {kinds}."
         if head:
             return ""
         opened.seek(0)
@@ -87,6 +110,19 @@ def _encoding(file: Path, head: bool = False) -> str:
                     f"is not UTF-8: line {number} has the byte 0x{line[error.start]:02x}. Save it as UTF-8, for instance, if it "
                     "is Latin-1: iconv -f LATIN1 -t UTF-8 OLD > NEW"
                 )
+    return ""
+
+
+def _wide(start: bytes) -> str:
+    """The encoding of more than a byte a character by which some bytes are text; empty: none."""
+    for name in ("UTF-32", "UTF-16") if start[:2] in (b"\xff\xfe", b"\xfe\xff") or start[:4] == b"\0\0\xfe\xff" else _WIDE:
+        try:
+            text = start[: len(start) // 4 * 4].decode(name)
+        except UnicodeDecodeError:
+            continue
+        common = [character for character in text if character.isascii() and (character.isprintable() or character in "\r\n\t")]
+        if text and len(common) > len(text) / 2:
+            return name
     return ""
 
 

@@ -5,9 +5,12 @@ Of an experiment's settings with an arm `baseline` that does not teleport:
 1. every arm at every learning rate with the first seed; an arm's best rate has the lowest final training loss;
 2. with all seeds the baseline at its best rate, every other arm at that rate and at its own best one, and the controls.
 
+With the key `tune` (tuning.py) the first stage searches more settings than the learning rate. The second one compares each arm,
+and the controls made of it, at its own best settings.
+
 Two keys are this module's own:
 
-    controls: some of 'warmup', 'random_move' and 'matched_rate'; default: all that suit the arms; []: none
+    controls: some of 'warmup', 'random_move', 'identity' and 'matched_rate'; default: all that suit the arms; []: none
     clock: 'seconds' or 'cpu_seconds', by which time is compared; CPU time is for one process on a CPU that has other work
 """
 
@@ -22,12 +25,14 @@ from hf_teleport.lab.plot import Choices
 from hf_teleport.lab.results import best_rates, evaluations
 from hf_teleport.lab.runs import execute
 from hf_teleport.lab.settings import Experiment, Settings, plan
+from hf_teleport.lab.tuning import Setup, check, experiment, tune
 from hf_teleport.lab.verdict import CLOCKS, Verdict, verdict
 
 BASELINE = "baseline"
-CONTROLS = ("warmup", "random_move", "matched_rate")
+CONTROLS = ("warmup", "random_move", "identity", "matched_rate")
 
 AT_BASELINES, AT_OWN = "the baseline's best learning rate", "each arm's best learning rate"
+AT_TUNED = "each arm's best settings"
 
 # Schedules without a warm-up, and the schedules that replace them.
 _WITH_WARMUP = {"constant": "constant_with_warmup", "reduce_lr_on_plateau": None}
@@ -120,9 +125,10 @@ def protocol(settings: Settings) -> Protocol:
         FileNotFoundError: as `Task`.
     """
     settings = {"eval_on_start": True, **settings}
-    experiment = plan(settings)
-    arms = {run.arm: run.training for run in experiment.runs}
+    arms = {run.arm: run.training for run in plan(settings).runs}
     _check_arms(arms)
+    if settings.get("tune") is not None:
+        check(settings)
     clock = settings.get("clock", CLOCKS[0])
     if clock not in CLOCKS:
         raise ValueError(f"clock = {clock!r} is not allowed; allowed: one of {list(CLOCKS)}.")
@@ -151,6 +157,8 @@ def compare(made: Protocol) -> Comparison:
         FileNotFoundError, ValueError: as `runs.execute`; or the baseline diverges at every learning rate.
         ModuleNotFoundError: a library of the experiments is not installed.
     """
+    if made.whole.settings.get("tune") is not None:
+        return _compare_tuned(made)
     execute(made.grid())
     best = _shared(lambda: made.best(evaluations(made.whole.output)))
     second = made.second(best)
@@ -161,6 +169,25 @@ def compare(made: Protocol) -> Comparison:
     pairs = dict.fromkeys(pair for rates in choices.values() for pair in rates.items())
     verdicts = [verdict(frame, reference, pair, made.clock) for pair in pairs]
     return Comparison(made, frame, best, choices, verdicts, made.remarks(best))
+
+
+def _compare_tuned(made: Protocol) -> Comparison:
+    """Each arm at its own best settings, and each control at the best ones of the arm that it is made of."""
+    found = tune(made.whole, made.arms)
+    setups = {arm: setup for arm, (setup, _) in found.items()}
+    training = {run.arm: run.training for run in experiment(made.whole, list(setups.values()), made.seeds[:1]).runs}
+    by_arm = {arm: training[setup.name] for arm, setup in setups.items()}
+    for name, (arm, own) in _controls(made.whole.settings.get("controls"), by_arm).items():
+        of = setups[arm]
+        setups[name] = Setup(name, f"{of.name}.{name.rpartition('.')[2]}", of.learning_rate, of.own | own)
+    second = experiment(made.whole, list(setups.values()), made.seeds)
+    execute(second)
+    names = {setup.name: name for name, setup in setups.items()}
+    frame = _shared(lambda: _of(evaluations(made.whole.output), second).replace({"arm": names}))
+    rates = {name: setup.learning_rate for name, setup in setups.items()}
+    verdicts = [verdict(frame, (BASELINE, rates[BASELINE]), pair, made.clock) for pair in rates.items()]
+    best: dict[str, float | None] = {arm: rates[arm] for arm in found}
+    return Comparison(made, frame, best, {AT_TUNED: rates}, verdicts, [f"{arm}: {search}" for arm, (_, search) in found.items()])
 
 
 def _of(frame: Any, experiment: Experiment) -> Any:
@@ -219,6 +246,7 @@ def _controls(wanted: Any, arms: dict[str, TeleportTrainingArguments]) -> dict[s
     for arm, training in arms.items():
         if _teleports(training):
             found[f"{arm}.random_move"] = arm, _random_move(training)
+            found[f"{arm}.identity"] = arm, _identity(training)
             found[f"{arm}.matched_rate"] = arm, _matched_rate(training)
     found = {name: pair for name, pair in found.items() if pair[1] and name.rpartition(".")[2] in chosen}
     if wanted is not None and (idle := [name for name in chosen if not any(n.endswith(name) for n in found)]):
@@ -242,6 +270,12 @@ def _random_move(training: TeleportTrainingArguments) -> Settings:
     if training.teleport_method == "basis":
         return {} if training.teleport_basis == "random" else {"teleport_basis": "random"}
     return {"teleport_control": "random_move"} if _has_controls(training) else {}
+
+
+def _identity(training: TeleportTrainingArguments) -> Settings:
+    """The second moments are rebuilt, and nothing turns."""
+    rebuilds = training.teleport_method == "basis" and training.teleport_second_moment in ("factors", "measure")
+    return {"teleport_basis": "identity"} if rebuilds and training.teleport_basis != "identity" else {}
 
 
 def _matched_rate(training: TeleportTrainingArguments) -> Settings:

@@ -88,7 +88,7 @@ def table(comparison: Comparison) -> Any:
         padding=(0, 1, 0, 0),
     )
     for column in columns(measure):
-        shown.add_column(column, no_wrap=column in ("arm", "time to its loss"))
+        shown.add_column(column, no_wrap=column == "arm")
     for verdict in comparison.verdicts:
         shown.add_row(*cells(verdict))
     return shown
@@ -100,14 +100,18 @@ def columns(measure: str = "metric") -> list[str]:
     Args:
         measure: the name of that of the test set.
     """
-    times = ["final loss", "time", "time to its loss", "at equal time", "at equal samples"]
+    times = ["final loss", "time", "steps to its loss", "time to its loss", "at equal time", "at equal samples"]
     return ["arm", "rate", *times, "test loss", f"test {measure}", "verdict"]
 
 
 def cells(verdict: Verdict) -> list[str]:
     """A verdict as a row of a table; the baseline's differences from itself are blank."""
     differences = (verdict.equal_time, verdict.equal_samples, verdict.test_loss, verdict.metric)
-    compared = [_passing(verdict), *(_signed(difference) for difference in differences)]
+    compared = [
+        _passing(verdict, "steps_to_loss"),
+        _passing(verdict, "time_to_loss"),
+        *(_signed(difference) for difference in differences),
+    ]
     return [
         verdict.arm,
         f"{verdict.learning_rate:g}",
@@ -118,12 +122,13 @@ def cells(verdict: Verdict) -> list[str]:
     ]
 
 
-def _passing(verdict: Verdict) -> str:
-    """When an arm reaches the baseline's final training loss, in units of the baseline's own time."""
+def _passing(verdict: Verdict, name: str) -> str:
+    """When an arm reaches the baseline's final training loss, in units of the baseline's own time or steps."""
+    reached = getattr(verdict, name)
     never = f"never {verdict.never} of {verdict.seeds}"
     if verdict.never == verdict.seeds:
         return never
-    return f"x {verdict.time_to_loss}; {never}" if verdict.never else f"x {verdict.time_to_loss}"
+    return f"x {reached}; {never}" if verdict.never else f"x {reached}"
 
 
 def _signed(difference: Interval) -> str:

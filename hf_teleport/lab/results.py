@@ -4,11 +4,13 @@ import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from hf_teleport.arguments import TeleportTrainingArguments
 from hf_teleport.lab.keys import from_yaml
 from hf_teleport.lab.runs import ALL_SETTINGS, DONE, HISTORY, SETTINGS
+from hf_teleport.methods.basis.method import BasisTurn
 from hf_teleport.reporting.extras import require_extra
 
 # Defaults of settings that a file does not name.
@@ -71,7 +73,11 @@ def _samples(settings: dict[str, Any], log: list[dict[str, Any]]) -> Callable[[i
         return settings.get(name, _DEFAULTS[name])
 
     batch = value("per_device_train_batch_size") * settings.get("processes", 1)
-    drawn = (value("teleport_num_batches") + 1) * (value("teleport_batch_size") or batch)
+    told = value("teleport_method") == "basis" and BasisTurn.is_told(
+        SimpleNamespace(**{name: value(f"teleport_{name}") for name in ("basis", "second_moment", "track_every")})
+    )
+    # An event that training's gradients have told all takes one batch, to check on, and the one that is held back.
+    drawn = ((1 if told else value("teleport_num_batches")) + 1) * (value("teleport_batch_size") or batch)
     event = min(drawn, settings.get("train_rows") or drawn)
     events = {row["step"] for row in log if any(name.startswith("teleport/") for name in row)}
     return lambda step: step * batch * value("gradient_accumulation_steps") + event * sum(at < step for at in events)

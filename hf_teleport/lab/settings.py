@@ -8,7 +8,7 @@ teleports, optimizer, learning rates by groups of parameters), and
     learning_rates, seeds: every arm runs with each of them
     paper_learning_rate: the one of the rates to compare all arms at, when the results are plotted
     save_model: true keeps the model of each run, with the tokenizer of text, in `model` in the run's folder
-    controls, clock: of `hf-teleport compare`, see compare.py
+    controls, clock: of `hf-teleport compare`, see compare.py; tune, trials: of its search, see tuning.py
     output_dir: where the runs are kept; default: runs/FOLDER/NAME of the file FOLDER/NAME.yaml
 
 Mappings are merged key by key, everything else is replaced. A seed decides a run's initial weights, the order of its data and
@@ -35,7 +35,7 @@ Settings = dict[str, Any]
 _WORKLOAD = [f.name for f in fields(Workload) if f.name != "options"]
 _DATA = list(dict.fromkeys(name for names in OPTIONS.values() for name in names))
 _GRID = ["arms", "learning_rates", "seeds", "paper_learning_rate", "save_model"]
-_COMPARISON = ["controls", "clock"]
+_COMPARISON = ["controls", "clock", "tune", "trials"]
 _TRAINING = [f.name for f in fields(ExperimentArguments) if f.init]
 _REQUIRED = ["dataset", "model", "arms", "learning_rates", "seeds"]
 

@@ -60,6 +60,7 @@ class Verdict:
         time_to_loss: time until the training loss is down at the baseline's final one, in the time that the baseline itself
             takes; of the seeds that get there. Its mean is NaN if none does, or if the baseline ends no lower than it starts.
         never: how many seeds do not get there.
+        steps_to_loss: as `time_to_loss`, in steps.
         equal_time, equal_samples: difference of training loss where the arm has used the baseline's time, or its samples
             (each teleport counts those of its batches), minus the baseline's final training loss.
         test_loss, metric: difference of the test loss and of the test set's measure at equal time.
@@ -81,6 +82,7 @@ class Verdict:
     metric: Interval
     diverged: int
     word: str
+    steps_to_loss: Interval = Interval(math.nan, None, 0)
 
 
 def interval(values: Iterable[float]) -> Interval:
@@ -154,7 +156,7 @@ def verdict(frame: Any, reference: Contestant, contestant: Contestant, clock: st
         raise ValueError(f"{contestant} and {reference} have no seed in common: run both with the same seeds.")
     pairs = [_compared(runs[seed], bases[seed], clock) for seed in seeds]
     columns = {name: np.array([pair[name] for pair in pairs]) for name in pairs[0]}
-    ratios = columns.pop("time_to_loss")
+    ratios, steps = columns.pop("time_to_loss"), columns.pop("steps_to_loss")
     never = int(np.isinf(ratios).sum())
     ends = [[float(part[seed]["train_loss"].iloc[-1]) for seed in seeds] for part in (runs, bases)]
     diverged, lost = (int((~np.isfinite(losses)).sum()) for losses in ends)
@@ -172,6 +174,7 @@ def verdict(frame: Any, reference: Contestant, contestant: Contestant, clock: st
         test_loss=intervals["test_loss"],
         metric=intervals["metric"],
         diverged=diverged,
+        steps_to_loss=interval(steps[~np.isinf(steps)]),
         word=REFERENCE if contestant == reference else _word(intervals["equal_time"], len(seeds), diverged, lost),
     )
 
@@ -185,15 +188,19 @@ def _by_seed(frame: Any, contestant: Contestant) -> dict[int, Any]:
 def _compared(run: Any, base: Any, clock: str) -> dict[str, float]:
     """One seed's numbers."""
     end = base.iloc[-1]
-    own = passage(base, end["train_loss"], clock)
 
     def difference(column: str, along: str) -> float:
         with np.errstate(invalid="ignore"):
             return float(np.subtract(value_at(run, column, end[along], along), float(end[column])))
 
+    def to_loss(along: str) -> float:
+        own = passage(base, end["train_loss"], along)
+        return passage(run, end["train_loss"], along) / own if own else math.nan
+
     return {
         "time": run[clock].iloc[-1] / end[clock],
-        "time_to_loss": passage(run, end["train_loss"], clock) / own if own else math.nan,
+        "time_to_loss": to_loss(clock),
+        "steps_to_loss": to_loss("step"),
         "equal_time": difference("train_loss", clock),
         "equal_samples": difference("train_loss", "samples"),
         "test_loss": difference("test_loss", clock),

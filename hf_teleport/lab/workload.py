@@ -19,7 +19,10 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "image": ("image_size", "image_column", "label_column"),
     "sequence": ("length", "image_column", "label_column"),
     "series": ("context", "horizon", "shift", "shares", "columns", "split", "series_column"),
-    "text": ("text_column", "label_column", "length", "vocabulary_size", "tokenizer", "mask_probability"),
+    "text": (
+        *("text_column", "label_column", "length", "vocabulary_size", "tokenizer", "mask_probability"),
+        "package_megabytes",
+    ),
 }
 
 # Of a saved model: these must be at least what the data need, those exactly.

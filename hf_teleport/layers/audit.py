@@ -85,7 +85,7 @@ def describe(model: nn.Module, point: Point, config: TeleportConfig) -> dict[nn.
         else:
             role = _role_of_other(module, name)
         report = reports[parameter] = LayerReport(name, role, list(whole_of(parameter).shape))
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and config.frozen_weights == "stay":
             report.reason = "frozen: requires_grad is False"
         elif not selected(name, role, config):
             report.reason = "not selected by target_modules / exclude_modules"

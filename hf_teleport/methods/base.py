@@ -17,7 +17,7 @@ from hf_teleport.weights.whole import WHOLE, Weights
 class Method(ABC):
     """What both families have in common. A method is made anew for each event, which calls `survey` for each batch, then `fit`.
 
-    Before that, `passes`, `copies`, `on_shards` and `decomposition_seconds` say what the event will take.
+    Before that, `passes`, `copies`, `event_bytes`, `on_shards` and the methods with `seconds` say what the event will take.
 
     Args:
         optimizer: the one that trains the model, for methods that change what it remembers.
@@ -61,6 +61,11 @@ class Method(ABC):
     def decomposition_seconds(self, point: Point) -> float:
         """What the decompositions of an event will take, about, judged from a surveyed batch; 0 where they are cheap."""
         return 0.0
+
+    def event_bytes(self) -> int:
+        """What an event holds at once beside the weights, the optimizer's state and a batch's activations, at most."""
+        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        return self.copies(self.config) * trained
 
     def evaluate(self, batch: Any, seed: int) -> Point:
         """Loss and gradients on a batch at the current weights."""
@@ -210,6 +215,14 @@ class TurningMethod(Method):
     def aligned(self) -> bool:
         """Whether what was chosen is too near to what there is to be worth an event."""
         return False
+
+    def turn_seconds(self, point: Point) -> float:
+        """What the turn of weights, optimizer's state and gradients will take, about, judged from a surveyed batch."""
+        return 0.0
+
+    def look_seconds(self, point: Point) -> float:
+        """What it takes to look at the gradients of one training step, about, judged from those of a surveyed batch."""
+        return 0.0
 
     @abstractmethod
     def carry_out(self) -> None:

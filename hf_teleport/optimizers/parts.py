@@ -1,13 +1,13 @@
 """The optimizers that one consists of: inside Accelerate's wrapper, several behind one object, one for each weight in hooks."""
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from functools import partial
-from types import CellType, FunctionType, MethodType, ModuleType
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from hf_teleport.optimizers.reach import TooMuchError, reach
 
 
 def unwrapped(optimizer: Any) -> Any:
@@ -17,51 +17,43 @@ def unwrapped(optimizer: Any) -> Any:
     return optimizer
 
 
-def parts(optimizer: Any) -> list[Any]:
-    """The optimizers that step: those inside an object (Muon and AdamW behind one), or itself.
-
-    Transformers' layer-wise optimizers, which step in hooks, are in a dict.
-    """
+def parts(optimizer: Any, _around: tuple[Any, ...] = ()) -> list[Any]:
+    """The optimizers that step: those inside an object (Muon and AdamW behind one) or in hooks, or itself."""
     optimizer = unwrapped(optimizer)
-    inner = [] if keeps_copies(optimizer) else inside(optimizer)
-    return list({id(part): part for each in inner for part in parts(each)}.values()) or [optimizer]
+    inner = [] if keeps_copies(optimizer) else inside(optimizer, hooks=not _around)
+    around = (*_around, optimizer)
+    own = [part for each in inner if not any(each is known for known in around) for part in parts(each, around)]
+    return list({id(part): part for part in own}.values()) or [optimizer]
 
 
-# Not of the optimizer's own: what it steps and keeps, and what schedulers and hooks put on it.
+# What it steps and keeps, and what schedulers and hooks put on it.
 _PUT_ON_IT = ("param_groups", "state", "defaults", "step")
 _HOOKS = "_optimizer_step_"
-# A list in a dict in an object is three levels down.
-_LEVELS = 4
 
 
-def inside(optimizer: Any) -> list[Any]:
-    """The optimizers in an optimizer's attributes: also in containers, in plain objects, and in functions that hold one."""
-    seen = {id(optimizer)}
-    own = {name: value for name, value in vars(optimizer).items() if name not in _PUT_ON_IT and not name.startswith(_HOOKS)}
-    return list(_optimizers_in(own, seen, _LEVELS))
+def own_attributes(optimizer: Any) -> dict[str, Any]:
+    """An optimizer's attributes but for those that every optimizer has."""
+    return {k: v for k, v in vars(optimizer).items() if k not in _PUT_ON_IT and not k.startswith(_HOOKS)}
 
 
-def _optimizers_in(value: Any, seen: set[int], levels: int) -> Iterator[Any]:
-    if isinstance(value, Optimizer):
-        value = unwrapped(value)
-    if id(value) in seen or not levels or isinstance(value, (Tensor, nn.Module, type, ModuleType)):
-        return
-    seen.add(id(value))
-    if isinstance(value, Optimizer):
-        yield value
-        return
-    if isinstance(value, Mapping):
-        held: Iterable[Any] = list(value.values())
-    elif isinstance(value, (list, tuple, set)):
-        held = value
-    elif isinstance(value, FunctionType):
-        held = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
-    elif isinstance(value, (partial, MethodType)):
-        held = [value.__self__] if isinstance(value, MethodType) else [value.func, value.args, value.keywords]
-    else:
-        held = list(getattr(value, "__dict__", {}).values())
-    for each in held:
-        yield from _optimizers_in(each, seen, levels - 1)
+def inside(optimizer: Any, hooks: bool = False) -> list[Any]:
+    """The optimizers that one holds, at any depth (`reach`); with `hooks` those too in hooks on its parameters' gradients."""
+    roots = [*own_attributes(optimizer).items(), *(("a hook", hook) for hook in (gradient_hooks(optimizer) if hooks else ()))]
+    found: dict[int, Any] = {}
+    try:
+        for _, value in reach(roots):
+            if isinstance(value, Optimizer) and (inner := unwrapped(value)) is not optimizer:
+                found[id(inner)] = inner
+    except TooMuchError:  # a trial of its steps shows what was not found here
+        pass
+    return list(found.values())
+
+
+def gradient_hooks(optimizer: Any) -> list[Any]:
+    """The functions that run when a gradient of an optimizer's parameters is ready."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    hooks = [hooks for p in parameters for hooks in (p._post_accumulate_grad_hooks, p._backward_hooks) if hooks]
+    return [hook for each in hooks for hook in each.values()]
 
 
 def beyond_trial(optimizer: Any) -> str:
@@ -79,6 +71,20 @@ def keeps_copies(optimizer: Any) -> bool:
     """Whether an optimizer seems to keep copies of the weights, which do not follow a teleport: Lookahead, schedule-free ones."""
     optimizer = unwrapped(optimizer)
     return hasattr(optimizer, "optimizer") or callable(getattr(optimizer, "train", None))
+
+
+def steps_copies(optimizer: Any, model: Iterable[nn.Parameter]) -> str:
+    """Why the next step would undo a teleport: the optimizer steps copies of the model's weights; empty: it does not.
+
+    Args:
+        model: the parameters of the model.
+    """
+    own, stepped = set(model), set(groups_of(optimizer))
+    left = {parameter.shape for parameter in own - stepped if parameter.requires_grad}
+    foreign = [parameter for parameter in stepped - own if parameter.shape in left]
+    if not foreign:
+        return ""
+    return f"{type(unwrapped(optimizer)).__name__} steps tensors of shape {list(foreign[0].shape)} that are not the model's"
 
 
 class States(MutableMapping[Any, Any]):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_teleport.optimizers.parts import beyond_trial, groups_of, parts, states, unwrapped
+from hf_teleport.optimizers.rules import kept_elsewhere
 from hf_teleport.optimizers.trial import shell
 from hf_teleport.weights.copies import copied
 from hf_teleport.weights.norms import norm
@@ -38,7 +39,8 @@ class Rehearsal:
         ranks: the processes that rehearse alike, and fail alike.
 
     Raises:
-        RehearsalError: the optimizer steps weights by another one inside it, which a copy would share.
+        RehearsalError: the optimizer steps weights by another one inside it, or keeps something elsewhere than in its state,
+            which a copy would share.
     """
 
     def __init__(
@@ -49,10 +51,10 @@ class Rehearsal:
         rates: Callable[[int], list[float]] | None = None,
         ranks: Ranks = ALONE,
     ):
-        if why := beyond_trial(optimizer):
+        if why := beyond_trial(optimizer) or kept_elsewhere(optimizer):
             raise RehearsalError(
-                f"{why}, so its next steps can't be rehearsed without stepping the weights. Give every weight to an optimizer in "
-                "a list (self.optimizers = [...]) that steps it, or set teleport_objective='grad_norm' and "
+                f"{why}, so its next steps can't be rehearsed on copies. Give every weight to an optimizer in a list "
+                "(self.optimizers = [...]) that steps it and keeps all in its state, or set teleport_objective='grad_norm' and "
                 "teleport_rehearsal_steps=0."
             )
         self._optimizer = unwrapped(optimizer)

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_teleport.optimizers.leaves import Leaf, leaves, opaque
-from hf_teleport.optimizers.parts import groups_of
-from hf_teleport.optimizers.trial import Group, Trial, at_start, tried
+from hf_teleport.optimizers.parts import groups_of, is_count, own_attributes
+from hf_teleport.optimizers.trial import Group, Trial, at_start, carried, ones, tried
 from hf_teleport.weights.isolation import preserved_rng
 
 # RAdam begins as plain momentum, and looks at each coordinate from its sixth step on.
@@ -39,6 +39,8 @@ _PROJECTOR = "ortho_matrix"
 _MOST = 2**22
 # Muon computes in bfloat16; what has another rule is another tensor altogether.
 _NEAR = 0.05
+# A step after a turn of 4-bit averages is off by 0.07, and one after a turn of only a part of them by far more.
+_ABOUT = 0.3
 
 
 @dataclass(frozen=True)
@@ -101,16 +103,37 @@ _JUDGED: WeakKeyDictionary[Any, dict[Any, Judgement]] = WeakKeyDictionary()
 
 def judge(optimizer: Any) -> dict[nn.Parameter, Judgement]:
     """For each trained parameter with axes what becomes of its state; found once for each kind of group and shape."""
-    found = {}
+    found, alike = {}, {}
     with preserved_rng():
         for parameter, (part, group) in groups_of(optimizer).items():
             if parameter.requires_grad and parameter.dim() and parameter.is_floating_point():
-                known = _JUDGED.setdefault(part, {})
+                # Of those in hooks there is one for each parameter.
+                kind = type(part), repr([(name, value) for name, value in own_attributes(part).items() if is_count(value)])
+                known = _JUDGED.setdefault(part, alike.setdefault(kind, {}))
                 key = (_options(group), parameter.shape, parameter.dtype)
                 if key not in known:
                     known[key] = _judged(part, group, parameter, known)
                 found[parameter] = known[key]
     return found
+
+
+def kept_elsewhere(optimizer: Any) -> str:
+    """What copies of an optimizer's state would lack, found for each kind of group; empty: nothing."""
+    seen = set()
+    with preserved_rng():
+        for part, group in groups_of(optimizer).values():
+            kind = (type(part), _options(group))
+            if kind in seen:
+                continue
+            seen.add(kind)
+            try:
+                own = ones(group)
+                found = tried(part, at_start(part, group), own.detach(), [own.detach()] * 2, like=own)
+            except Exception:  # what can't be tried is not rehearsed either
+                continue
+            if found.outside is not None and not opaque(found.state):
+                return f"{type(part).__name__} keeps a tensor elsewhere than in its state"
+    return ""
 
 
 def _options(group: Group) -> str:
@@ -125,7 +148,10 @@ def _judged(part: Any, group: Group, parameter: nn.Parameter, known: dict[Any, J
     try:
         group = at_start(part, group)
         small = {**group, "rank": 2} if isinstance(group.get("rank"), int) else group
-        real = part.state.get(parameter) or _probe(part, group, parameter)
+        probed = _probe(part, group, parameter)
+        if probed.outside is not None and not opaque(probed.state):
+            return Judgement(problem=_elsewhere(probed.outside), tried=False)
+        real = part.state.get(parameter) or probed.state
         judgement = Judgement(problem="nothing was tried")
         wide = parameter.dim() > 1 and parameter.shape[0] < parameter.shape[1]
         for sizes in _SIZES:
@@ -153,11 +179,15 @@ def _probed(parameter: nn.Parameter) -> torch.Size:
     return torch.Size(max(1, math.ceil(n / cut)) for n in shape)
 
 
-def _probe(part: Any, group: Group, parameter: nn.Parameter) -> dict[str, Any]:
-    """What is kept for a weight of the real shape after two steps."""
+def _probe(part: Any, group: Group, parameter: nn.Parameter) -> Trial:
+    """Two steps on a weight of the real shape."""
     generator = torch.Generator().manual_seed(0)
     weight, *gradients = (_normal(_probed(parameter), generator, parameter) for _ in range(3))
-    return tried(part, group, weight, gradients).state
+    return tried(part, group, weight, gradients, like=parameter)
+
+
+def _elsewhere(shape: tuple[int, ...]) -> str:
+    return f"it keeps a tensor {list(shape)} elsewhere than in its state"
 
 
 def _normal(shape: torch.Size, generator: torch.Generator, like: Tensor) -> Tensor:
@@ -175,7 +205,11 @@ def _of_a_stand_in(part: Any, group: Group, shape: torch.Size, like: Tensor) -> 
         projectors.update({path: leaf.read().clone() for path, leaf in leaves(state).items() if path.endswith(_PROJECTOR)})
         _start_averages(state, {})
 
-    plain = tried(part, group, weight, gradients, noted)
+    plain = tried(part, group, weight, gradients, noted, like)
+    if plain.outside is not None and not opaque(plain.state):
+        return Judgement(problem=_elsewhere(plain.outside), tried=False)
+    if not plain.update.any() and not plain.state:  # D-Adaptation's first steps are smaller than a weight's last digit
+        return Judgement(problem="its steps do not change a weight that is given to a new one like it", tried=False)
 
     def after(axis: int, matrix: Tensor) -> Trial:
         def turned(state: dict[str, Any]) -> None:
@@ -218,7 +252,31 @@ def _of_a_stand_in(part: Any, group: Group, shape: torch.Size, like: Tensor) -> 
         axes = {axis: own for axis, (own, _) in enumerate(found) if own is not None}
         ratio = float(twice[path].read().float().norm() / numbers.norm())
         judgement.rules[path] = Rule(axes, numbers.dim(), any(square for _, square in found), round(math.log2(ratio), 1) + 0.0)
+    if not judgement.problem and not _is_all(judgement.rules, part, group, like, weight, gradients, signed[0]):
+        return Judgement(problem="its next step depends on something beside what it keeps in its state", tried=False)
     return judgement
+
+
+def _is_all(
+    rules: dict[str, Rule], part: Any, group: Group, like: Tensor, weight: Tensor, gradients: list[Tensor], signed: Tensor
+) -> bool:
+    """Whether the next step is the turned one if a weight and its state turn in midst of training: nothing else was to turn."""
+    weights, of_both = [weight, -weight], [gradients, [gradient.roll(1, 0) for gradient in gradients]]
+    plain, beside = carried(part, group, like, weights, of_both)
+
+    def turn(own: Tensor, state: dict[str, Any], gradient: Tensor) -> Tensor:
+        if leaves(state).keys() - rules.keys():  # also those of the other weight: the step to come shows that none was turned
+            return gradient
+        own.copy_(along(own, 0, signed))
+        for path, leaf in leaves(state).items():
+            numbers = leaf.read()
+            for dim in rules[path].axes.get(0, ()):
+                numbers = along(numbers, dim, (signed.abs() if rules[path].square else signed).to(numbers))
+            leaf.write(numbers)
+        return along(gradient, 0, signed)
+
+    found, other = carried(part, group, like, weights, of_both, turn)
+    return _same(found, along(plain, 0, signed), _ABOUT) and _same(other, beside, _ABOUT)
 
 
 def _signed_permutation(size: int, like: Tensor) -> Tensor:
@@ -275,8 +333,8 @@ def _subsets(candidates: list[int]) -> Iterator[tuple[int, ...]]:
         yield from combinations(candidates, size)
 
 
-def _same(found: Tensor, expected: Tensor) -> bool:
-    return found.shape == expected.shape and bool((found - expected).norm() <= _NEAR * expected.norm())
+def _same(found: Tensor, expected: Tensor, near: float = _NEAR) -> bool:
+    return found.shape == expected.shape and bool((found - expected).norm() <= near * expected.norm())
 
 
 def _same_but_signs(found: Tensor, expected: Tensor, turned: Any) -> bool:

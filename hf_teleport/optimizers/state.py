@@ -10,16 +10,19 @@ squares follow the rule that was chosen. The next update is then the turned upda
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from hf_teleport.optimizers.hidden import hidden
 from hf_teleport.optimizers.leaves import Leaf, leaves
 from hf_teleport.optimizers.parts import beyond_trial, groups_of, keeps_copies, parts, states, unwrapped
 from hf_teleport.optimizers.rules import Judgement, Rule, judge
-from hf_teleport.optimizers.trial import anew, at_start, counts, keeps_own_counts
+from hf_teleport.optimizers.trial import counts, keeps_own_counts, renewed
 from hf_teleport.weights.copies import tensors_in
 from hf_teleport.weights.isolation import preserved_rng
+from hf_teleport.weights.shards import whole_of
 
 Turning = Callable[[Tensor, Any, Tensor], Tensor]
 
@@ -84,7 +87,7 @@ class OptimizerState:
             shares: of each feature in the squared gradients of its block, (H, k), summing to one.
         """
         for leaf, rule, own in self._turning(part.parameter, part.dim):
-            if not rule.square or rule.degree <= 0.5:
+            if not _is_of_squares(rule):
                 continue
             numbers = leaf.read()
             rows = numbers.movedim(own[0], 0)
@@ -95,6 +98,32 @@ class OptimizerState:
             spread = blocks.sum(2, keepdim=True) * shares.to(blocks)[:, None, :, None]
             rows[at] = (spread.sqrt() if _is_root(rule) else spread).reshape(-1, *rows.shape[1:]).to(rows)
             leaf.write(numbers)
+
+    def second_moment_moved(self, parameter: nn.Parameter, before: dict[str, Any]) -> tuple[float, float]:
+        """How far the averages v of squared gradients are from what they were.
+
+        Args:
+            before: a copy of what was kept for the parameter.
+
+        Returns:
+            ||sqrt(v') - sqrt(v)|| and ||sqrt(v)||, both zero if no average of squares is kept.
+        """
+        state = self.state.get(parameter, {})
+        judgement = self._judgement(parameter, state)
+        rules = {} if judgement is None else judgement.rules
+        distance = length = 0.0
+        old = leaves(before)
+        for path, leaf in leaves(state).items():
+            rule = rules.get(path)
+            if rule is not None and _is_of_squares(rule) and path in old:
+                now, then = (each.read() if _is_root(rule) else each.read().sqrt() for each in (leaf, old[path]))
+                distance += float((now - then).square().sum())
+                length += float(then.square().sum())
+        return distance**0.5, length**0.5
+
+    def averages(self, parameter: nn.Parameter) -> int:
+        """How many tensors that turn are kept for a parameter, or will be once it is trained."""
+        return max((sum(bool(rule.axes) for rule in judged.rules.values()) for judged in self._candidates(parameter)), default=0)
 
     def tensors(self, parameter: nn.Parameter) -> list[Tensor]:
         """All tensors that are kept for a parameter, those included of which quantised ones consist."""
@@ -129,7 +158,8 @@ class OptimizerState:
     def _candidates(self, parameter: nn.Parameter) -> list[Judgement]:
         """The judgement of a parameter; of one that stands in for another, those of all with its shape."""
         own = self._judged.get(parameter)
-        return [own] if own else [j for stored, j in self._judged.items() if stored.shape == parameter.shape]
+        shape = whole_of(parameter).shape
+        return [own] if own else [j for stored, j in self._judged.items() if stored.shape == shape]
 
     def _judgement(self, parameter: nn.Parameter, state: dict[str, Any]) -> Judgement | None:
         fitting = [j for j in self._candidates(parameter) if not j.objection(state, parameter.shape)]
@@ -141,6 +171,11 @@ class _At:
 
     def __init__(self, dim: int, positions: Tensor):
         self.dim, self.positions = dim, positions
+
+
+def _is_of_squares(rule: Rule) -> bool:
+    """Whether a tensor is an average of squared gradients, or of their roots, and no mere sign or count."""
+    return rule.square and rule.degree > 0.5
 
 
 def _is_root(rule: Rule) -> bool:
@@ -162,26 +197,33 @@ def forget(
     Args:
         origin: the parameter in the optimizer that a given one stands in for.
     """
-    state, groups = states(optimizer), groups_of(optimizer)
+    state, groups, new = states(optimizer), groups_of(optimizer), {}
     with preserved_rng():
         for stand_in in parameters:
             stored = origin(stand_in)
             if stored not in groups:
                 continue
             part, group = groups[stored]
-            shared = counts(part, group)
+            if id(part) not in new:
+                new[id(part)] = renewed(part), {id(each): counts(part, each) for each in part.param_groups if each["params"]}
+            fresh, counted = new[id(part)]
+            shared = counted[id(group)]
             begun = any(name in group for name in shared)
             for parameter in group["params"] if begun else [stored]:
-                new = anew(part, at_start(part, group), parameter)
                 for key in {parameter, stand_in if parameter is stored else parameter}:
                     state.pop(key, None)
-                    if new.state.get(parameter):
-                        state[key] = new.state[parameter]
+                    if fresh.state.get(parameter):
+                        state[key] = fresh.state[parameter]
             if begun:
+                start = next(each for each in fresh.param_groups if any(p is stored for p in each["params"]))
                 for name in shared:
                     group.pop(name, None)
-                    if name in new.param_groups[0]:
-                        group[name] = new.param_groups[0][name]
+                    if name in start:
+                        group[name] = start[name]
+
+
+# Optimizers that have been looked at. What hides something later leaves events out, and does not end a run.
+_CLEAR: WeakSet[Any] = WeakSet()
 
 
 def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
@@ -208,6 +250,11 @@ def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
             f"{name} can neither be turned nor started anew: {untried[0]}. Use an optimizer such as AdamW, or "
             "teleport_method='null_space'."
         )
+    if optimizer not in _CLEAR and (why := hidden(optimizer)):
+        raise ValueError(
+            f"{why}: a change of basis reaches only what is in the state of a parameter (optimizer.state[parameter]). Keep it "
+            "there or take it off, or use teleport_method='null_space'."
+        )
     if reset:
         with preserved_rng():
             kinds = {(id(part), id(group)): (part, group) for part, group in groups_of(optimizer).values()}
@@ -230,3 +277,4 @@ def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
                 f"{name} can't follow a change of basis of a weight of shape {list(parameter.shape)}: {judgement.problem}. "
                 "Set teleport_optimizer_state='reset' to start its state anew for the weights that turn."
             )
+    _CLEAR.add(optimizer)

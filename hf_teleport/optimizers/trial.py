@@ -1,35 +1,52 @@
 """New optimizers of the kind of a given one: for one parameter, with the options of its group, as if training began."""
 
+import gc
 import inspect
+import math
 import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from hf_teleport.weights.copies import copied
+from hf_teleport.optimizers.parts import is_count
+from hf_teleport.weights.copies import copied, is_wrapper, tensors_in
 from hf_teleport.weights.isolation import seed_everything
 
 Group = dict[str, Any]
 
 
-def anew(part: Any, group: Group, parameter: nn.Parameter) -> Any:
-    """A new optimizer like `part` for one parameter alone, with the options of a group (`at_start`)."""
+def anew(part: Any, group: Group, *parameters: nn.Parameter) -> Any:
+    """A new optimizer like `part` for these parameters alone, with the options of a group (`at_start`)."""
+    return _like(part, [{**copied(_without(group)), "params": list(parameters)}])
+
+
+def renewed(part: Any) -> Any:
+    """A new optimizer like `part` for all of its parameters, as if training began: what depends on their order is as it was."""
+    return _like(part, [{**copied(_without(at_start(part, group))), "params": group["params"]} for group in part.param_groups])
+
+
+def _like(part: Any, groups: list[Group]) -> Any:
     kind = type(part)
     known = {**vars(part), **part.defaults}
     takes = list(inspect.signature(kind).parameters)[1:]
-    own = {**copied(_without(group)), "params": [parameter]}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it was said when the real one was made
-            return kind([own], **{name: copied(known[name]) for name in takes if name in known})
+            return kind(groups, **{name: copied(known[name]) for name in takes if name in known})
     except Exception:  # one that needs more than it tells
         trial = shell(part)
         trial.state = defaultdict(dict)
-        trial.param_groups = [own]
+        trial.param_groups = groups
         return trial
 
 
@@ -51,7 +68,7 @@ def shell(optimizer: Any) -> Any:
 
 def counts(part: Any, group: Group) -> set[str]:
     """The names of a group's entries that steps change."""
-    own = _ones(group)
+    own = ones(group)
     trial = anew(part, group, own)
     before = copied(_without(trial.param_groups[0]))
     _steps(trial, own, [own.detach() * i for i in (1, 2, 3)])
@@ -61,7 +78,7 @@ def counts(part: Any, group: Group) -> set[str]:
 
 def keeps_own_counts(part: Any, group: Group) -> bool:
     """Whether an optimizer counts beside its groups and the states of its parameters, where a reset of some can't reach."""
-    own = _ones(group)
+    own = ones(group)
     trial = anew(part, at_start(part, group), own)
     before = {name: copied(value) for name, value in vars(trial).items() if _is_number(value)}
     _steps(trial, own, [own.detach() * i for i in (1, 2, 3)])
@@ -69,7 +86,8 @@ def keeps_own_counts(part: Any, group: Group) -> bool:
     return moved or any(not isinstance(key, Tensor) for key in trial.state)
 
 
-def _ones(group: Group) -> nn.Parameter:
+def ones(group: Group) -> nn.Parameter:
+    """A small parameter of ones with as many axes as the first of a group."""
     like = group["params"][0]
     return nn.Parameter(torch.ones([4, 3, 2, 2][: max(like.dim(), 1)], device=like.device, dtype=like.dtype))
 
@@ -90,12 +108,61 @@ def _differ(one: Any, other: Any) -> bool:
 
 @torch.no_grad()
 def _steps(trial: Any, parameter: nn.Parameter, gradients: Sequence[Tensor]) -> None:
+    _step_all(trial, {parameter: gradients})
+
+
+@torch.no_grad()
+def _step_all(trial: Any, gradients: dict[nn.Parameter, Sequence[Tensor]]) -> None:
     # What torchao compiles for each shape is run as it is written.
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for gradient in gradients:
-            parameter.grad = gradient.clone()
+        for each in zip(*gradients.values(), strict=True):
+            for parameter, gradient in zip(gradients, each, strict=True):
+                parameter.grad = gradient.clone()
             type(trial).step(trial)
+
+
+class _Made(TorchDispatchMode):
+    """Notes the memory of each tensor that is made inside, to see later which of it is still in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shapes: dict[int, tuple[StorageWeakRef, set[tuple[int, ...]]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(tree_leaves(result)):
+            if not isinstance(tensor, FakeTensor):
+                memory = StorageWeakRef(tensor.untyped_storage())
+                before, shapes = self._shapes.get(memory.cdata, (memory, set()))
+                # What is freed leaves its number to another.
+                self._shapes[memory.cdata] = memory, {*(() if before.expired() else shapes), tuple(tensor.shape)}
+        return result
+
+    def outside(self, inside: Any, of: torch.Size) -> tuple[int, ...] | None:
+        """A shape like a weight's of what is still in use and belongs to no tensor in `inside`."""
+        own = {tensor.untyped_storage()._cdata for tensor in tensors_in(inside)}
+
+        def found() -> tuple[int, ...] | None:
+            alive = [shapes for number, (memory, shapes) in self._shapes.items() if number not in own and not memory.expired()]
+            return next((shape for shapes in alive for shape in shapes if _shows(shape, of)), None)
+
+        if found() is not None:
+            gc.collect()  # it may be in a circle of references only
+        return found()
+
+
+@contextmanager
+def _real_ones_aside(part: Any) -> Iterator[None]:
+    """Inside, the real parameters have no gradients: an optimizer that a trial shares with the real one leaves them alone."""
+    kept = [(parameter, parameter.grad) for group in part.param_groups for parameter in group["params"]]
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
 
 
 @dataclass
@@ -105,34 +172,91 @@ class Trial:
     Attributes:
         update: the last step, of the parameter's shape.
         state: what is kept for the parameter.
+        outside: a shape like the parameter's of what is kept elsewhere; None: nothing is.
     """
 
     update: Tensor
     state: dict[str, Any]
+    outside: tuple[int, ...] | None = None
 
 
-def tried(part: Any, group: Group, weight: Tensor, gradients: Sequence[Tensor], after_first: Any = None) -> Trial:
+def tried(
+    part: Any, group: Group, weight: Tensor, gradients: Sequence[Tensor], after_first: Any = None, like: Tensor | None = None
+) -> Trial:
     """Steps of a new optimizer like `part` on a weight, without weight decay and at one learning rate.
 
     Args:
         group: as `at_start` gives it.
         after_first: called with the parameter's state after the first step.
+        like: the parameter that the weight stands for: its class and its marks may matter, and `outside` is found out.
     """
     seed_everything(0)
-    parameter = nn.Parameter(weight.clone())
-    trial = anew(part, group, parameter)
-    own = trial.param_groups[0]
-    own["weight_decay"] = type(own.get("weight_decay", 0.0))(0)
-    if own.get("lr") is not None:
-        own["lr"] = torch.full_like(own["lr"], _RATE) if isinstance(own["lr"], Tensor) else _RATE
-    _steps(trial, parameter, gradients[:1])
-    if after_first is not None:
-        after_first(trial.state[parameter])
-    _steps(trial, parameter, gradients[1:-1])
-    before = parameter.detach().clone()
-    _steps(trial, parameter, gradients[-1:])
-    return Trial(parameter.detach() - before, trial.state.get(parameter, {}))
+    parameter = _standing_for(like, weight)
+    made = _Made() if like is not None else None
+    with _real_ones_aside(part):
+        with made or nullcontext():
+            trial = _at_one_rate(part, group, parameter)
+            _steps(trial, parameter, gradients[:1])
+        if after_first is not None:
+            after_first(trial.state[parameter])
+        with made or nullcontext():
+            _steps(trial, parameter, gradients[1:-1])
+            before = parameter.detach().clone()
+            _steps(trial, parameter, gradients[-1:])
+    state = trial.state.get(parameter, {})
+    outside = None if made is None else made.outside([parameter, parameter.grad, before, state], weight.shape)
+    return Trial(parameter.detach() - before, state, outside)
+
+
+def _at_one_rate(part: Any, group: Group, *parameters: nn.Parameter) -> Any:
+    trial = anew(part, group, *parameters)
+    for own in trial.param_groups:
+        own["weight_decay"] = type(own.get("weight_decay", 0.0))(0)
+        if own.get("lr") is not None:
+            own["lr"] = torch.full_like(own["lr"], _RATE) if isinstance(own["lr"], Tensor) else _RATE
+    return trial
+
+
+def _standing_for(like: Tensor | None, weight: Tensor) -> Any:
+    """A parameter with these values, of the same class as another one, and marked as it."""
+    kind = type(like)
+    if like is None or kind in (Tensor, nn.Parameter) or is_wrapper(like) or isinstance(like, DTensor):
+        own: Any = nn.Parameter(weight.clone())
+    else:
+        own = Tensor._make_subclass(kind, weight.clone(), True)
+    vars(own).update({name: value for name, value in vars(like).items() if is_count(value)} if like is not None else {})
+    return own
+
+
+def _shows(shape: tuple[int, ...], of: torch.Size) -> bool:
+    """Whether a tensor may have coordinates of a weight. A table of codes is as long as many a bias."""
+    alike = math.prod(shape) == of.numel() > 1
+    return alike or bool(set(shape) & set(of) - {1}) if max(of) < _FEW else alike and len(of) > 1
+
+
+def carried(
+    part: Any, group: Group, like: Tensor, weights: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], turn: Any = None
+) -> tuple[Tensor, Tensor]:
+    """The last steps of a new optimizer on two weights, the first of which gets another basis just before.
+
+    Args:
+        gradients: for each weight those of all steps.
+        turn: called with the first weight and its state, both to be changed in place, and with its last gradient, for the turned
+            one; None: it stays.
+    """
+    seed_everything(0)
+    first, second = (_standing_for(like, weight) for weight in weights)
+    with _real_ones_aside(part):
+        trial = _at_one_rate(part, group, first, second)
+        _step_all(trial, {first: gradients[0][:-1], second: gradients[1][:-1]})
+        last = gradients[0][-1] if turn is None else turn(first.data, trial.state.get(first, {}), gradients[0][-1])
+        before = first.detach().clone(), second.detach().clone()
+        seed_everything(0)
+        _step_all(trial, {first: [last], second: gradients[1][-1:]})
+    return first.detach() - before[0], second.detach() - before[1]
 
 
 # A schedule with a warm-up begins at 0, where nothing could be seen.
 _RATE = 1e-2
+# Weights below this size are stand-ins, whose sizes no table of codes has.
+_FEW = 200

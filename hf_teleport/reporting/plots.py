@@ -1,5 +1,6 @@
 """Pictures of a run and its teleports, as matplotlib figures. Each function returns None if there is nothing to draw."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -122,6 +123,43 @@ def misalignment(events: list[Event]) -> Any:
     axes.grid(alpha=0.25)
     axes.legend(fontsize="small")
     return figure
+
+
+def misalignment_over_run(events: list[Event]) -> Any:
+    """Misalignment against steps, a curve for each kind of symmetry: at each change of basis the value before and after it.
+
+    It falls at an event and grows until the next, dashed. Each block counts once. Events that turned nothing have one value.
+    """
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for event in events:
+        for kind, before, after in _by_kind(event):
+            stays = event.get("rolled_back") or not event.get("steps", 1)
+            curves.setdefault(kind, []).extend((event["step"], value) for value in ((before,) if stays else (before, after)))
+    if not curves:
+        return None
+    figure = _figure(8, 3)
+    axes = figure.subplots()
+    for i, (kind, points) in enumerate(curves.items()):
+        axes.plot(*zip(*points, strict=True), "--", marker="o", markersize=4, linewidth=1, color=f"C{i}", label=kind)
+        for (step, before), (next_step, after) in itertools.pairwise(points):
+            if step == next_step:
+                axes.plot([step, step], [before, after], color=f"C{i}", linewidth=2)
+    axes.set(xlabel="before step", ylabel="misalignment", ylim=(-0.02, 1.02))
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _by_kind(event: Event) -> list[tuple[str, float, float]]:
+    """For each kind of symmetry that an event measured the misalignment before and after, a mean over blocks."""
+    measured = [s for s in event.get("symmetries", []) if s.get("misalignment_after") is not None]
+    found = []
+    for kind in dict.fromkeys(s["kind"] for s in measured):
+        own = [s for s in measured if s["kind"] == kind]
+        blocks = sum(s["blocks"] for s in own)
+        before, after = (sum(s[n] * s["blocks"] for s in own) / blocks for n in ("misalignment", "misalignment_after"))
+        found.append((kind, before, after))
+    return found
 
 
 def _figure(width: float, height: float) -> Any:

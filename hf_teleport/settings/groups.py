@@ -204,12 +204,31 @@ class BasisSettings:
         "batch, to check the turn. 0: gather them from `num_batches` teleport batches.",
         _FROM_ZERO,
     )
+    track_decay: float = setting(
+        0.8,
+        "For method 'basis', how much of the gathered second moments is left at the next look (0 to below 1). 0.8 at every fifth "
+        "step: most of the weight lies on the last 25 steps.",
+        within(number, lambda x: 0 <= x < 1, "0 to below 1"),
+    )
     blocking_gains: Literal["leave", "hold", "round"] = setting(
         "leave",
         "For method 'basis'. With tied embeddings or post-norm, a norm's gain can't be folded, and stops the residual stream "
         "from turning once training has made it uneven. 'leave' the stream as it is (method 'auto' takes 'hold'); "
-        "'hold' such gains untrained until the last teleport; 'round' them to their mean at the teleport, which changes the loss "
-        "within `max_loss_change`.",
+        "'hold' such gains untrained until the last teleport, or to the end if the run turns back there; 'round' them to their "
+        "mean at the teleport, which changes the loss within `max_loss_change`.",
+    )
+    frozen_weights: Literal["stay", "turn"] = setting(
+        "stay",
+        "For method 'basis', what becomes of weights that are not trained (the base of adapters, frozen layers). They 'stay', "
+        "and fix what they write and read; or they 'turn' in memory during training. Then adapters are saved as they fit the "
+        "base that was loaded. When training ends, that base is put back bit for bit. Quantized weights stay.",
+    )
+    turn_back: Literal["auto", "end", "never"] = setting(
+        "auto",
+        "For method 'basis', whether training ends in the coordinates in which it began. Then the model can be merged with what "
+        "it came from, averaged and compared. 'end': everything is turned back when training ends; outputs stay. 'never': the "
+        "model stays turned; trainer.turn_back() and `hf-teleport turn-back` turn it back later. 'auto': 'end' for a model that "
+        "was loaded from saved weights, 'never' for a new one.",
     )
     min_misalignment: float = setting(
         0.0,

@@ -46,6 +46,20 @@ class TeleportCallback(TrainerCallback):
             console().print(table(events))
 
 
+class HomeCallback(TrainerCallback):
+    """Turns the model back at the end of training, before other callbacks see, log or upload it.
+
+    Args:
+        turn_back: does so, if the run is to end there.
+    """
+
+    def __init__(self, turn_back: Callable[[], None]):
+        self._turn_back = turn_back
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._turn_back()
+
+
 def _scale_rates(optimizer: Any, factor: float) -> None:
     if factor != 1:
         for group in optimizer.param_groups:

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from hf_teleport.config import TeleportConfig
-from hf_teleport.display.events import COLUMNS, TEXTS, cells
+from hf_teleport.display.events import TEXTS, cells, columns
 from hf_teleport.methods import METHODS, Method
 from hf_teleport.version import __version__
 
@@ -35,8 +35,9 @@ def section(config: TeleportConfig, events: list[dict[str, Any]]) -> str:
         events: as `teleports` returns them; what is missing in one is left blank.
     """
     names = dict.fromkeys(event.get("method", config.method) for event in events)
-    rules = ("---" if name in TEXTS else "---:" for name in COLUMNS)
-    table = [_row(name.capitalize() for name in COLUMNS), _row(rules), *(_row(cells(event)) for event in events)]
+    shown = columns(events)
+    rules = ("---" if name in TEXTS else "---:" for name in shown)
+    table = [_row(name.capitalize() for name in shown), _row(rules), *(_row(cells(event, shown)) for event in events)]
     return "\n\n".join(
         [
             HEADING,

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from hf_teleport.config import TeleportConfig
 from hf_teleport.event.check import Check
@@ -18,8 +19,10 @@ from hf_teleport.event.cost import LARGE_SHARE, Cost, event_passes, share_of_run
 from hf_teleport.event.reasons import NO_STEP
 from hf_teleport.journal import Journal, teleports
 from hf_teleport.layers.point import LossFn
+from hf_teleport.layers.roles import plain_name
 from hf_teleport.methods.basis import BasisTurn
 from hf_teleport.methods.basis.tracker import Tracker
+from hf_teleport.methods.basis.way import Way, is_of_way
 from hf_teleport.optimizers.rehearsal import RehearsalError
 from hf_teleport.optimizers.state import keeps_copies, unwrapped
 from hf_teleport.report import share
@@ -27,8 +30,10 @@ from hf_teleport.teleporter import Teleporter
 from hf_teleport.training.drawing import EmptyError
 from hf_teleport.training.schedule import teleport_steps
 
-# The file in a checkpoint's folder.
+# The file beside saved weights that were turned, and in a checkpoint's folder.
 TRACKED = "teleport.safetensors"
+# In it, trained weights as they are in turned coordinates, where those beside it are not.
+_TURNED = "turned/"
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ class Plan:
     Attributes:
         settled: what method 'auto' has come to.
         steps: the schedule, `{step: epoch}`; an event comes just before its step.
-        held: parameters that stay untrained until the last event.
+        held: parameters that stay untrained until the last event, or to the end if the run turns back there.
+        turns_back: whether the run ends in the coordinates in which it began.
         tracker: what the run knows of its symmetries and of its gradients.
         rate_factor: what the learning rate is multiplied by until the next epoch.
         notes: what to say before the first step, each with its level of logging.
@@ -84,7 +90,8 @@ class Plan:
         self.settled: TeleportConfig | None = None
         self.steps: dict[int, int] = {}
         self.held: list[nn.Parameter] = []
-        self.tracker = Tracker(config.track_every)
+        self.turns_back = config.turn_back == "end"
+        self.tracker = Tracker(config.track_every, config.track_decay)
         self.rate_factor = 1.0
         self.notes: list[tuple[int, str]] = []
         self.journal = Journal()
@@ -122,7 +129,8 @@ class Plan:
 
     def holds(self, step: int) -> list[nn.Parameter]:
         """The parameters that this step leaves untrained."""
-        return self.held if self.held and step < max(self.steps) else []
+        # A gain that was trained after the last turn would stop the turn back as it would have stopped the turn.
+        return self.held if self.held and (self.turns_back or step < max(self.steps)) else []
 
     def look(self, step: int) -> None:
         """See the gradients that this optimizer step will take, if an event is still to come that turns a basis."""
@@ -135,20 +143,55 @@ class Plan:
         told = self.settings.method == "basis" and BasisTurn.is_told(self.settings) and self.tracker.seen
         return 1 if told else self.settings.num_batches
 
-    def save(self, folder: str, step: int) -> None:
-        """Put what the coming events of a resumed run need beside a checkpoint's optimizer.
+    def saves_at_home(self, model: nn.Module) -> bool:
+        """Whether trained weights are saved as they fit the base that was loaded, which turns in memory only: adapters."""
+        way = self.tracker.way
+        adapters = hasattr(model, "peft_config") and bool(way.frozen.originals)
+        return adapters and not way.staying({parameter: name for name, parameter in _named(model).items()})
+
+    def save(self, folder: str | Path, model: nn.Module, step: int | None = None) -> None:
+        """Put beside saved weights what it takes to turn them back, and in a checkpoint what a resumed run needs.
 
         Args:
-            step: the one from which the run will go on.
+            model: whose weights were saved.
+            step: of a checkpoint, the one from which the run will go on.
         """
-        state = self.tracker.state_dict()
-        if state and step <= max(self.steps, default=-1):
-            save_file(state, Path(folder, TRACKED))
+        way, names = self.tracker.way, {parameter: name for name, parameter in _named(model).items()}
+        home = self.saves_at_home(model)
+        state = {} if home and step is None else way.state_dict(names)
+        if home and step is not None:
+            trained = [parameter for parameter in way.parameters if parameter.requires_grad]
+            state |= {f"{_TURNED}{names[parameter]}": parameter.detach().contiguous() for parameter in trained}
+        if step is not None and step <= max(self.steps, default=-1):
+            state |= self.tracker.state_dict()
+        path = Path(folder, TRACKED)
+        if state:
+            save_file(state, path)
+        else:
+            path.unlink(missing_ok=True)  # of other weights that were saved there before
 
-    def load(self, folder: str) -> None:
-        """Go on from a checkpoint; one of a run without events has nothing to go on from."""
-        if (path := Path(folder, TRACKED)).exists():
-            self.tracker.load_state_dict(load_file(path))
+    @torch.no_grad()
+    def load(self, folder: str | Path, model: nn.Module) -> None:
+        """Go on from what was saved beside the weights that were loaded; without such a file, they were never turned.
+
+        Raises:
+            ValueError: it is of another model.
+        """
+        frozen = self.tracker.way.frozen
+        if self.config.frozen_weights == "turn":
+            frozen.untie(model)
+        state, named = _saved(folder), _named(model)
+        self.tracker.way = load_way(folder, model)
+        self.tracker.way.frozen = frozen
+        if turned := {name.removeprefix(_TURNED): value for name, value in state.items() if name.startswith(_TURNED)}:
+            # The base is as it was loaded, and so are the adapters that fit it.
+            frozen.keep(self.tracker.way.parameters)
+            for parameter, values in self.tracker.way.turned_frozen().items():
+                parameter.copy_(values)
+            for name, value in turned.items():
+                named[name].copy_(value)
+        if moments := {name: v for name, v in state.items() if not is_of_way(name) and not name.startswith(_TURNED)}:
+            self.tracker.load_state_dict(moments)
 
     def give_up(self, why: str) -> None:
         """The run goes on without teleports, and says why."""
@@ -171,10 +214,10 @@ class Plan:
         for batch in batches:
             start = time.perf_counter()
             self.notes = []
-            if auto:
-                self._settle(teleporter(self.config), batch, loss_fn, self._course)
             # Even if the run can't pay for a teleport: a wrong name or a loss that is none is said now, not in the next run.
             try:
+                if auto:
+                    self._settle(teleporter(self.config), batch, loss_fn, self._course)
                 checks = [teleporter(config).check(batch, loss_fn) for config in self.settings.each_method()]
             except RehearsalError as error:
                 if not auto:
@@ -236,7 +279,8 @@ class Plan:
             )
             self.notes.append((logging.INFO, line))
         passes = self._passes(course.max_steps - course.start, course)
-        if line := cost_warning([check.cost for check in checks], len(self.upcoming), passes):
+        looks = len([step for step in range(course.start, max(self.upcoming)) if self.tracker.looks_at(step)])
+        if line := cost_warning([check.cost for check in checks], len(self.upcoming), passes, looks):
             self._warn(line)
 
     def _passes(self, steps: int, course: Course) -> float:
@@ -247,19 +291,41 @@ class Plan:
         self.notes.append((logging.WARNING, line))
 
 
+def load_way(folder: str | Path, model: nn.Module) -> Way:
+    """How the weights came to the coordinates in which they were saved; empty if they were never turned.
+
+    Args:
+        model: whose weights they are.
+
+    Raises:
+        ValueError: it is of another model.
+    """
+    return Way.from_state_dict(_saved(folder), _named(model))
+
+
+def _saved(folder: str | Path) -> dict[str, Tensor]:
+    path = Path(folder, TRACKED)
+    return load_file(path) if path.exists() else {}
+
+
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
+
+
 def without_a_loss(check: Check) -> bool:
     """Whether the loss on the batch is not a number, which it is not if it is a mean over no items."""
     return math.isnan(check.loss) and check.problem != NO_STEP["out_of_memory"]
 
 
-def cost_warning(costs: list[Cost], events: int, training_passes: float) -> str:
+def cost_warning(costs: list[Cost], events: int, training_passes: float, looks: int = 0) -> str:
     """What to warn of if teleports may take more than a small share of the run; empty: they take less.
 
     Args:
         costs: of one event, for each of its methods.
         training_passes: what is left to train, in passes over a teleport batch.
+        looks: how many training steps are looked at.
     """
-    share_of_time = share_of_run(events * sum(cost.event_seconds for cost in costs), training_passes, costs[0].pass_seconds)
+    share_of_time = share_of_run(sum(cost.of_run(events, looks) for cost in costs), training_passes, costs[0].pass_seconds)
     if share_of_time <= LARGE_SHARE:
         return ""
     return (

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from hf_teleport.display.events import COLUMNS, TEXTS, Event, cells, how_many, total_time
+from hf_teleport.display.events import TEXTS, Event, cells, columns, how_many, total_time
 
 # Rows of a long run: so many of the first events, and as many of the last.
 _SHOWN = 10
@@ -17,9 +17,10 @@ def table(events: Sequence[Event]) -> Any:
 
     title = f"Teleports: {how_many(events)}; {total_time(events)}"
     made = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
-    for name in COLUMNS:
+    names = columns(events)
+    for name in names:
         made.add_column(name, justify="left" if name in TEXTS else "right", overflow="fold")
-    rows = [cells(event) for event in events]
+    rows = [cells(event, names) for event in events]
     for row in rows if len(rows) <= 2 * _SHOWN else [*rows[:_SHOWN], ["..."], *rows[-_SHOWN:]]:
         made.add_row(*row)
     return made

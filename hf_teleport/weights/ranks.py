@@ -169,13 +169,18 @@ class Ranks:
             tensor.detach().copy_(whole)
 
     def spread(self, costs: list[float]) -> list[int]:
-        """Who does which job: each job in turn, the longest first, goes to the process with the least to do."""
-        loads = [0.0] * self.size
-        owners = [0] * len(costs)
-        for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
-            owners[job] = loads.index(min(loads))
-            loads[owners[job]] += costs[job]
-        return owners
+        """Who does which job, as `spread` has it."""
+        return spread(costs, self.size)
+
+
+def spread(costs: list[float], processes: int) -> list[int]:
+    """Who does which job: each job in turn, the longest first, goes to the process with the least to do."""
+    loads = [0.0] * processes
+    owners = [0] * len(costs)
+    for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
+        owners[job] = loads.index(min(loads))
+        loads[owners[job]] += costs[job]
+    return owners
 
 
 ALONE = Ranks(several=False)

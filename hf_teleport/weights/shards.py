@@ -6,7 +6,7 @@ to runs, forwards or backwards, the same object is the whole weight. What came t
 another product of its layer's inputs) is averaged over the processes when it is closed, each keeping its own part.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor import Shard as Split
 from torch.nn import functional as F
 
@@ -48,6 +48,12 @@ class Shard(nn.Parameter):
 def whole_of(parameter: Tensor) -> Tensor:
     """A tensor with the shape and the strides of the whole parameter."""
     return parameter.whole if isinstance(parameter, Shard) else parameter
+
+
+def own_rows(whole: Tensor, size: int, rank: int) -> Tensor:
+    """One process's part of a tensor, as FSDP2 deals out the first axis."""
+    parts = whole.chunk(size)
+    return parts[rank] if rank < len(parts) else whole[:0]
 
 
 def can_stay_sharded(model: nn.Module, size: int) -> bool:
@@ -125,6 +131,75 @@ class Shards(Weights):
                 parameter.data = part
             self._parts, self._open = {}, []
 
+    def in_order(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """In the model's order."""
+        wanted = set(parameters)
+        return [parameter for parameter in self._around if parameter in wanted]
+
+    @contextmanager
+    def reading(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Inside, these are whole."""
+        parts = {parameter: parameter.data for parameter in self.in_order(parameters)}
+        self.vote()
+        try:
+            with torch.no_grad():
+                for parameter, whole in zip(parts, self._gathered(parts), strict=True):
+                    parameter.data = whole
+            yield
+        finally:
+            for parameter, part in parts.items():
+                parameter.data = part
+
+    @contextmanager
+    def changing(self, parameter: nn.Parameter, axes: Collection[int], state: Mapping[Any, Any] | None = None) -> Iterator[None]:
+        """Inside, the parameter and its state are whole if rows are mixed; afterwards this process keeps its part of them."""
+        kept: dict[Any, Any] = {} if state is None else state.get(self._stored[parameter], {})
+        kept = {name: value for name, value in kept.items() if isinstance(value, DTensor)}
+        if 0 not in axes and all(_lies_as(value, self._stored[parameter]) for value in kept.values()):
+            yield
+            return
+        own: Any = {} if state is None else state.get(parameter, {})
+        part, parts = parameter.data, {name: own[name] for name in kept}
+        try:
+            with self.reading([parameter]), torch.no_grad():
+                for name, value in kept.items():
+                    self.vote()
+                    own[name] = value.full_tensor()
+                yield
+                part.copy_(self._own_rows(parameter.data))
+                for name, value in kept.items():
+                    put(value, own[name])
+        finally:
+            own.update(parts)
+
+    def gathered(self, parameter: nn.Parameter, values: Tensor) -> Tensor:
+        """Of all processes' parts."""
+        self.vote()
+        return self._gathered({parameter: values.detach()})[0]
+
+    def changed(
+        self, parameter: nn.Parameter, values: Tensor, axes: Collection[int], change: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """On whole values if rows are mixed, of which this process keeps its part."""
+        return self._own_rows(change(self.gathered(parameter, values))).clone() if 0 in axes else change(values)
+
+    def laid_out(self, values: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Any]:
+        """As sharded tensors."""
+        found = {}
+        for parameter, part in values.items():
+            whole = whole_of(parameter)
+            found[parameter] = DTensor.from_local(
+                part.detach(), self._mesh, [Split(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+            )
+        return found
+
+    def vote(self) -> None:
+        """All processes are here, and none has failed."""
+        self.ranks.agree(2 + len(self._units) + len(self._around), _APART)
+
+    def _own_rows(self, whole: Tensor) -> Tensor:
+        return own_rows(whole, self.ranks.size, self._mesh.get_local_rank())
+
     @contextmanager
     def averaging(self, arrived: Arrived) -> Iterator[dict[nn.Parameter, Tensor]]:
         """Inside `running`, before it ends: what has come to weights until they are closed is averaged."""
@@ -167,10 +242,10 @@ class Shards(Weights):
             self._close(other)  # backward has passed it
         self.ranks.agree(1 + self._units.index(unit), _APART)
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            parameters = self._of(unit)
-            for parameter, whole in zip(parameters, self._gathered(parameters), strict=True):
-                self._parts[parameter] = parameter.data
+            parts = {parameter: parameter.data for parameter in self._of(unit)}
+            for parameter, whole in zip(parts, self._gathered(parts), strict=True):
                 parameter.data = whole
+            self._parts |= parts
         self._open.append(unit)
 
     def _close(self, unit: tuple[nn.Module, ...]) -> None:
@@ -198,17 +273,17 @@ class Shards(Weights):
                 known = self._means.get(parameter)
                 self._means[parameter] = part if known is None else known.add_(part)
 
-    def _gathered(self, parameters: list[Any]) -> list[Tensor]:
-        """The whole values of sharded weights, by one message."""
-        if not parameters:
+    def _gathered(self, parts: Mapping[Any, Tensor]) -> list[Tensor]:
+        """The whole values of what is laid out as sharded weights, by one message."""
+        if not parts:
             return []
-        rooms = [self._room(parameter) for parameter in parameters]
-        own = torch.cat([_padded(parameter.data, room) for parameter, room in zip(parameters, rooms, strict=True)])
+        rooms = [self._room(parameter) for parameter in parts]
+        own = torch.cat([_padded(part, room) for part, room in zip(parts.values(), rooms, strict=True)])
         everybodys = DTensor.from_local(own, self._mesh, [Split(0)], run_check=False).full_tensor()
         columns = everybodys.view(self.ranks.size, -1).split(rooms, dim=1)
         return [
             column.reshape(-1)[: parameter.whole.numel()].view(parameter.whole.shape)
-            for parameter, column in zip(parameters, columns, strict=True)
+            for parameter, column in zip(parts, columns, strict=True)
         ]
 
     def _scattered(self, values: dict[Any, Tensor | None]) -> list[tuple[Any, Tensor]]:
@@ -249,6 +324,22 @@ class Shards(Weights):
         self._make_whole(self._around[parameter])
         with torch._C.DisableTorchFunction():
             return region.view(parameter.detach())
+
+
+@torch.no_grad()
+def put(stored: Any, values: Tensor) -> None:
+    """Copy whole values into a tensor; into a sharded one, this process's part of them."""
+    if not isinstance(stored, DTensor):
+        stored.copy_(values)
+        return
+    mesh = stored.device_mesh
+    everywhere = DTensor.from_local(values.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    stored.to_local().copy_(everywhere.redistribute(placements=stored.placements).to_local())
+
+
+def _lies_as(value: Any, stored: Any) -> bool:
+    """Whether a sharded tensor is dealt out as a weight is."""
+    return value.shape == stored.shape and value.placements == stored.placements
 
 
 def _padded(values: Tensor, size: int) -> Tensor:

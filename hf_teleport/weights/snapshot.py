@@ -16,19 +16,22 @@ class Snapshot:
 
     Args:
         state: the optimizer's `state`, if it is to be restored too.
+
+    Attributes:
+        kept: for each parameter a copy of what the optimizer keeps.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], state: MutableMapping[Any, Any] | None = None):
         self._saved = [(parameter, parameter.detach().clone()) for parameter in parameters]
         self._state = state
-        self._kept = {} if state is None else {p: copied(state[p]) for p, _ in self._saved if p in state}
+        self.kept = {} if state is None else {p: copied(state[p]) for p, _ in self._saved if p in state}
 
     def restore(self) -> None:
         """Put the copied values back, bit for bit."""
         with torch.no_grad():
             for parameter, saved in self._saved:
                 parameter.copy_(saved)
-        for parameter, kept in self._kept.items():
+        for parameter, kept in self.kept.items():
             # Without new memory, which may be why this is called.
             now = self._state.setdefault(parameter, {})  # type: ignore[union-attr]
             for name, value in kept.items():

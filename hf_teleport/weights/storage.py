@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from hf_teleport.weights.ranks import ALONE, Ranks
-from hf_teleport.weights.shards import Shard, Shards, can_stay_sharded
+from hf_teleport.weights.shards import Shard, Shards, can_stay_sharded, put
 from hf_teleport.weights.whole import LOW, Weights
 
 
@@ -99,10 +99,10 @@ def _whole(value: Any) -> Any:
 @torch.no_grad()
 def _write_back(stand_in: nn.Parameter, stored: Any, state: MutableMapping[Any, Any]) -> None:
     """Give a stored parameter, and the optimizer's state for it, the values of its stand-in."""
-    if not stored.requires_grad:
+    if not stored.requires_grad and (isinstance(stored, DTensor) or torch.equal(stand_in, stored.to(stand_in.dtype))):
         return
-    put = _put_own if isinstance(stand_in, Shard) else _put
-    put(stored, stand_in)
+    put_back = _put_own if isinstance(stand_in, Shard) else put
+    put_back(stored, stand_in)
     if stored not in state:
         return
     if stand_in not in state:
@@ -110,7 +110,7 @@ def _write_back(stand_in: nn.Parameter, stored: Any, state: MutableMapping[Any, 
         return
     for name, value in state[stand_in].items():
         if isinstance(state[stored][name], DTensor):
-            put(state[stored][name], value)
+            put_back(state[stored][name], value)
         else:
             state[stored][name] = value
 
@@ -118,16 +118,6 @@ def _write_back(stand_in: nn.Parameter, stored: Any, state: MutableMapping[Any, 
 def _put_own(stored: Any, part: Tensor) -> None:
     """Copy this process's part into a sharded tensor."""
     stored.to_local().copy_(part)
-
-
-def _put(stored: Tensor, values: Tensor) -> None:
-    """Copy values into a tensor; into a sharded one, this process's part of them."""
-    if not isinstance(stored, DTensor):
-        stored.copy_(values)
-        return
-    mesh = stored.device_mesh
-    everywhere = DTensor.from_local(values.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    stored.to_local().copy_(everywhere.redistribute(placements=stored.placements).to_local())
 
 
 def _silence(module: nn.Module, hooks: str, stack: ExitStack) -> None:

@@ -4,7 +4,7 @@ What differs between the two is a method here, so that a caller need not know wh
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -72,6 +72,41 @@ class Weights:
     def running(self) -> AbstractContextManager[None]:
         """To be around each forward."""
         return nullcontext()
+
+    def in_order(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """Parameters in an order that is the same in all processes."""
+        return list(parameters)
+
+    def reading(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        """To be around what reads all values of these parameters, outside of `running`; all processes name the same ones."""
+        return nullcontext()
+
+    def changing(
+        self, parameter: nn.Parameter, axes: Collection[int], state: Mapping[Any, Any] | None = None
+    ) -> AbstractContextManager[None]:
+        """To be around what mixes or scales a parameter's values along some of its axes, outside of `running`.
+
+        Args:
+            state: of the optimizer, if what it keeps for the parameter changes with it.
+        """
+        return nullcontext()
+
+    def gathered(self, parameter: nn.Parameter, values: Tensor) -> Tensor:
+        """All of what is laid out as a parameter."""
+        return values
+
+    def changed(
+        self, parameter: nn.Parameter, values: Tensor, axes: Collection[int], change: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """What a change along some axes makes of values that are laid out as a parameter's."""
+        return change(values)
+
+    def laid_out(self, values: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Any]:
+        """Values that are laid out as their parameters', as tensors that know how they lie."""
+        return values
+
+    def vote(self) -> None:
+        """In the midst of what runs `together`, before the caller's own message: go on only if no process has failed."""
 
     def averaging(self, arrived: Arrived) -> AbstractContextManager[dict[nn.Parameter, Tensor]]:
         """Inside `running`, before it ends: what has come to weights that will not stay whole is averaged over the processes.

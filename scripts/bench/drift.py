@@ -9,7 +9,7 @@ from transformers import set_seed
 from hf_teleport import TeleportConfig, Teleporter
 from hf_teleport.lab.workload import Workload
 
-# As in the quickstart.
+# Those of docs/results.md.
 VIT = {"patch_size": 2, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
 SIZES = {"mlp": {}, "cnn": {"channels": [1, 16, 32, 64]}, "vit": VIT}
 

@@ -1,7 +1,8 @@
 """Memory that an event takes under FSDP2, with weights that stay sharded and with weights gathered whole: peak RSS of a process.
 
-    python scripts/bench/fsdp_memory.py --processes 2
+    python scripts/bench/fsdp_memory.py --processes 2 --method basis
 
+A change of basis turns the state of an AdamW along.
 Prints for each way the peak beyond what a process held before the event, in MB and in sizes of the whole model. Linux only.
 """
 
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_teleport import TeleportConfig, Teleporter
-from hf_teleport.methods.null_space.method import NullSpace
+from hf_teleport.methods import METHODS
 
 _STATUS = Path("/proc/self/status")
 
@@ -28,7 +29,7 @@ def resident(name: str) -> float:
     return int(re.search(rf"{name}:\s+(\d+) kB", _STATUS.read_text())[1]) / 1000
 
 
-def peak_of_event(gathered: bool, layers: int) -> tuple[float, float]:
+def peak_of_event(method: str, gathered: bool, layers: int) -> tuple[float, float]:
     """Peak beyond what was held before, and the size of the whole model, in MB."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": layers, "num_attention_heads": 8}
@@ -39,31 +40,43 @@ def peak_of_event(gathered: bool, layers: int) -> tuple[float, float]:
     fully_shard(model)
     ids = torch.randint(0, 1000, (1, 16), generator=torch.Generator().manual_seed(dist.get_rank()))
     batches = [{"input_ids": ids, "labels": ids}]
+
+    def loss_fn(model, batch):
+        return model(**batch).loss
+
+    optimizer = torch.optim.AdamW(model.parameters())
+    if method == "basis":
+        loss_fn(model, batches[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     if gathered:
-        NullSpace.on_shards = staticmethod(lambda config: False)
+        METHODS[method].on_shards = staticmethod(lambda config: False)
+    teleporter = Teleporter(model, TeleportConfig(steps_per_batch=1).for_method(method), optimizer=optimizer)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    report = Teleporter(model, TeleportConfig(steps_per_batch=1)).teleport(batches, lambda model, batch: model(**batch).loss)
+    report = teleporter.teleport(batches, loss_fn)
     assert report.steps == 1, report.summary()
     return resident("VmHWM") - before, size
 
 
-def process(rank: int, size: int, port: int, gathered: bool, layers: int) -> None:
+def process(rank: int, size: int, port: int, method: str, gathered: bool, layers: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo")
-    peak, whole = peak_of_event(gathered, layers)
+    peak, whole = peak_of_event(method, gathered, layers)
     peaks = [None] * size
     dist.all_gather_object(peaks, peak)
     if rank == 0:
         way = "gathered whole" if gathered else "sharded"
-        print(f"{way:15} {whole:.0f} MB of weights, {size} processes: {max(peaks):.0f} MB, {max(peaks) / whole:.2f} models")
+        most = max(peaks)
+        print(f"{method}, {way:15} {whole:.0f} MB of weights, {size} processes: {most:.0f} MB, {most / whole:.2f} models")
     dist.destroy_process_group()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--method", choices=["null_space", "basis"], default="null_space")
     parser.add_argument("--layers", type=int, default=6)
     args = parser.parse_args()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back at once
@@ -71,9 +84,8 @@ def main() -> None:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        mp.start_processes(
-            process, args=(args.processes, port, gathered, args.layers), nprocs=args.processes, start_method="spawn"
-        )
+        given = args.processes, port, args.method, gathered, args.layers
+        mp.start_processes(process, args=given, nprocs=args.processes, start_method="spawn")
 
 
 if __name__ == "__main__":

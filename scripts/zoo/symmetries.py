@@ -1,7 +1,7 @@
 """The zoo's report on symmetries: all that an architecture has are turned by random rotations, and how exact that was.
 
 Each architecture twice in float64: as it comes from its config, with uniform gains; and with every norm's gain and every bias
-perturbed, as training would.
+perturbed, as training would. A second turn follows, and the way home from both.
 """
 
 from collections import Counter
@@ -15,7 +15,9 @@ from hf_teleport.layers.double import KeepDouble
 from hf_teleport.layers.point import evaluate
 from hf_teleport.methods.basis.bases import Random, balance
 from hf_teleport.methods.basis.symmetries import find_symmetries
+from hf_teleport.methods.basis.symmetry import Symmetry
 from hf_teleport.methods.basis.turn import Turn
+from hf_teleport.methods.basis.way import Way
 from hf_teleport.weights.isolation import evaluation_mode
 from hf_teleport.weights.norms import norm
 
@@ -30,15 +32,17 @@ run so. Made by `python scripts/zoo/report.py symmetries --output docs/zoo_symme
 {count} architectures, {failed} failed. {turned} have a symmetry to turn. A residual stream turns in {streams} when
 gains are uneven, and in {fresh} when they are uniform, as at initialisation. In float64 the largest relative change of
 the loss is {loss:.0e}, and the largest relative difference between the gradient after and the turned gradient before
-{gradient:.0e}.
+{gradient:.0e}. After a second random turn and the way home, no weight is further from where it was than {home:.0e}.
 
 - *turned*: blocks of each kind that turn when all gains and biases are uneven. `+ stream` means that the residual
   stream turns only while gains are uniform.
 - *loss*, *gradient*: the two differences, with uneven gains.
+- *home*: how far a weight is from where it was, at most, once two turns were undone by the composed way; beside the largest
+  weight of its parameter, or 1 if that is less.
 - *left out*: the reasons for the widest symmetries that do not turn.
 
-| family | architecture | turned | loss | gradient | left out |
-| --- | --- | --- | --- | --- | --- |
+| family | architecture | turned | loss | gradient | home | left out |
+| --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -49,6 +53,7 @@ class Turned:
     turned: dict[str, int]  # blocks of each kind
     loss: float
     gradient: float
+    home: float
     left_out: list[str]
     exact: bool  # in float64
 
@@ -73,12 +78,22 @@ def turn_all(name: str, dtype: torch.dtype, *, uneven: bool) -> Turned:
         symmetries, _ = find_symmetries(model, loss_fn, batch)
         used = [symmetry for symmetry in symmetries if not symmetry.reason]
         before = evaluate(model, loss_fn, batch, seed=0)
-        random = Random(used, seed=0)
-        turn = Turn({s: balance(s) if s.kind == "scaling" else random.choose(s) for s in used})
+        first = [parameter.detach().clone() for parameter in model.parameters()]
+        way, turn = Way(), _random_turn(used, seed=0)
         pairs = zip(before.parameters, before.gradients, strict=True)
         expected = turn.gradients({p: g for p, g in pairs if g is not None})
         turn.carry_out()
+        way.add(turn)
         after = evaluate(model, loss_fn, batch, seed=0)
+    again = _random_turn(used, seed=1)
+    again.carry_out()
+    way.add(again)
+    way.turn_back()
+    off = [
+        float((now.detach() - then).abs().max() / then.abs().max().clamp_min(1))
+        for now, then in zip(model.parameters(), first, strict=True)
+        if then.numel()
+    ]
     found = dict(zip(after.parameters, after.gradients, strict=True))
     differences = [g - (0 if found[p] is None else found[p]) for p, g in expected.items()]
     turned: Counter[str] = Counter()
@@ -89,9 +104,15 @@ def turn_all(name: str, dtype: torch.dtype, *, uneven: bool) -> Turned:
         dict(turned),
         abs(after.loss / before.loss - 1),
         norm(differences) / before.grad_norm,
+        max(off),
         list(dict.fromkeys(s.reason for s in widest))[:2],
         dtype == torch.float64,
     )
+
+
+def _random_turn(used: list[Symmetry], seed: int) -> Turn:
+    random = Random(used, seed)
+    return Turn({s: balance(s) if s.kind == "scaling" else random.choose(s) for s in used})
 
 
 def measure(name: str) -> Row:
@@ -114,6 +135,7 @@ def header(rows: list[Row], failed: int) -> str:
         fresh=sum("stream" in row.uniform.turned for row in rows),
         loss=max((turned.loss for turned in exact), default=0.0),
         gradient=max((turned.gradient for turned in exact), default=0.0),
+        home=max((turned.home for turned in exact), default=0.0),
     )
 
 
@@ -123,4 +145,4 @@ def cells(row: Row) -> list[str]:
     turned = ", ".join(f"{count} {kind}" for kind, count in sorted(uneven.turned.items()))
     if row.uniform.turned.get("stream", 0) > uneven.turned.get("stream", 0):
         turned += " + stream"
-    return [turned, f"{uneven.loss:.0e}", f"{uneven.gradient:.0e}", "; ".join(uneven.left_out)]
+    return [turned, f"{uneven.loss:.0e}", f"{uneven.gradient:.0e}", f"{uneven.home:.0e}", "; ".join(uneven.left_out)]

@@ -97,9 +97,10 @@ def test_controls_are_made_of_the_arms_that_they_suit(config):
     made = planned(config(arms=arms))
     assert made.arms == list(arms)
     controls = {name: training for name, training in arms_of(made).items() if name not in arms}
-    assert list(controls) == [*CONTROLS, "basis.random_move"]
+    assert list(controls) == [*CONTROLS, "basis.random_move", "basis.identity"]
     assert [controls[name].teleport_control for name in CONTROLS[1:]] == ["random_move", "matched_rate"]
     assert (controls["basis.random_move"].teleport_basis, controls["basis.random_move"].teleport_steps) == ("random", 3)
+    assert controls["basis.identity"].teleport_basis == "identity"
     # As they were, but for that.
     assert controls["null_space.random_move"].teleport_epochs == 1
     assert controls["warmup"].teleport_epochs == 0

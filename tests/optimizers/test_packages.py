@@ -1,8 +1,10 @@
 """The optimizers of the packages that people train with: turned, or refused before training; never turned wrongly."""
 
+from functools import cache
+
 import pytest
 import torch
-from optimizers import agreement, catalogue, least
+from optimizers import agreement, by_name, least, llama, made
 from torch import nn
 
 from hf_teleport.optimizers.leaves import leaves
@@ -10,7 +12,7 @@ from hf_teleport.optimizers.state import check_optimizer, forget
 
 pytestmark = pytest.mark.filterwarnings("ignore:This implementation of AdamW is deprecated:FutureWarning")  # GaLore's
 
-CATALOGUE = {(package, name): make for package, name, make in catalogue()}
+CATALOGUE = made()
 
 # What must be turned; all others may be refused too (docs/optimizers.md).
 TURNED = [
@@ -26,8 +28,8 @@ TURNED = [
     ("galore-torch", "GaLoreAdafactor"),
     ("apollo-torch", "APOLLOAdamW, random"),
     ("apollo-torch", "APOLLOAdamW, svd"),
-    ("transformers", "galore_adamw_layerwise"),
-    ("transformers", "apollo_adamw_layerwise"),
+    ("Trainer", "galore_adamw_layerwise"),
+    ("Trainer", "apollo_adamw_layerwise"),
     ("pytorch_optimizer", "CAME"),
     ("pytorch_optimizer", "AdEMAMix"),
 ]
@@ -42,14 +44,15 @@ REFUSED = [
 
 @pytest.mark.parametrize("which", TURNED, ids=lambda which: which[1])
 def test_the_next_update_is_the_turned_one(which):
-    cosine, _ = agreement(CATALOGUE[which])
+    model = llama()
+    cosine, _ = agreement(model, (by_name(which[1]) if which[0] == "Trainer" else CATALOGUE[which])(model))
     assert cosine > least(which[1])
 
 
 @pytest.mark.parametrize("which", REFUSED, ids=lambda which: which[1])
 def test_what_cannot_be_turned_is_refused_with_a_way_out(which):
     with pytest.raises(ValueError, match=r"AdamW|reset"):
-        agreement(CATALOGUE[which])
+        check_optimizer(CATALOGUE[which](llama()))
 
 
 class Two(nn.Module):
@@ -71,8 +74,9 @@ def stepped(model, optimizer, seeds):
     return updates
 
 
+@cache
 def accepted(which):
-    """An optimizer of a small model, or None if it does not run, or is refused."""
+    """An optimizer of a small model, or None if it does not run, or is refused. Found once for all tests."""
     model = Two()
     try:
         optimizer = CATALOGUE[which](model)
@@ -82,16 +86,17 @@ def accepted(which):
     return model, optimizer
 
 
-OF_TORCH_AND_MORE = [which for which in CATALOGUE if which[0] in ("torch", "pytorch_optimizer")]
+# APOLLO draws for each parameter by its place among all.
+OF_TORCH_AND_MORE = [which for which in CATALOGUE if which[0] in ("torch", "pytorch_optimizer", "apollo-torch")]
 
 
 @pytest.mark.parametrize("which", OF_TORCH_AND_MORE, ids=lambda which: which[1])
 def test_a_reset_is_a_new_optimizer(which):
     torch.manual_seed(0)
-    made = accepted(which)
-    if made is None:
+    found = accepted(which)
+    if found is None:
         pytest.skip("refused")
-    model, optimizer = made
+    model, optimizer = found
     stepped(model, optimizer, range(5))
     other = Two()
     other.load_state_dict(model.state_dict())

@@ -7,7 +7,8 @@ import torch
 from optimizers import MuonAndAdamW, by_name, llama
 from torch import nn, optim
 
-from hf_teleport.optimizers.parts import groups_of, parts, states
+from hf_teleport import TeleportConfig, Teleporter
+from hf_teleport.optimizers.parts import groups_of, parts, states, steps_copies
 from hf_teleport.optimizers.rehearsal import Rehearsal, RehearsalError
 from hf_teleport.optimizers.state import check_optimizer, forget
 
@@ -158,3 +159,16 @@ def test_an_optimizer_that_knows_its_owner_is_one():
     optimizer.trainer = SimpleNamespace(optimizer=optimizer, lr_scheduler=optim.lr_scheduler.ConstantLR(optimizer))
     assert parts(optimizer) == [optimizer]
     check_optimizer(optimizer)
+
+
+def test_copies_of_the_weights_that_are_stepped_in_their_place_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 3, bias=False))
+    copies = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
+    batch = torch.randn(8, 4)
+    for method in ("auto", "basis", "null_space"):
+        teleporter = Teleporter(model, TeleportConfig(method=method), optimizer=optim.AdamW(copies))
+        with pytest.raises(RehearsalError, match=r"AdamW steps tensors of shape \[4, 4\] that are not the model's"):
+            teleporter.check(batch, lambda model, batch: model(batch).square().mean())
+    # Those of another model beside this one's, and a weight that is left out, are no copies.
+    assert not steps_copies(optim.AdamW([*model.parameters(), *copies]), model.parameters())
+    assert not steps_copies(optim.AdamW([model[0].weight]), model.parameters())

@@ -4,8 +4,8 @@ import transformers.optimization as hf
 from accelerate import Accelerator
 from torch import nn, optim
 
-from hf_teleport.methods.basis.symmetry import Part
-from hf_teleport.methods.basis.turn import turn_axis
+from hf_teleport.methods.basis.symmetry import Part, Symmetry
+from hf_teleport.methods.basis.turn import Turn, turn_axis
 from hf_teleport.optimizers.parts import keeps_copies, unwrapped
 from hf_teleport.optimizers.state import OptimizerState, check_optimizer, forget
 
@@ -55,6 +55,7 @@ OPTIMIZERS = {
         {"exp_avg_sq_row", "exp_avg_sq_col"},
     ),
     "sign": (SignOfAverage, {"exp_avg"}, set()),
+    "Lion": (lambda p: pytest.importorskip("pytorch_optimizer").Lion(p), {"exp_avg"}, set()),
 }
 AXES = {"row_var": 0, "exp_avg_sq_row": 0, "col_var": 1, "exp_avg_sq_col": 1}
 """The one axis of the weight that a factor of its second moment has."""
@@ -115,6 +116,42 @@ def test_averages_turn_and_those_of_squares_by_the_squared_matrix(kind, dim, blo
             torch.testing.assert_close(tensor.sum(), before[name].sum())
             assert (tensor >= 0).all()
             assert (name in AXES and AXES[name] != dim) or not torch.allclose(tensor, before[name])
+
+
+@pytest.mark.parametrize("rule", ["factors", "turn", "keep"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_each_rule_on_both_axes_is_that_of_dense_matrices(kind, rule):
+    """A whole turn: two blocks along the first axis, one along the second, each rule as one matrix for each axis."""
+    make, first, second = OPTIMIZERS[kind]
+    weight, optimizer = trained(make)
+    values, before = weight.detach().clone(), kept(optimizer, weight)
+    turn, of_gradient, of_squares = Turn({}), [], []
+    for dim, blocks in ((0, 2), (1, 1)):
+        size = weight.shape[dim] // blocks
+        part, matrices = part_of(weight, dim, blocks), rotation(blocks, size)
+        symmetry = Symmetry("chain", f"axis {dim}", blocks, size, parts=[part])
+        turn.rotations[symmetry] = matrices
+        shares = torch.rand(blocks, size, dtype=torch.float64)
+        shares /= shares.sum(-1, keepdim=True)
+        if rule == "factors":
+            turn.shares[symmetry] = shares
+        # Each coordinate gets its share of the sum over its block.
+        spread = shares[:, :, None].expand(-1, -1, size)
+        whole = weight.shape[dim]
+        of_gradient.append(dense(part, matrices, whole))
+        own = {"factors": spread, "turn": matrices.square(), "keep": torch.eye(size).double().expand(blocks, -1, -1)}
+        of_squares.append(dense(part, own[rule], whole))
+    turn.carry_out(OptimizerState(optimizer, "keep" if rule == "keep" else "turn"))
+    torch.testing.assert_close(weight.detach(), of_gradient[0] @ values @ of_gradient[1].T)
+    after = kept(optimizer, weight)
+    assert set(after) == first | second
+    for name, tensor in after.items():
+        left, right = of_gradient if name in first else of_squares
+        if name in AXES:
+            expected = ((left, right)[AXES[name]] @ before[name].double().flatten()).view_as(tensor)
+        else:
+            expected = left @ before[name].double() @ right.T
+        torch.testing.assert_close(tensor, expected.to(tensor), atol=1e-6 if tensor.dtype != torch.float64 else 1e-13, rtol=1e-6)
 
 
 def test_steps_are_counted_on():

@@ -18,8 +18,8 @@ def event(step, *layers, **others):
     return {"step": step, "method": "null_space", "rolled_back": False, "layers": list(layers), "symmetries": [], **others}
 
 
-def symmetry(name, misalignment):
-    return {"kind": "stream", "name": name, "misalignment": misalignment}
+def symmetry(name, misalignment, after=None, kind="stream", blocks=1):
+    return {"kind": kind, "name": name, "blocks": blocks, "misalignment": misalignment, "misalignment_after": after}
 
 
 EVENTS = [
@@ -121,11 +121,28 @@ def test_misalignment_of_each_symmetry():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["stream x", "stream z"]
 
 
+def test_misalignment_falls_at_each_event_and_grows_until_the_next():
+    heads = [symmetry("v", 0.6, 0.2, "value_output", blocks=3), symmetry("w", 0.2, 0.0, "value_output")]
+    events = [
+        event(10, symmetries=[symmetry("x", 0.8, 0.1), *heads, symmetry("y", None)]),
+        event(15),
+        event(20, symmetries=[symmetry("x", 0.4, 0.3)], rolled_back=True),
+    ]
+    (axes,) = drawn(plots.misalignment_over_run(events))
+    found = lines(axes)
+    assert found["stream"] == [[10, 0.8], [10, 0.1], [20, 0.4]]  # what was undone is as it was
+    np.testing.assert_allclose(found["value_output"], [[10, 0.5], [10, 0.15]])
+    falls = [line for name, line in found.items() if name.startswith("_")]
+    assert [[10, 0.8], [10, 0.1]] in falls
+    assert [[10, 0.1], [20, 0.4]] not in falls
+
+
 @pytest.mark.parametrize("events", [[], [event(0)], [event(0, layer("a", moved_by=None))], [{"step": 3, "seconds": 1.0}]])
 def test_nothing_to_draw(events):
     assert plots.training([{"step": 1, "train_runtime": 3.0}], events) is None
     assert plots.captured(events) is None
     assert plots.null_dimensions(events) is plots.movement(events) is plots.misalignment(events) is None
+    assert plots.misalignment_over_run(events) is None
 
 
 def test_many_layers_and_events_have_room_and_some_names():

@@ -70,7 +70,8 @@ def test_an_event_looks_at_one_batch_once_training_was_looked_at(tmp_path):
     assert taken == [(0, 1), (0, 3), (4, 1)]
 
 
-def test_moments_are_those_of_the_steps_that_were_looked_at(tmp_path):
+@pytest.mark.parametrize("decay", [0.8, 0.5])
+def test_moments_are_those_of_the_steps_that_were_looked_at(tmp_path, decay):
     """Whatever a run saves can be computed from the gradients of its steps."""
     seen = []
 
@@ -84,7 +85,7 @@ def test_moments_are_those_of_the_steps_that_were_looked_at(tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 8
 
-    config = following(steps=(12,), track_every=3)
+    config = following(steps=(12,), track_every=3, track_decay=decay)
     trainer = run(tmp_path, config, callbacks=[Gradients(), Stop()], save_strategy="steps", save_steps=8, max_grad_norm=0.1)
     trainer.train()
     saved = load_file(Path(tmp_path, "checkpoint-8", TRACKED))
@@ -98,7 +99,7 @@ def test_moments_are_those_of_the_steps_that_were_looked_at(tmp_path):
         moments.look(dict(zip(model.parameters(), gradients, strict=True)))
         for symmetry, value in moments.values.items():
             name = f"{symmetry.kind}/{symmetry.name}/{symmetry.blocks}x{symmetry.size}"
-            totals[name] = 0.8 * totals.get(name, 0) + value
+            totals[name] = decay * totals.get(name, 0) + value
     assert set(saved) == set(totals)
     for name, value in saved.items():
         torch.testing.assert_close(value, totals[name], atol=1e-5, rtol=1e-4)

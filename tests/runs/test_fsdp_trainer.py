@@ -132,9 +132,9 @@ def test_a_sharded_run_ends_where_that_of_ddp_does(both, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_in_a_trainer_too_the_null_space_method_leaves_weights_sharded(both, name):
+def test_in_a_trainer_too_weights_stay_sharded(both, name):
     # The model's own weights, those outside of all layers, count as one more.
-    assert {each["fsdp", name]["most"] for each in both} == ({2} if name.startswith("null_space") else {0})
+    assert {each["fsdp", name]["most"] for each in both} == {2}
 
 
 def test_without_teleports_it_is_trainer(both):

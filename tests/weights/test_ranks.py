@@ -61,8 +61,8 @@ CASES = {
     "level_set": (llama, torch.float64, {"method": "level_set"}, 1e-12),
     "lookahead": (llama, torch.float64, {"objective": "lookahead", "scope": "batch", "learning_rate": 1e-3}, 1e-12),
 }
-# The first two stay sharded, the others are gathered.
-SHARDED = ["fast", "fast32", "exact", "gradient", "measure", "level_set", "lookahead"]
+# The first ones stay sharded, the last three are gathered.
+SHARDED = ["fast", "gradient", "fast32", "gradient of heads", "activation", "measure", "exact", "level_set", "lookahead"]
 
 
 def teleported(name, rank, size, on_shards=False):
@@ -88,7 +88,7 @@ def every_case(rank, size):
     torch.manual_seed(rank)  # what a process draws for itself does not matter
     found = {name: teleported(name, rank, size) for name in (CASES if size < 4 else ["exact", "gradient"])}
     if size > 1:
-        names = SHARDED if size == 2 else SHARDED[:1]
+        names = SHARDED if size == 2 else SHARDED[:2]
         found |= {f"{name}, sharded": teleported(name, rank, size, on_shards=True) for name in names}
     return found
 

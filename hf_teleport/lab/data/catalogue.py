@@ -68,6 +68,8 @@ CATALOGUE: dict[str, Source] = {
     "sst2": Source(
         "stanfordnlp/sst2", "text", test_split="validation", label_column="label", home="https://nlp.stanford.edu/sentiment"
     ),
+    # Not from the Hub, but from the packages in this environment: code.py.
+    "python": Source("python", "text", home="https://pypi.org"),
 }
 
 

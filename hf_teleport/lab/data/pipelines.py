@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, default_data_collator
 
 from hf_teleport.lab.data.catalogue import CATALOGUE, KINDS, Source, find
+from hf_teleport.lab.data.code import code_files, code_tokens
 from hf_teleport.lab.data.images import load_images
 from hf_teleport.lab.data.masking import Masking
 from hf_teleport.lab.data.rows import TensorRows
@@ -17,11 +18,13 @@ from hf_teleport.lab.data.sequences import load_sequences
 from hf_teleport.lab.data.series import load_series
 from hf_teleport.lab.data.text import (
     Texts,
+    blocks_of,
     language_model_rows,
     load_texts,
     saved_tokenizer,
     sentence_rows,
     splits_at_blanks,
+    token_stream,
     treebank_words,
     word_tokenizer,
 )
@@ -80,6 +83,8 @@ def load(source: str | Source, folder: str | Path | None = None, kind: str | Non
             catalogue's; without one the rows are for a language model. A row has 256 tokens. The vocabulary has every word of
             the training text. The tokenizer is a folder or Hub id, or made from the words of the training text. The
             probability is for a masked language model; by default nothing is masked.
+            'python' has 5,000 entries in its vocabulary, and also takes package_megabytes (3 of each training package, as
+            for `code_files`).
 
     Raises:
         FileNotFoundError: the data are neither here nor within reach.
@@ -155,11 +160,18 @@ def _text(
     vocabulary_size: int | None = None,
     tokenizer: str | Path | None = None,
     mask_probability: float | None = None,
+    package_megabytes: float | None = None,
 ) -> Pipeline:
-    label_column = label_column or source.label_column
-    parts = load_texts(source, text_column, label_column, folder=folder)
     if tokenizer is not None and vocabulary_size is not None:
         raise ValueError(f"vocabulary_size = {vocabulary_size} is not allowed; allowed: none, for the tokenizer has its own.")
+    if source == CATALOGUE["python"] and folder is None:
+        if label_column is not None:
+            raise ValueError(f"label_column = {label_column!r} is not allowed; allowed: None, for source code has no classes.")
+        return _code(length, vocabulary_size, tokenizer, mask_probability, package_megabytes)
+    if package_megabytes is not None:
+        raise ValueError(f"package_megabytes = {package_megabytes!r} is not allowed; allowed: None, but for 'python'.")
+    label_column = label_column or source.label_column
+    parts = load_texts(source, text_column, label_column, folder=folder)
     tokens = None if tokenizer is None else saved_tokenizer(tokenizer)
     # A tokenizer of words splits at blanks; any other one finds tokens in the text as it is.
     if tokens is None or splits_at_blanks(tokens):
@@ -169,12 +181,33 @@ def _text(
     def rows(texts: Texts) -> Dataset:
         if label_column is not None:
             return sentence_rows(texts, tokens, length)
-        blocks = language_model_rows(texts.sentences, tokens, length)
-        return blocks if mask_probability is None else TensorRows(input_ids=blocks.columns["input_ids"])
+        return _labelled(language_model_rows(texts.sentences, tokens, length), mask_probability)
 
     measure = "accuracy" if label_column else "masked_perplexity" if mask_probability else "perplexity"
     made = {role: rows(texts) for role, texts in parts.items()}
     return Pipeline("text", measure, tokenizer=tokens, mask_probability=mask_probability, **made)
+
+
+def _code(
+    length: int,
+    vocabulary_size: int | None,
+    tokenizer: str | Path | None,
+    mask_probability: float | None,
+    package_megabytes: float | None,
+) -> Pipeline:
+    if tokenizer is None:
+        tokens, streams = code_tokens(package_megabytes, vocabulary_size)
+    else:
+        tokens, parts = saved_tokenizer(tokenizer), code_files(package_megabytes)
+        streams = {role: token_stream(list(files.values()), tokens) for role, files in parts.items()}
+    measure = "masked_perplexity" if mask_probability else "perplexity"
+    made = {role: _labelled(blocks_of(stream, length), mask_probability) for role, stream in streams.items()}
+    return Pipeline("text", measure, tokenizer=tokens, mask_probability=mask_probability, **made)
+
+
+def _labelled(blocks: TensorRows, mask_probability: float | None) -> TensorRows:
+    """Blocks of running text; where words are to be masked, the collator makes the labels."""
+    return blocks if mask_probability is None else TensorRows(input_ids=blocks.columns["input_ids"])
 
 
 _PIPELINES: dict[str, Callable[..., Pipeline]] = {"image": _images, "sequence": _sequences, "series": _series, "text": _text}

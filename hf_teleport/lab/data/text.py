@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -15,6 +15,9 @@ from hf_teleport.lab.data.rows import TensorRows, class_labels, column, split_ro
 from hf_teleport.reporting.extras import require_extra
 
 PAD, UNKNOWN, END, START, MASK = "<pad>", "<unk>", "<eos>", "<cls>", "<mask>"
+
+# So many texts are tokenized at a time.
+_ENCODED_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,33 @@ def word_tokenizer(sentences: list[str], vocabulary_size: int | None, masked: bo
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
+def byte_pair_tokenizer(texts: list[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: every text has tokens, and they give it back to the last blank.
+
+    Args:
+        texts: the training text.
+        vocabulary_size: at most so many tokens, those for padding, the end of a text and masks counted in.
+
+    Raises:
+        ValueError: a vocabulary without room for every byte.
+    """
+    special = {"pad_token": PAD, "eos_token": END, "mask_token": MASK}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    fewest = len(special) + len(alphabet)
+    if vocabulary_size < fewest:
+        raise ValueError(
+            f"vocabulary_size = {vocabulary_size} is not allowed; allowed: {fewest} or more, for there is a token for every byte."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size, special_tokens=list(special.values()), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
+
+
 def saved_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder or a Hub id.
 
@@ -127,16 +157,33 @@ def splits_at_blanks(tokenizer: PreTrainedTokenizerFast) -> bool:
 
 
 def language_model_rows(sentences: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> TensorRows:
-    """The sentences one after the other, <eos> after each, cut into blocks: `input_ids` and `labels` (N, length).
+    """The sentences one after the other, <eos> after each, as `blocks_of` cuts them.
+
+    Raises:
+        ValueError: as `blocks_of`.
+    """
+    return blocks_of(token_stream(sentences, tokenizer), length)
+
+
+def token_stream(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """The tokens (N,) of all texts, one after the other, <eos> after each."""
+    end = tokenizer.eos_token_id
+    parts = [torch.empty(0, dtype=torch.int64)]
+    # A list of all tokens would take many times the room of the tensor.
+    for start in range(0, len(texts), _ENCODED_AT_ONCE):
+        encoded = tokenizer(texts[start : start + _ENCODED_AT_ONCE], add_special_tokens=False)["input_ids"]
+        parts.append(torch.tensor([token for text in encoded for token in (*text, end)]))
+    return torch.cat(parts)
+
+
+def blocks_of(stream: Tensor, length: int) -> TensorRows:
+    """Tokens (N,) cut into blocks: `input_ids` and `labels` (N // length, length).
 
     The labels are the inputs, for Transformers' models shift them. What does not fill the last block is left out.
 
     Raises:
         ValueError: the text is shorter than one block.
     """
-    end = tokenizer.eos_token_id
-    encoded = tokenizer(sentences, add_special_tokens=False)["input_ids"]
-    stream = torch.tensor([token for sentence in encoded for token in (*sentence, end)])
     count = len(stream) // length
     if not count:
         raise ValueError(f"length = {length} is not allowed; allowed: at most the {len(stream)} tokens that the text has.")

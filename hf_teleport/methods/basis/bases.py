@@ -7,6 +7,7 @@ basis does to Adam).
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from hf_teleport.methods.basis.smallest import smallest_turn
 from hf_teleport.methods.basis.symmetry import Fold, Part, Symmetry
 from hf_teleport.methods.basis.turn import folded, slices
 from hf_teleport.weights.ranks import Ranks
+from hf_teleport.weights.shards import whole_of
+from hf_teleport.weights.whole import WHOLE, Weights
 
 
 class Basis(ABC):
@@ -32,7 +35,10 @@ class Basis(ABC):
     def __init__(self, symmetries: list[Symmetry], seed: int, moments: Moments | None = None):
         self.symmetries = symmetries
         self.seed = seed
-        self._gains: dict[Fold, Tensor] = {fold: effective(fold.norm) for s in symmetries for fold in s.folds}
+
+    @cached_property
+    def _gains(self) -> dict[Fold, Tensor]:
+        return {fold: effective(fold.norm) for symmetry in self.symmetries for fold in symmetry.folds}
 
     def observe(self, point: Point) -> None:
         """Take in one batch."""
@@ -103,7 +109,7 @@ class ActivationCovariance(_SecondMoment):
         factors = {(p, dim): (gain, elements) for fold, gain in self._gains.items() for p, dim, elements in fold.readers}
         for symmetry, i, part in self._readers():
             for region, uses in point.trace.uses.get(part.parameter, {}).items():
-                if sorted(region.shape) != sorted(part.parameter.shape):
+                if sorted(region.shape) != sorted(whole_of(part.parameter).shape):
                     continue  # a part of a fused weight, with other inputs than its neighbour
                 for use in uses:
                     rows = use.call.projector.rows(use.call.input.detach()).flatten(0, 1)
@@ -212,13 +218,17 @@ BASES: dict[str, type[Basis]] = {
 }
 
 
-def balance(symmetry: Symmetry) -> Tensor:
+def balance(symmetry: Symmetry, weights: Weights = WHOLE) -> Tensor:
     """The factors (H, 1, 1) of single features that make what writes each as long as what reads it."""
-    writes, reads = (_squares(symmetry, reads=side) for side in (False, True))
+    writes, reads = (_squares(symmetry, weights, reads=side) for side in (False, True))
     return torch.where((writes > 0) & (reads > 0), (reads / writes).pow(0.25), 1.0)[:, None, None]
 
 
-def _squares(symmetry: Symmetry, *, reads: bool) -> Tensor:
+def _squares(symmetry: Symmetry, weights: Weights, *, reads: bool) -> Tensor:
     """For each feature (H,) the squared length of what reads it, or of what writes it."""
-    parts = [part for part in symmetry.parts if part.reads is reads]
-    return sum((slices(p.parameter.detach(), p).double().square().sum((1, 2, 3)) for p in parts), torch.zeros(symmetry.blocks))
+    total = torch.zeros(symmetry.blocks)
+    for part in symmetry.parts:
+        if part.reads is reads:
+            with weights.reading([part.parameter]):
+                total = total + slices(part.parameter.detach(), part).double().square().sum((1, 2, 3))
+    return total

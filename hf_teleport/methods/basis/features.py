@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from hf_teleport.weights.shards import whole_of
+
 NONE = -1
 """The number of no feature: a value that is zero, and stays zero under every rotation."""
 
@@ -31,7 +33,7 @@ class Axis:
     @property
     def size(self) -> int:
         """How many features there are."""
-        return self.parameter.shape[self.dim]
+        return whole_of(self.parameter).shape[self.dim]
 
     @property
     def features(self) -> Tensor:
@@ -64,6 +66,12 @@ def uniform(gain: Tensor) -> bool:
     """Whether all elements are equal, to rounding."""
     gain = gain.detach()
     return bool((gain - gain.mean()).abs().max() <= 4 * torch.finfo(gain.dtype).eps * gain.abs().max().clamp_min(1.0))
+
+
+def vectors(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that may be gains, by their shape alone: the same ones in all processes."""
+    shapes = {parameter: whole_of(parameter).shape for parameter in model.parameters()}
+    return [parameter for parameter, shape in shapes.items() if shape.numel() == max(shape, default=1)]
 
 
 @dataclass

@@ -6,7 +6,9 @@ not see it; Adam, which scales each coordinate alone, does. docs/basis.md has th
 
 import logging
 import math
-from typing import Any
+from collections.abc import Callable
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +18,24 @@ from hf_teleport.layers.audit import describe
 from hf_teleport.layers.point import Point
 from hf_teleport.methods.base import TurningMethod
 from hf_teleport.methods.basis.bases import BASES, Basis, balance
+from hf_teleport.methods.basis.cost import bytes_of, decompositions, longest, look_seconds, moment_bytes, turn_seconds, work
+from hf_teleport.methods.basis.features import vectors
+from hf_teleport.methods.basis.frozen import stays_frozen
 from hf_teleport.methods.basis.moments import Moments, misalignment, shares, turned
 from hf_teleport.methods.basis.smallest import mean_angle
 from hf_teleport.methods.basis.symmetries import find_symmetries
 from hf_teleport.methods.basis.symmetry import Part, Symmetry
 from hf_teleport.methods.basis.tracker import Tracker
 from hf_teleport.methods.basis.turn import Turn
+from hf_teleport.optimizers.hidden import hidden
 from hf_teleport.optimizers.state import OptimizerState, check_optimizer
 from hf_teleport.report import SymmetryReport
 from hf_teleport.weights.norms import norm
 from hf_teleport.weights.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 # Relative difference up to which a gradient after a turn is the turned gradient from before, by the precision of the weights.
 _AGREEMENT = {torch.float32: 1e-2, torch.float64: 1e-5}
@@ -53,11 +61,14 @@ class BasisTurn(TurningMethod):
         self._first: dict[nn.Parameter, Tensor] = {}
         self._squares: dict[tuple[nn.Parameter, int], Tensor] = {}
         self._after: dict[Symmetry, Tensor] = {}  # second moments once turned
+        self._before = Snapshot([])
         self._state: OptimizerState | None = None
+        self._hidden = ""
         if self.optimizer is not None:
             reset = self.config.optimizer_state == "reset"
             check_optimizer(self.optimizer, reset=reset)
             squares: Any = "keep" if self.config.second_moment == "keep" else "turn"
+            self._hidden = hidden(self.optimizer)
             self._state = None if reset else OptimizerState(self.optimizer, squares)
 
     @staticmethod
@@ -69,6 +80,34 @@ class BasisTurn(TurningMethod):
     @staticmethod
     def passes(config: TeleportConfig) -> int:
         return 2 if BasisTurn.is_told(config) else 2 * config.num_batches
+
+    def decomposition_seconds(self, point: Point) -> float:
+        device = next((part.parameter.device for symmetry in self.used for part in symmetry.parts), torch.device("cpu"))
+        return longest(decompositions(self._ordered(), self.ranks.size, device))
+
+    def turn_seconds(self, point: Point) -> float:
+        # The weights, what the optimizer keeps of them, and the gradient that the event is checked with, before and after.
+        return (2 + self._averages) * turn_seconds(self.used, point.by_parameter)
+
+    def look_seconds(self, point: Point) -> float:
+        return look_seconds(self.used, point.by_parameter) if self.config.track_every else 0.0
+
+    def event_bytes(self) -> int:
+        movable, trained = (bytes_of(each) for each in (self.movable, (p for p in self.model.parameters() if p.requires_grad)))
+        # A copy of what turns to return to; and at once the gradients before, those turned, and those after.
+        return int((1 + self._averages) * movable) + 3 * trained + moment_bytes(self.used)
+
+    @property
+    def _averages(self) -> float:
+        """How many averages the optimizer keeps of a weight that turns: the mean over their elements."""
+        sizes = {parameter: parameter.numel() for parameter in self.movable}
+        kept = 0 if self._state is None else sum(self._state.averages(p) * size for p, size in sizes.items())
+        return kept / max(1, sum(sizes.values()))
+
+    @staticmethod
+    def on_shards(config: TeleportConfig) -> bool:
+        # 'predicted_decrease' climbs with all gradients of a symmetry at once, and a rehearsal steps the whole model.
+        return config.basis != "predicted_decrease" and not config.rehearsal_steps
 
     @property
     def used(self) -> list[Symmetry]:
@@ -82,15 +121,17 @@ class BasisTurn(TurningMethod):
     @property
     def written(self) -> list[Tensor]:
         state = self._state
-        kept = [] if state is None else [t for parameter in self.in_order() for t in state.tensors(parameter)]
-        return super().written + kept
+        if state is None or not self.weights.whole:
+            return super().written
+        return super().written + [t for parameter in self.in_order() for t in state.tensors(parameter)]
 
     @property
     def blocking(self) -> list[nn.Parameter]:
         return [gain for symmetry in self.used for gain in symmetry.blocking]
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(self.movable, None if self._state is None else self._state.state)
+        self._before = Snapshot(self.movable, None if self._state is None else self._state.state)
+        return self._before
 
     def survey(self, point: Point) -> None:
         if not self.reports:
@@ -98,25 +139,43 @@ class BasisTurn(TurningMethod):
             self._agree()
             self._take_up()
             self._first = point.by_parameter
-        self.ranks.together(lambda: self._look(point))
+        self.ranks.together(lambda: self._with_gains(lambda: self._look(point)))
+
+    def _with_gains(self, work: Callable[[], _T]) -> _T:
+        """Do what reads gains, and no other weights."""
+        with self.weights.reading(vectors(self.model)):
+            return work()
 
     def _find(self, point: Point) -> None:
         self.reports = describe(self.model, point, self.config)
+        if self.config.frozen_weights == "turn":
+            for parameter, report in self.reports.items():
+                if not parameter.requires_grad:
+                    report.reason = stays_frozen(self.weights.origin(parameter)) or report.reason
         immovable = {parameter: report.reason for parameter, report in self.reports.items() if report.reason}
         self._immovable = frozenset(map(self.weights.origin, immovable))
         known = {s.of(self.weights.stand_in): s for s in self.tracker.known(self._immovable)}
-        if known and all(symmetry.reason or symmetry.holds for symmetry in known):
+        if bool(known) and self._with_gains(lambda: all(symmetry.reason or symmetry.holds for symmetry in known)):
             self._tracked, symmetries = known, list(known)
             reasons = {self.weights.stand_in(parameter): reason for parameter, reason in self.tracker.reasons.items()}
         else:
             round_gains = self.config.blocking_gains == "round"
-            symmetries, reasons = find_symmetries(self.model, self.loss_fn, point.batch, immovable, round_gains=round_gains)
+            symmetries, reasons = find_symmetries(
+                self.model, self.loss_fn, point.batch, immovable, round_gains=round_gains, weights=self.weights
+            )
         self._reasons = reasons
         for symmetry in symmetries:
             if not symmetry.reason and symmetry.kind not in self.config.symmetries:
                 symmetry.reason = f"{symmetry.kind} is not among the chosen symmetries"
+            if not symmetry.reason:
+                symmetry.reason = self._hidden
             if self._state is not None and not symmetry.reason:
                 symmetry.reason = next(filter(None, map(self._state.objection, symmetry.parameters)), "")
+            if not symmetry.reason:
+                symmetry.reason = self._frozen_objection(symmetry)
+            if not symmetry.reason:
+                stored = symmetry.of(self.weights.origin)
+                symmetry.reason = next(filter(None, (average.objection(stored) for average in self.tracker.averages)), "")
             self._found[symmetry] = SymmetryReport(
                 symmetry.kind, symmetry.name, symmetry.blocks, symmetry.size, len(symmetry.parameters), reason=symmetry.reason
             )
@@ -127,13 +186,26 @@ class BasisTurn(TurningMethod):
         for parameter in self.movable:
             self.reports[parameter].movable, self.reports[parameter].reason = True, ""
 
+    def _frozen_objection(self, symmetry: Symmetry) -> str:
+        """Why frozen weights keep a symmetry from turning: there are no others, or one would have to take in a trained gain."""
+        if not any(parameter.requires_grad for parameter in symmetry.parameters):
+            return "all of its weights are frozen"
+        for fold in symmetry.folds:
+            frozen = [reader for reader, _, _ in fold.readers if not reader.requires_grad]
+            if frozen and fold.norm.gain.requires_grad:
+                norm, reader = (self.reports[parameter].name for parameter in (fold.norm.gain, frozen[0]))
+                return (
+                    f"{norm} is trained, and would have to be folded into {reader}, which is frozen: freeze both, or train both"
+                )
+        return ""
+
     def _take_up(self) -> None:
         """Use what was gathered during training; what was found now is what training is looked at for from now on."""
         if not self._tracked:
             self._tracked = {symmetry: symmetry.of(self.weights.origin) for symmetry in self._found}
             reasons = {self.weights.origin(parameter): reason for parameter, reason in self._reasons.items()}
             self.tracker.begin(list(self._tracked.values()), reasons, self._immovable)
-        self._moments = Moments(self.used)
+        self._moments = Moments(self._ordered())
         if self.tracker.seen:
             gathered = self.tracker.values
             self._moments.values = {s: gathered[own] for s, own in self._tracked.items() if own in gathered}
@@ -142,7 +214,7 @@ class BasisTurn(TurningMethod):
 
     def _look(self, point: Point) -> None:
         if not self.tracker.seen:
-            self._moments.look(point.by_parameter)
+            self._moments.look(self.weights.laid_out(point.by_parameter), self.weights.vote)
         self._basis.observe(point)
 
     def _ordered(self) -> list[Symmetry]:
@@ -175,7 +247,7 @@ class BasisTurn(TurningMethod):
     def fit(self) -> None:
         self._basis.merge(self.ranks)
         rotations = self._rotations()
-        rotations = {symmetry: rotations[symmetry] for symmetry in self.used}
+        rotations = {symmetry: matrices for symmetry, matrices in rotations.items() if not symmetry.reason}
         self._after = {s: turned(self._moments.values[s], q) for s, q in rotations.items() if self._is_turned(s)}
         for symmetry, moment in self._after.items():
             report = self._found[symmetry]
@@ -183,7 +255,8 @@ class BasisTurn(TurningMethod):
             report.misalignment_after = misalignment(moment)
             report.angle = mean_angle(rotations[symmetry])
         factors = self.config.second_moment == "factors"
-        self.turn = Turn(rotations, {s: shares(moment) for s, moment in self._after.items()} if factors else {})
+        spread = {symmetry: shares(moment) for symmetry, moment in self._after.items()} if factors else {}
+        self.turn = self.ranks.together(lambda: self._with_gains(lambda: Turn(rotations, spread)))
 
     def _is_turned(self, symmetry: Symmetry) -> bool:
         """Whether it is rotated, and its second moment is known."""
@@ -192,7 +265,7 @@ class BasisTurn(TurningMethod):
     def _rotations(self) -> dict[Symmetry, Tensor]:
         """The matrices to turn each symmetry by. One for which they are not found is left out of those that turn."""
         used = self._ordered()
-        owners = self.ranks.spread([symmetry.blocks * symmetry.size**3 for symmetry in used])
+        owners = self.ranks.spread([work(symmetry) for symmetry in used])
         rotations = self.ranks.together(
             lambda: {s: self._chosen(s, owner == self.ranks.rank) for s, owner in zip(used, owners, strict=True)}
         )
@@ -205,8 +278,10 @@ class BasisTurn(TurningMethod):
     def _chosen(self, symmetry: Symmetry, own: bool) -> Tensor:
         """The matrices to turn a symmetry by; NaN where another process chooses them, or none are found."""
         try:
+            if symmetry.kind == "scaling":
+                return balance(symmetry, self.weights)
             if own:
-                return balance(symmetry) if symmetry.kind == "scaling" else self._basis.choose(symmetry)
+                return self._basis.choose(symmetry)
         except torch.linalg.LinAlgError as error:
             logger.warning(
                 "%s of %s stays as it is (%s); the others turn. If it is so in every teleport, see whether the gradients are "
@@ -215,8 +290,7 @@ class BasisTurn(TurningMethod):
                 symmetry.name,
                 error,
             )
-        size = 1 if symmetry.kind == "scaling" else symmetry.size
-        return torch.full((symmetry.blocks, size, size), math.nan, dtype=torch.float64)
+        return torch.full((symmetry.blocks, symmetry.size, symmetry.size), math.nan, dtype=torch.float64)
 
     @property
     def aligned(self) -> bool:
@@ -224,11 +298,14 @@ class BasisTurn(TurningMethod):
         return bool(self.config.min_misalignment) and max(measured, default=0.0) < self.config.min_misalignment
 
     def carry_out(self) -> None:
-        self.turn.carry_out(self._state)
+        way = self.tracker.way
+        known = set(way.parameters)  # if without a copy, then it was loaded turned
+        way.frozen.keep(stored for stored in map(self.weights.origin, self.movable) if stored not in known)
+        self.turn.carry_out(self._state, self.weights)
 
     def review(self, point: Point) -> None:
         if point.seed == self.config.seed and self.turn.exact:
-            off = self.ranks.together(lambda: _off(self.turn.gradients(self._first), point.by_parameter))
+            off = self._off(point.by_parameter)
             if any(self.ranks.gather(bool(off))):
                 self._judge(off, self._rounding(point))
         self.ranks.together(lambda: self._look_again(point))
@@ -238,14 +315,34 @@ class BasisTurn(TurningMethod):
         if self.config.second_moment == "measure":
             for parameter, dim in self._turned_axes():
                 if parameter in gradients:
-                    others = [d for d in range(parameter.dim()) if d != dim]
-                    squares = gradients[parameter].square().double()
+                    squares = self.weights.gathered(parameter, gradients[parameter]).square().double()
+                    others = [d for d in range(squares.dim()) if d != dim]
                     self._squares[parameter, dim] = self._squares.get((parameter, dim), 0) + (
                         squares.sum(others) if others else squares
                     )
 
     def _turned_axes(self) -> list[tuple[nn.Parameter, int]]:
-        return list(dict.fromkeys((part.parameter, part.dim) for symmetry in self.used for part in symmetry.parts))
+        return list(dict.fromkeys((part.parameter, part.dim) for symmetry in self._ordered() for part in symmetry.parts))
+
+    def _off(self, found: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, tuple[float, float]]:
+        """The gradients that are not the turned ones of before, each with its distance from that and the size to judge it by."""
+
+        def lengths() -> dict[nn.Parameter, list[float]]:
+            expected = self.turn.turned(self._first, self.weights)
+            return {p: [norm([gradient]), norm([found[p] - gradient if p in found else gradient])] for p, gradient in expected}
+
+        off, each = {}, self._joined(self.ranks.together(lengths))
+        total = math.hypot(*(length for length, _ in each.values()))
+        for parameter, (length, distance) in each.items():
+            size = length + 1e-3 * total
+            if not distance <= _AGREEMENT[parameter.dtype] * size:
+                off[parameter] = distance, size
+        return off
+
+    def _joined(self, lengths: dict[nn.Parameter, list[float]]) -> dict[nn.Parameter, list[float]]:
+        """Of tensors that are laid out as the weights, from those of this process's parts."""
+        joined = iter(self.weights.joined([length for each in lengths.values() for length in each]))
+        return {parameter: list(islice(joined, len(each))) for parameter, each in lengths.items()}
 
     @torch.no_grad()
     def _rounding(self, point: Point) -> dict[nn.Parameter, float]:
@@ -260,7 +357,9 @@ class BasisTurn(TurningMethod):
                 moved = self.evaluate(point.batch, point.seed).by_parameter
         finally:
             kept.restore()
-        return {p: norm([moved[p] - gradient]) for p, gradient in point.by_parameter.items() if p in moved}
+        gradients = {p: gradient for p, gradient in point.by_parameter.items() if p in moved}
+        lengths = self.ranks.together(lambda: {p: [norm([moved[p] - gradient])] for p, gradient in gradients.items()})
+        return {parameter: length for parameter, (length,) in self._joined(lengths).items()}
 
     def _judge(self, off: dict[nn.Parameter, tuple[float, float]], rounding: dict[nn.Parameter, float]) -> None:
         """A symmetry turns the gradient as it turns the weights: what does not, by more than rounding, was none."""
@@ -273,20 +372,22 @@ class BasisTurn(TurningMethod):
 
     def accept(self) -> None:
         self.tracker.turned({self._tracked[symmetry]: moment for symmetry, moment in self._after.items()})
+        self.tracker.way.add(self.turn, self._tracked.__getitem__)
+        for parameter, values in self.tracker.way.turned_frozen().items():
+            self.weights.stand_in(parameter).data.copy_(values)
+        for average in self.tracker.averages:
+            Turn(
+                {self._tracked[symmetry].of(average): matrices for symmetry, matrices in self.turn.rotations.items()}
+            ).carry_out()
         if self._state is None:
             return
         for (parameter, dim), squares in self._squares.items():
             if squares.sum() > 0:
                 whole = Part(parameter, dim, torch.arange(len(squares)).reshape(1, 1, -1), False)
-                self._state.put_shares(whole, (squares / squares.sum())[None])
-
-
-def _off(expected: dict[nn.Parameter, Tensor], found: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, tuple[float, float]]:
-    """The gradients that are not what was expected, each with its distance from that and the size to judge it by."""
-    off, total = {}, norm(expected.values())
-    for parameter, gradient in expected.items():
-        distance = norm([found.get(parameter, torch.zeros_like(gradient)) - gradient])
-        size = norm([gradient]) + 1e-3 * total
-        if not distance <= _AGREEMENT[parameter.dtype] * size:
-            off[parameter] = distance, size
-    return off
+                with self.weights.changing(parameter, [dim], self._state.state):
+                    self._state.put_shares(whole, (squares / squares.sum())[None])
+        turned = self.in_order()
+        moved = [self._state.second_moment_moved(p, self._before.kept.get(p, {})) for p in turned]
+        norms = self.weights.joined([norm for pair in moved for norm in pair])
+        for parameter, distance, length in zip(turned, norms[::2], norms[1::2], strict=True):
+            self.reports[parameter].second_moment_moved = distance / length if length else None

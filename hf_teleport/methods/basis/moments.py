@@ -1,18 +1,18 @@
 """Second moments of gradients along the features of each symmetry: what a basis is chosen from."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as Split
 
 from hf_teleport.methods.basis.features import effective
 from hf_teleport.methods.basis.symmetry import Part, Symmetry
-from hf_teleport.methods.basis.turn import slices
+from hf_teleport.methods.basis.turn import reciprocals, slices
+from hf_teleport.weights.shards import own_rows
 
 Factors = dict[nn.Parameter, list[tuple[int, Tensor]]]
 """For each parameter the axes along which its gradient is multiplied, and the factors."""
@@ -39,26 +39,39 @@ class Moments:
         self.looks = 0
 
     @torch.no_grad()
-    def look(self, gradients: Mapping[nn.Parameter, Any]) -> None:
+    def look(self, gradients: Mapping[nn.Parameter, Any], vote: Callable[[], None] = lambda: None) -> None:
         """Add the gradients of a step. A step with a gradient that is not finite changes nothing.
 
         Args:
-            gradients: for each parameter a tensor of its shape. One that FSDP2 shards counts with the shards of all ranks.
+            gradients: for each parameter a tensor of its shape. Of one that FSDP2 shards each rank adds up its part, and the sums
+                (H, k, k) are added up over the ranks.
+            vote: called before each message between ranks.
         """
-        factors = _folded_gains(self.symmetries)
+        factors, mesh = _folded_gains(self.symmetries), _mesh_of(gradients.values())
+
+        def summed(share: Tensor) -> Tensor:
+            if mesh is not None:
+                vote()
+                dist.all_reduce(share, group=mesh.get_group())
+            return share
+
         for symmetry in self.symmetries:
-            seen = [_moment(gradients[p.parameter], p, factors[p.parameter]) for p in symmetry.parts if p.parameter in gradients]
+            parts = [part for part in symmetry.parts if part.parameter in gradients]
+            seen = [_Seen(gradients[part.parameter], part, factors[part.parameter], mesh, vote) for part in parts]
             if not seen:
                 continue
-            traces = [moment.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] for moment in seen]
-            new = sum(
-                (torch.where(t > 0, m / t, 0) for m, t in zip(seen[1:], traces[1:], strict=True)),
-                torch.where(traces[0] > 0, seen[0] / traces[0], 0),
-            )
+            # What each rank has of a moment is divided by the trace of all of it.
+            traces = None if mesh is None else summed(torch.stack([each.trace() for each in seen]))
+            new, finite = torch.zeros(()), []
+            for i, each in enumerate(seen):
+                moment = each.moment()
+                trace = (moment.diagonal(dim1=-2, dim2=-1).sum(-1) if traces is None else traces[i])[:, None, None]
+                new = new.to(moment) + torch.where(trace > 0, moment / trace, 0)
+                finite.append(trace.isfinite().all())
+            new = summed(new)
             known = self.values.setdefault(symmetry, torch.zeros_like(new))
             # Without a look at the numbers: on a GPU that would make training wait.
-            finite = torch.stack([trace.isfinite().all() for trace in traces]).all()
-            known.copy_(torch.where(finite, self.decay * known + new, known))
+            known.copy_(torch.where(torch.stack(finite).all(), self.decay * known + new, known))
         self.looks += 1
 
 
@@ -81,42 +94,75 @@ def shares(moment: Tensor) -> Tensor:
     return diagonal / diagonal.sum(-1, keepdim=True)
 
 
+class _Seen:
+    """One part's gradient, and how it lies.
+
+    Args:
+        gradient: a tensor, or a sharded one.
+        factors: what folding the gains multiplies it with.
+        mesh: the ranks over which the rows of all sharded gradients are dealt out; None: they lie in another way, or whole.
+        vote: called before each message.
+    """
+
+    def __init__(self, gradient: Any, part: Part, factors: list[tuple[int, Tensor]], mesh: Any, vote: Callable[[], None]):
+        self._gradient, self._part, self._factors, self._mesh, self._vote = gradient, part, factors, mesh, vote
+
+    def trace(self) -> Tensor:
+        """What this rank has of the trace of each block, (H,): that of its rows."""
+        if not isinstance(self._gradient, DTensor):
+            return self.moment().diagonal(dim1=-2, dim2=-1).sum(-1)
+        dim = self._part.dim
+        squares = self._folded(self._gradient.to_local(), 0).square()
+        sums = squares.movedim(dim, 0).flatten(1).sum(1) if squares.dim() > 1 else squares
+        if dim == 0:
+            rows = self._own(torch.arange(self._gradient.shape[0], device=sums.device))
+            sums = sums.new_zeros(self._gradient.shape[0]).index_copy(0, rows, sums)
+        return sums[self._part.positions.to(sums.device)].sum((1, 2))
+
+    def moment(self) -> Tensor:
+        """What this rank has of `G Gᵀ`, (H, k, k), summed over the part's copies."""
+        gradient, spread = self._gradient, None
+        if isinstance(gradient, DTensor):
+            if self._mesh is not None and gradient.dim() > 1:
+                # A rank needs all of the turned axis, and has a part of another one.
+                spread = int(self._part.dim == 0)
+            if spread != 0:
+                self._vote()
+            target = Replicate() if spread is None else Split(spread)
+            gradient = gradient.redistribute(placements=[target] * gradient.device_mesh.ndim).to_local()
+        rows = slices(self._folded(gradient, spread), self._part).transpose(1, 2).flatten(2)
+        moment = rows @ rows.mT
+        # What every rank has whole counts once.
+        counts = self._mesh is None or spread is not None or self._mesh.get_local_rank() == 0
+        return moment if counts else torch.zeros_like(moment)
+
+    def _folded(self, gradient: Tensor, spread: int | None) -> Tensor:
+        """With the gains folded.
+
+        Args:
+            spread: the axis of which this rank has a part; None: it has all.
+        """
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        for dim, along in self._factors:
+            own = self._own(along) if dim == spread else along
+            gradient = gradient * own.to(gradient).reshape([-1 if d == dim else 1 for d in range(gradient.dim())])
+        return gradient
+
+    def _own(self, whole: Tensor) -> Tensor:
+        return own_rows(whole, self._mesh.size(), self._mesh.get_local_rank())
+
+
 def _folded_gains(symmetries: Iterable[Symmetry]) -> Factors:
     """What folding all gains does to gradients: `W' = W diag(g)` has `G diag(1/g)`, and a norm's bias `b / g` has `G g`."""
-    factors: Factors = defaultdict(list)
-    for fold in {fold.norm.gain: fold for symmetry in symmetries for fold in symmetry.folds}.values():
-        gain = _whole(effective(fold.norm))
-        for parameter, dim, elements in fold.readers:
-            factors[parameter].append((dim, 1 / gain[elements.to(gain.device)]))
-        if fold.norm.bias is not None:
-            factors[fold.norm.bias].append((0, gain))
-    return factors
+    folds = {fold.norm.gain: fold for symmetry in symmetries for fold in symmetry.folds}.values()
+    return reciprocals({fold: _whole(effective(fold.norm)) for fold in folds})
 
 
-def _moment(gradient: Any, part: Part, factors: list[tuple[int, Tensor]]) -> Tensor:
-    """`G Gᵀ` (H, k, k) of a part, summed over its copies."""
-    mesh = None
-    if isinstance(gradient, DTensor):
-        # The rows of the first axis are spread over the ranks. Along another axis each rank adds up what it has.
-        spread = part.dim != 0 and tuple(gradient.placements) == (Split(0),)
-        mesh = gradient.device_mesh if spread else None
-        gradient = gradient.to_local() if spread else _whole(gradient)
-    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    for dim, along in factors:
-        own = along if mesh is None or dim != 0 else _own_rows(along, mesh.size(), mesh.get_local_rank())
-        gradient = gradient * own.to(gradient).reshape([-1 if d == dim else 1 for d in range(gradient.dim())])
-    rows = slices(gradient, part).transpose(1, 2).flatten(2)
-    moment = rows @ rows.mT
-    if mesh is not None:
-        dist.all_reduce(moment, group=mesh.get_group())
-    return moment
+def _mesh_of(gradients: Iterable[Any]) -> Any:
+    """The ranks over which FSDP2 deals out the rows of all gradients; None if they lie in another way."""
+    meshes = {g.device_mesh if tuple(g.placements) == (Split(0),) else None for g in gradients if isinstance(g, DTensor)}
+    return meshes.pop() if len(meshes) == 1 else None
 
 
 def _whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _own_rows(factors: Tensor, size: int, rank: int) -> Tensor:
-    """This rank's part, as FSDP2 shares out rows."""
-    parts = factors.chunk(size)
-    return parts[rank] if rank < len(parts) else factors[:0]

@@ -30,7 +30,8 @@ def recognised_norms(model: nn.Module, follow: Follow) -> Iterator[None]:
         for module in model.modules():
             if _may_be_norm(module):
                 stack.callback(module.register_forward_pre_hook(before).remove)
-                stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+                # First, for a norm that FSDP2 shards alone has its weight only until the next hook.
+                stack.callback(module.register_forward_hook(after, prepend=True, with_kwargs=True).remove)
         yield
 
 

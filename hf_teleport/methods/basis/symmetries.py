@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from hf_teleport.layers.point import LossFn
 from hf_teleport.layers.roles import plain_name
-from hf_teleport.methods.basis.features import Axis, Facts, Norm, components, effective, signatures, uniform
+from hf_teleport.methods.basis.features import Axis, Facts, Norm, components, effective, signatures, uniform, vectors
 from hf_teleport.methods.basis.follow import Follow
 from hf_teleport.methods.basis.norms import recognised_norms
 from hf_teleport.methods.basis.rules import RULES
 from hf_teleport.methods.basis.symmetry import SMALLEST_GAIN, UNUSED, Fold, Part, Symmetry
+from hf_teleport.weights.shards import whole_of
+from hf_teleport.weights.whole import WHOLE, Weights
 
 
 def find_symmetries(
@@ -28,19 +30,22 @@ def find_symmetries(
     immovable: dict[nn.Parameter, str] | None = None,
     *,
     round_gains: bool = False,
+    weights: Weights = WHOLE,
 ) -> tuple[list[Symmetry], dict[nn.Parameter, str]]:
     """Find what may be turned in a model, by following one forward on a batch. No weight is changed.
 
     Args:
         immovable: parameters that must stay, each with the reason: frozen, not selected.
         round_gains: let symmetries pass norms whose gains would have to be made uniform for it.
+        weights: those of the model; sharded ones are whole while their modules run, and gains while they are judged.
 
     Returns:
         The symmetries, those left out included; and for each parameter that none turns, why.
     """
-    with torch.enable_grad(), followed(model) as follow:
+    with torch.enable_grad(), weights.running(), followed(model) as follow:
         follow.fix_outputs(loss_fn(model, batch))
-    return Solver(model, follow.facts, immovable or {}, round_gains).solve()
+    with weights.reading(vectors(model)):
+        return Solver(model, follow.facts, immovable or {}, round_gains).solve()
 
 
 @contextmanager
@@ -94,7 +99,7 @@ class Solver:
             if flag not in ("residual", "normed"):
                 continue
             for parameter, name in self.names.items():
-                if parameter not in known and parameter.dim() > 1 and len(root[features].unique()) in parameter.shape:
+                if parameter not in known and parameter.dim() > 1 and len(root[features].unique()) in whole_of(parameter).shape:
                     self.facts.note_fixed(features, f"{name}, which may belong to it, {UNUSED}")
 
     def _pass_norms(self) -> list[Fold]:

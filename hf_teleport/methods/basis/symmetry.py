@@ -1,6 +1,6 @@
 """A symmetry of a model: blocks of features, each with the parameter axes that one orthogonal matrix turns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -39,6 +39,12 @@ class Fold:
 
     norm: Norm
     readers: list[tuple[nn.Parameter, int, Tensor]]
+
+    def of(self, stand_in: Callable[[nn.Parameter], nn.Parameter]) -> "Fold":
+        """The same fold of parameters that stand in for its own."""
+        bias = self.norm.bias
+        norm = replace(self.norm, gain=stand_in(self.norm.gain), bias=None if bias is None else stand_in(bias))
+        return Fold(norm, [(stand_in(parameter), dim, elements) for parameter, dim, elements in self.readers])
 
 
 @dataclass(eq=False)
@@ -83,19 +89,18 @@ class Symmetry:
 
     def of(self, stand_in: Callable[[nn.Parameter], nn.Parameter]) -> "Symmetry":
         """The same symmetry of parameters that stand in for its own."""
-
-        def of_norm(fold: Fold) -> Fold:
-            bias = fold.norm.bias
-            norm = replace(fold.norm, gain=stand_in(fold.norm.gain), bias=None if bias is None else stand_in(bias))
-            return Fold(norm, [(stand_in(parameter), dim, elements) for parameter, dim, elements in fold.readers])
-
         return replace(
             self,
             parts=[replace(part, parameter=stand_in(part.parameter)) for part in self.parts],
             gains=[stand_in(gain) for gain in self.gains],
-            folds=[of_norm(fold) for fold in self.folds],
+            folds=[fold.of(stand_in) for fold in self.folds],
             rounded=[stand_in(gain) for gain in self.rounded],
         )
+
+    def within(self, parameters: Container[nn.Parameter]) -> "Symmetry":
+        """The part of a symmetry that concerns these matrices. Norms stay in it, for they say what to multiply with."""
+        folds = [Fold(fold.norm, [reader for reader in fold.readers if reader[0] in parameters]) for fold in self.folds]
+        return replace(self, parts=[part for part in self.parts if part.parameter in parameters], folds=folds)
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -1,16 +1,15 @@
 """What a run knows of its bases between events: the symmetries, and second moments gathered from its training steps."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_teleport.methods.basis.moments import Moments
+from hf_teleport.methods.basis.averages import Average
+from hf_teleport.methods.basis.moments import Moments, turned
 from hf_teleport.methods.basis.symmetry import UNUSED, Symmetry
-
-# How much of the moments is left at the next look. With a look at every fifth step, most of the weight lies on the last 25 steps.
-_DECAY = 0.8
+from hf_teleport.methods.basis.way import Leg, Way
 
 
 class Tracker:
@@ -18,14 +17,20 @@ class Tracker:
 
     Args:
         every: at which steps to look: those that it divides; 0: at none.
+        decay: how much of the moments is left at the next look.
 
     Attributes:
         moments: of the symmetries that will be turned; None: they are not known yet.
         reasons: for each parameter that no symmetry turns, why.
+        way: all turns since the run began.
+        averages: of the weights, to be turned along.
     """
 
-    def __init__(self, every: int = 5):
+    def __init__(self, every: int = 5, decay: float = 0.8):
         self.every = every
+        self.decay = decay
+        self.way = Way()
+        self.averages: list[Average] = []
         self.moments: Moments | None = None
         self.reasons: dict[nn.Parameter, str] = {}
         self._all: list[Symmetry] = []
@@ -55,12 +60,17 @@ class Tracker:
         """Take in the symmetries of a model. What was gathered for those that are the same is kept."""
         known = self.state_dict()
         self._all, self.reasons, self._immovable = symmetries, reasons, immovable
-        self.moments = Moments([symmetry for symmetry in symmetries if not symmetry.reason], _DECAY)
+        # In the same order in all ranks, which add up their shards of one after the other.
+        self.moments = Moments(sorted((each for each in symmetries if not each.reason), key=_name), self.decay)
         self._fill(known)
+
+    def looks_at(self, step: int) -> bool:
+        """Whether the gradients of this optimizer step are looked at."""
+        return bool(self.every) and step % self.every == 0
 
     def look(self, step: int) -> None:
         """Before optimizer step `step`, the gradients being those that it will take."""
-        if self.moments is not None and self.every and step % self.every == 0:
+        if self.moments is not None and self.looks_at(step):
             parameters = {part.parameter for symmetry in self.moments.symmetries for part in symmetry.parts}
             self.moments.look({p: p.grad for p in parameters if p.grad is not None})
 
@@ -72,6 +82,15 @@ class Tracker:
         """The model was turned, and these second moments with it."""
         if self.seen:
             self.values.update(moments)
+
+    def moments_back(self, staying: Container[Leg]) -> dict[Symmetry, Tensor]:
+        """The second moments as they are once the way is gone back, but for legs that stay."""
+        back = dict(self.values)
+        for symmetry in back:
+            for leg in reversed(self.way.of(symmetry)):
+                if leg not in staying and symmetry.kind != "scaling":
+                    back[symmetry] = turned(back[symmetry], leg.back)
+        return back
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs to go on as if it had not stopped."""

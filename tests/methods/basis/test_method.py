@@ -190,6 +190,40 @@ def test_second_moments(second_moment):
         assert torch.allclose(after["exp_avg_sq"], share * squares.sum(0), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.Adamax, torch.optim.Adafactor])
+def test_an_event_says_how_far_the_second_moments_moved(optimizer_class):
+    """Of Adafactor's factors both count, and Adamax keeps roots of squares."""
+    model = llama(torch.float64)
+    optimizer = trained(model, optimizer_class=optimizer_class)
+
+    def roots(parameter):
+        kept = {name: value for name, value in optimizer.state[parameter].items() if name not in ("step", "exp_avg")}
+        return torch.cat([(v if name == "exp_inf" else v.sqrt()).flatten() for name, v in kept.items()])
+
+    parameters = dict(model.named_parameters())
+    before = {name: roots(parameter).clone() for name, parameter in parameters.items()}
+    report = Teleporter(model, basis(), optimizer=optimizer).teleport(batches(), loss_fn)
+    moved = {layer.name: layer.second_moment_moved for layer in report.layers if layer.second_moment_moved is not None}
+    assert {"model.layers.0.mlp.down_proj", "lm_head"} <= set(moved)
+    for name, share in moved.items():
+        parameter, old = parameters[f"{name}.weight"], before[f"{name}.weight"]
+        assert share == pytest.approx(float((roots(parameter) - old).norm() / old.norm()), rel=1e-9, abs=1e-12)
+    assert report.second_moment_moved == pytest.approx(sum(moved.values()) / len(moved))
+    assert report.metrics()["second_moment_moved"] == report.second_moment_moved
+    assert f"second moments moved by {report.second_moment_moved:.0%}" in report.summary()
+    assert f"misalignment {report.misalignment:.3g} -> {report.misalignment_after:.3g}" in report.summary()
+
+
+def test_without_averages_of_squares_nothing_is_said_of_them():
+    model = llama()
+    reports = [
+        Teleporter(model, basis(), optimizer=None).teleport(batches(), loss_fn),
+        Teleporter(model, basis(optimizer_state="reset"), optimizer=trained(model)).teleport(batches(), loss_fn),
+    ]
+    assert all(report.second_moment_moved is None for report in reports)
+    assert "second moments" not in reports[0].summary()
+
+
 def test_an_aligned_basis_is_left_alone():
     model = llama()
     Teleporter(model, basis()).teleport(batches(), loss_fn)

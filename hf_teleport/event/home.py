@@ -1,0 +1,68 @@
+"""The way home: all changes of basis since a run began are undone, in the weights, in averages, and in the optimizer's state."""
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_teleport.config import TeleportConfig
+from hf_teleport.layers.roles import plain_name
+from hf_teleport.methods.basis.tracker import Tracker
+from hf_teleport.optimizers.state import OptimizerState, forget
+from hf_teleport.report import SymmetryReport
+from hf_teleport.weights.isolation import isolated
+from hf_teleport.weights.ranks import Ranks
+from hf_teleport.weights.snapshot import Snapshot
+
+
+def turn_back(
+    model: nn.Module,
+    config: TeleportConfig,
+    tracker: Tracker,
+    optimizer: Any,
+    states: MutableMapping[Any, Any],
+    ranks: Ranks,
+) -> list[SymmetryReport]:
+    """Bring the weights back; what can't come back stays turned, and whatever goes wrong, all is bit for bit what it was.
+
+    Args:
+        tracker: knows the way; what it gathered turns too.
+        states: what the optimizer keeps for each parameter.
+
+    Returns:
+        What had been turned, each symmetry with a reason if it stays so.
+    """
+    way = tracker.way
+    if not way:
+        way.frozen.restore()
+        return []
+    names = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
+    with isolated(model, states, ranks) as weights:
+        state = None
+        if optimizer is not None and config.optimizer_state == "keep":
+            state = OptimizerState(optimizer, "keep" if config.second_moment == "keep" else "turn")
+        staying = way.staying(names, (lambda parameter: "") if state is None else state.objection, tracker.averages)
+        turned = [weights.stand_in(parameter) for parameter in way.parameters]
+        snapshot = Snapshot(turned, None if state is None else state.state)
+        moments = tracker.moments_back(staying)
+        reports = [leg.report(staying.get(leg, "")) for leg in way.legs]
+        # What was loaded is put back, and need not be turned.
+        only = set(way.parameters) - set(way.frozen.originals) if way.frozen.originals else None
+        try:
+            ranks.together(lambda: way.turn_back(staying, state, weights.stand_in, only))
+        except BaseException:
+            snapshot.restore()
+            raise
+        for average in tracker.averages:
+            way.turn_back(staying, None, average)
+        kept = [] if state is None else [tensor for parameter in turned for tensor in state.tensors(parameter)]
+        ranks.broadcast([parameter.data for parameter in turned] + kept)
+        if optimizer is not None and config.optimizer_state == "reset":
+            forget(optimizer, turned, weights.origin)
+    tracker.turned(moments)
+    way.forget(staying)
+    with torch.no_grad():
+        for parameter, values in way.turned_frozen().items():
+            parameter.copy_(values)
+    return reports

@@ -1,0 +1,239 @@
+"""Equal tuning: every arm gets the same number of trials over the same settings, by coordinate search from the same start.
+
+Keys of a comparison's settings, docs/compare.md:
+
+    tune: for each setting its values, for instance {learning_rate: [0.001, 0.002], adam_beta2: [0.95, 0.999]}. The search starts
+        at the values that the settings have outside of `arms`. An arm that gives one of them itself keeps it.
+    trials: runs of each arm, with the first seed
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hf_teleport.lab.results import evaluations, final
+from hf_teleport.lab.runs import execute
+from hf_teleport.lab.settings import Experiment, Settings, plan
+
+RATE = "learning_rate"
+TRIALS = 12
+
+# Values beyond a list's ends are tried for these, at the ratio of its last two.
+_EXTENDED = (RATE, "embedding_learning_rate")
+
+# A learning rate is as good as the best one if its final loss is at most this much larger, relative to it.
+TOLERANCE = 0.02
+
+Point = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search has tried.
+
+    Attributes:
+        losses: for each point the final training loss, in the order of the trials.
+        ended: whether no neighbour of the best point is left untried; False: the trials ran out before.
+    """
+
+    names: tuple[str, ...]
+    losses: dict[Point, float]
+    ended: bool
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The values with the lowest loss."""
+        return dict(zip(self.names, min(self.losses, key=self.losses.__getitem__), strict=True))
+
+    @property
+    def loss(self) -> float:
+        """The lowest one."""
+        return min(self.losses.values())
+
+    @property
+    def good_rates(self) -> list[float]:
+        """The learning rates, with all else at its best, that end within `TOLERANCE` of the best; empty if none was tuned."""
+        if RATE not in self.names:
+            return []
+        at, best = self.names.index(RATE), tuple(self.best.values())
+        alike = {p[at]: loss for p, loss in self.losses.items() if p[:at] + p[at + 1 :] == best[:at] + best[at + 1 :]}
+        return sorted(rate for rate, loss in alike.items() if loss <= (1 + TOLERANCE) * self.loss)
+
+    def __str__(self) -> str:
+        said = f"best at {', '.join(f'{name} {value:g}' for name, value in self.best.items())} ({len(self.losses)} trials)"
+        if not self.ended:
+            return f"{said}; the trials ran out before all of its neighbours were tried: give more trials."
+        good = self.good_rates
+        return (
+            f"{said}; learning rates from {good[0]:g} to {good[-1]:g} end within {TOLERANCE:.0%} of it." if good else f"{said}."
+        )
+
+
+def coordinate_search(
+    loss_of: Callable[[dict[str, float]], float], axes: dict[str, list[float]], start: dict[str, float], trials: int
+) -> Search:
+    """Go to the better neighbour along one setting after the other until none is better.
+
+    Trials that are left then go along the learning rates, away from the best one to both sides, as long as they end within
+    `TOLERANCE` of it.
+
+    Args:
+        loss_of: the final loss at a point; infinite if it diverged.
+        axes: for each setting its values in ascending order, `start` among them.
+        trials: how many points may be asked for.
+    """
+    axes = {name: list(axes[name]) for name in axes}
+    best, losses = tuple(start[name] for name in axes), dict[Point, float]()
+
+    def ask(point: Point) -> bool:
+        """Whether its loss is known now."""
+        if point not in losses and len(losses) < trials:
+            losses[point] = loss_of(dict(zip(axes, point, strict=True)))
+        return point in losses
+
+    def found(ended: bool) -> Search:
+        return Search(tuple(axes), losses, ended)
+
+    ask(best)
+    moved = True
+    while moved:
+        moved = False
+        for name in axes:
+            for direction in (1, -1):
+                while (point := _neighbour(axes, best, name, direction)) is not None:
+                    if not ask(point):
+                        return found(False)
+                    if losses[point] >= losses[best]:
+                        break
+                    best, moved = point, True
+    if RATE in axes:
+        for direction in (1, -1):
+            point = best
+            while (following := _neighbour(axes, point, RATE, direction)) is not None and ask(following):
+                if losses[following] > (1 + TOLERANCE) * losses[best]:
+                    break
+                point = following
+    return found(True)
+
+
+def _neighbour(axes: dict[str, list[float]], point: Point, name: str, direction: int) -> Point | None:
+    """The point beside another along one setting; None beyond the ends. Lists of learning rates grow."""
+    values, at = axes[name], list(axes).index(name)
+    index = values.index(point[at]) + direction
+    if not 0 <= index < len(values):
+        if name not in _EXTENDED or len(values) < 2:
+            return None
+        if direction > 0:
+            values.append(float(f"{values[-1] ** 2 / values[-2]:.6g}"))
+        else:
+            values.insert(0, float(f"{values[0] ** 2 / values[1]:.6g}"))
+            index = 0
+    return (*point[:at], values[index], *point[at + 1 :])
+
+
+@dataclass(frozen=True)
+class Setup:
+    """An arm at some settings.
+
+    Attributes:
+        arm: its name in the settings.
+        name: what its runs are kept by: the arm, and what differs from the start.
+        own: its settings without the learning rate, those of the arm and those that were searched.
+    """
+
+    arm: str
+    name: str
+    learning_rate: float
+    own: Settings
+
+
+def check(settings: Settings) -> None:
+    """Checks `tune` and `trials`.
+
+    Raises:
+        ValueError: a value that is not allowed, a start that is not among the values, or several learning rates.
+    """
+    trials = settings.get("trials", TRIALS)
+    if not isinstance(trials, int) or isinstance(trials, bool) or trials < 1:
+        raise ValueError(f"trials = {trials!r} is not allowed; allowed: a whole number from 1.")
+    axes, start = settings["tune"], _start(settings)
+    if not isinstance(axes, dict) or not axes:
+        raise ValueError(f"tune = {axes!r} is not allowed; allowed: a mapping from settings to lists of their values.")
+    for name, values in axes.items():
+        try:
+            numbers = [float(value) for value in values]
+        except (TypeError, ValueError):
+            numbers = []
+        if not numbers or numbers != sorted(set(numbers)) or (name in _EXTENDED and numbers[0] <= 0):
+            raise ValueError(f"tune.{name} = {values!r} is not allowed; allowed: a list of numbers in ascending order.")
+        if start.get(name) not in numbers:
+            raise ValueError(
+                f"{name} = {start.get(name)!r} is where the search starts; allowed: one of tune.{name} = {values}. Give it "
+                f"beside `tune`{', as learning_rates' if name == RATE else ''}."
+            )
+
+
+def _start(settings: Settings) -> dict[str, Any]:
+    rates = settings.get("learning_rates")
+    rates = rates if isinstance(rates, list) else [rates]
+    if len(rates) != 1:
+        raise ValueError(f"learning_rates = {rates} is not allowed with `tune`; allowed: one, where the search starts.")
+    return {name: _number(value) for name, value in {**settings, RATE: rates[0]}.items() if name in (settings.get("tune") or {})}
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def tune(whole: Experiment, arms: list[str]) -> dict[str, tuple[Setup, Search]]:
+    """The best settings of every arm; trials that are finished are not run again.
+
+    Args:
+        whole: the comparison's experiment, checked by `check`.
+        arms: names of its arms.
+
+    Raises:
+        ValueError: an arm diverges in all of its trials; or as `runs.execute`.
+    """
+    settings, seed = whole.settings, whole.runs[0].seed
+    start = _start(settings)
+    found = {}
+    for arm in arms:
+        own = settings["arms"][arm] or {}
+        axes = {name: [float(value) for value in values] for name, values in settings["tune"].items() if name not in own}
+
+        def loss_of(point: dict[str, float], arm: str = arm) -> float:
+            setup = _setup(whole, arm, point)
+            execute(experiment(whole, [setup], [seed]))
+            ends = final(evaluations(whole.output))
+            rows = (ends["arm"] == setup.name) & (ends["learning_rate"] == setup.learning_rate) & (ends["seed"] == seed)
+            return float(ends[rows]["train_loss"].iloc[0])
+
+        search = coordinate_search(loss_of, axes, start, settings.get("trials", TRIALS))
+        if search.loss == float("inf"):
+            raise ValueError(f"arm {arm!r} diverges in all of its {len(search.losses)} trials: start at a smaller learning rate.")
+        found[arm] = _setup(whole, arm, search.best), search
+    return found
+
+
+def _setup(whole: Experiment, arm: str, point: dict[str, float]) -> Setup:
+    start, own = _start(whole.settings), whole.settings["arms"][arm] or {}
+    changed = {name: value for name, value in point.items() if name != RATE}
+    name = "".join([arm, *(f"+{key}-{value:g}" for key, value in changed.items() if value != start[key])])
+    rate = point.get(RATE, whole.runs[0].learning_rate)
+    return Setup(arm, name, rate, own | {key: _whole(value) for key, value in changed.items()})
+
+
+def _whole(value: float) -> float | int:
+    """A number of steps is a whole one."""
+    return int(value) if value >= 1 and value.is_integer() else value
+
+
+def experiment(whole: Experiment, setups: list[Setup], seeds: list[int]) -> Experiment:
+    """The runs of arms, each at its own settings, in the folder of a whole one, with its data."""
+    given = ({"arms": {s.name: s.own}, "learning_rates": [s.learning_rate], "seeds": seeds} for s in setups)
+    runs = [run for own in given for run in plan({**whole.settings, **own}).runs]
+    return replace(whole, runs=sorted(runs, key=lambda run: seeds.index(run.seed)))

@@ -1,0 +1,80 @@
+"""Tables of docs/results.md from committed evaluations.
+
+    python scripts/studies/tables.py runs/study/ptb_tuned docs/results/ptb_tuned.csv    # evaluations of an experiment into a CSV
+    python scripts/studies/tables.py docs/results/ptb_tuned.csv                         # tables from it
+    python scripts/studies/tables.py docs/results/ptb_tuned.csv --reference muon        # against another arm
+
+The first table has every run with one seed, by its final training loss: the trials of a search. The second one compares what
+was run with more seeds: mean and 95 % interval (Student's t) over the seeds, and when the reference's final training loss is
+passed, in shares of the reference's own steps and CPU seconds.
+"""
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+
+from hf_teleport.lab.results import evaluations, final
+from hf_teleport.lab.verdict import Contestant, interval, verdict
+
+COLUMNS = ["arm", "learning_rate", "seed", "step", "samples", "cpu_seconds", "train_loss", "test_loss", "metric"]
+
+
+def export(runs: Path, target: Path) -> None:
+    """Write the evaluations of an experiment's finished runs."""
+    frame = evaluations(runs)[COLUMNS].sort_values(COLUMNS[:4])
+    frame.round({"cpu_seconds": 1, "train_loss": 4, "test_loss": 4, "metric": 4}).to_csv(target, index=False)
+
+
+def trials(frame: pd.DataFrame) -> list[str]:
+    """A Markdown table of the first seed's runs, those of an arm together, the best one first."""
+    ends = final(frame[frame["seed"] == frame["seed"].min()])
+    ends = ends.assign(start=ends["arm"].str.partition("+")[0]).sort_values(["start", "train_loss"])
+    lines = ["| run | learning rate | training loss | test loss |", "| --- | --- | --- | --- |"]
+    return lines + [f"| {r.arm} | {r.learning_rate:g} | {r.train_loss:.3f} | {r.test_loss:.3f} |" for r in ends.itertuples()]
+
+
+def comparison(frame: pd.DataFrame, reference: Contestant) -> list[str]:
+    """A Markdown table of all that was run with several seeds, against one of it."""
+    seeds = frame.groupby(["arm", "learning_rate"])["seed"].nunique()
+    lines = [
+        "| run | learning rate | training loss | test loss | CPU time | reference's loss: steps | CPU time |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for arm, rate in seeds[seeds > 1].index:
+        found = verdict(frame, reference, (arm, rate), "cpu_seconds")
+        test = interval(final(frame[(frame["arm"] == arm) & (frame["learning_rate"] == rate)])["test_loss"])
+        passed = [f"x {found.steps_to_loss}", f"x {found.time_to_loss}"]
+        if found.never:
+            passed = [f"never with {found.never} of {found.seeds}"] * 2
+        own = ["reference", ""] if (arm, rate) == reference else passed
+        lines.append(f"| {arm} | {rate:g} | {found.train_loss} | {test} | x {found.time} | {' | '.join(own)} |")
+    return lines
+
+
+def main() -> None:
+    """Export or print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="an experiment's folder, or a CSV file")
+    parser.add_argument("target", type=Path, nargs="?", help="the CSV file to write")
+    parser.add_argument("--reference", default="baseline", help="the arm to compare with, at its best run of several seeds")
+    arguments = parser.parse_args()
+    if arguments.target:
+        export(arguments.source, arguments.target)
+        return
+    frame = pd.read_csv(arguments.source)
+    print(*trials(frame), sep="\n")
+    seeds = frame.groupby(["arm", "learning_rate"])["seed"].transform("nunique")
+    several = final(frame[seeds > 1])
+    own = several[several["arm"].str.partition("+")[0] == arguments.reference]
+    if own.empty:
+        known = sorted(set(several["arm"].str.partition("+")[0]))
+        raise SystemExit(
+            f"--reference {arguments.reference} is not allowed; allowed: one of {known}, which ran with several seeds."
+        )
+    best = own.groupby(["arm", "learning_rate"])["train_loss"].mean().idxmin()
+    print("", *comparison(frame, best), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""The tables of docs/results.md are what scripts/studies/tables.py makes of the committed evaluations."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from studies import tables
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "results"
+
+
+def lines_of(name, reference):
+    return tables.comparison(pd.read_csv(RESULTS / name), reference)
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"), [("following_one_rate.csv", ("baseline", 0.004)), ("following_two_rates.csv", ("baseline", 0.001))]
+)
+def test_the_page_has_the_numbers_of_the_table(name, reference):
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for line in lines_of(name, reference)[2:]:
+        for number in line.split("|")[3:7]:
+            assert number.strip() in page, line
+
+
+def test_trials_are_sorted_within_an_arm_and_are_those_of_the_first_seed():
+    rows = [("b", 0, 2.0), ("b+x-1", 0, 1.0), ("a", 0, 3.0), ("a", 1, 0.5)]
+    frame = pd.DataFrame(rows, columns=["arm", "seed", "train_loss"]).assign(learning_rate=0.1, step=9, test_loss=1.0)
+    assert [line.split("|")[1].strip() for line in tables.trials(frame)[2:]] == ["a", "b+x-1", "b"]
+
+
+def test_an_arm_without_several_seeds_is_no_reference(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["tables.py", str(RESULTS / "following_one_rate.csv"), "--reference", "muon"])
+    with pytest.raises(SystemExit, match="--reference muon is not allowed; allowed: one of \\['baseline', 'following'\\]"):
+        tables.main()
