@@ -1,4 +1,4 @@
-"""Teleportation for Transformers: move a model's weights where the loss stays and the gradient grows, then train on."""
+"""Teleportation for the Hugging Face Trainer: move the weights where the loss stays and the optimizer learns faster."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -31,8 +31,8 @@ class TeleportConfig(AutoSettings, BasisSettings, NullSpaceSettings, ScopeSettin
     """Settings of teleportation (arXiv 2502.11362, Algorithm 1).
 
     Raises:
-        ValueError: a value outside its allowed set, or a setting that is not at its default and that `method` does not read; the
-            message names the field, the value and what is allowed.
+        ValueError: a value outside its allowed set, or a setting that is not at its default and that `method` does not read.
+            The message names the field, the value and what is allowed.
     """
 
     def __post_init__(self) -> None:

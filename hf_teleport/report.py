@@ -79,10 +79,10 @@ class TeleportReport:
         loss_before, loss_after: mean loss over all teleport batches.
         grad_norm_before, grad_norm_after: norm of the mean gradient over all teleport batches, all trainable weights.
         steps: ascent steps that were kept; a change of basis is one.
-        stopped_because: why most of the batches' turns ended: 'steps_done', 'grad_norm_cap', 'max_growth', 'max_loss_change',
-            'non_finite', 'no_direction' (no layer has both a null space and a gradient in it), 'nothing_movable', 'aligned' (the
-            basis is good as it is), 'no_gain' (no step raised the objective), 'not_a_symmetry', or 'matched_rate' (a control;
-            what is told of after is what the undone event had come to).
+        stopped_because: why most of the batches' turns ended. Limits: 'steps_done', 'grad_norm_cap', 'max_growth',
+            'max_loss_change', 'non_finite', 'not_a_symmetry'. Nothing to do: 'nothing_movable', 'aligned' (the basis
+            is good as it is), 'no_gain' (no step raised the objective). Also 'no_direction' (no layer has both a null space and
+            a gradient in it). A control: 'matched_rate' (values after the event are then those of the undone event).
         rolled_back: whether the whole event was undone, every weight being bit for bit what it was.
         seconds: wall-clock of the whole event, measurements included.
         symmetries: for a method that turns symmetries, each that was found.

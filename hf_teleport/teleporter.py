@@ -137,8 +137,8 @@ class Teleporter:
     def turn_back(self) -> list[SymmetryReport]:
         """Bring the weights, and the optimizer's state, back into the coordinates in which they were before the first turn.
 
-        The function stays, and so does what training has learned: every change of basis is undone, and each norm gets the gain
-        again that it had when it was folded ([how](docs/basis.md#the-way-home)). Nothing happens if nothing was turned.
+        The function stays, and so does what training has learned. Every change of basis is undone, and each norm gets back the
+        gain that it had when it was folded ([how](docs/basis.md#the-way-home)). Nothing happens if nothing was turned.
 
         With several processes, all of them must call this.
 

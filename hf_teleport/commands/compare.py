@@ -13,13 +13,13 @@ def add_to(subparsers: Subparsers) -> None:
         "compare",
         run,
         help="whether the teleports of a YAML file help against its baseline at its best learning rate",
-        description="Searches the best learning rate of each arm with the first seed, trains what is to be compared, controls "
-        "included, with all seeds, and judges each at equal time and at equal samples. What is finished is not trained again: "
-        "interrupted, it goes on when it is started again. Prints a table and sentences, and writes comparison.csv, .json, .png "
-        "into output_dir; hf-teleport report makes one page of them.",
+        description="Searches the best learning rate of each arm with the first seed. Then trains the arms and their controls "
+        "with all seeds, and judges each at equal time and at equal samples. A finished run is not trained again, so an "
+        "interrupted comparison goes on when it is started again. Prints a table and sentences, and writes comparison.csv, "
+        ".json, .png into output_dir; hf-teleport report makes one page of them.",
         epilog="For instance:\n  hf-teleport compare configs/compare/digits_mlp_sgd.yaml --seeds 0 1\n\n"
-        "--clock cpu_seconds compares CPU time instead of time: on a machine that has other work to do, and only for one "
-        "process on a CPU. --controls some of warmup, random_move, matched_rate; '[]' for none.",
+        "--clock cpu_seconds compares CPU time, for a machine that has other work to do. It works for one process on a CPU. "
+        "--controls some of warmup, random_move, matched_rate; '[]' for none.",
     )
     add_config(command, "configs/compare/mnist_mlp_sgd.yaml")
 

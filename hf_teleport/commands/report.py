@@ -13,8 +13,8 @@ def add_to(subparsers: Subparsers) -> None:
         "report",
         run,
         help="one HTML file of a run, or of a comparison",
-        description="Writes what became of a TeleportTrainer's run (its teleports, layer by layer, with pictures), or of a "
-        "comparison (its verdicts), as one HTML file, which opens in any browser without a network.",
+        description="Writes one HTML file about a TeleportTrainer's run (its teleports, layer by layer, with pictures), or about "
+        "a comparison (its verdicts). It opens in any browser without a network.",
         epilog="For instance:\n  hf-teleport report runs/cnn --output cnn.html",
     )
     command.add_argument("folder", type=Path, help="the output_dir of a run, or of hf-teleport compare")

@@ -25,8 +25,8 @@ def add_to(subparsers: Subparsers) -> None:
         "train",
         run,
         help="train a model with teleportation: the well-known Transformers examples",
-        description="Trains with the arguments of the Transformers examples and those of teleportation, evaluates, and saves: in "
-        "output_dir are then the model, its card, the metrics as JSON, and teleports.json for hf-teleport report.",
+        description="Trains with the arguments of the Transformers examples and of teleportation, evaluates, and saves. Then "
+        "output_dir has the model, its card, the metrics as JSON, and teleports.json for hf-teleport report.",
         epilog=_EPILOG,
     )
     command.add_argument("task", metavar="TASK", choices=list(TASKS), help="one of those below")

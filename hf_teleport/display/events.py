@@ -1,4 +1,4 @@
-"""The one table of a run's teleports: which columns it has, and what stands in them. Card, terminal and page render it."""
+"""The one table of a run's teleports: its columns and their values. Card, terminal and HTML page render it."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -7,11 +7,11 @@ from typing import Any
 from hf_teleport.display.quantities import count, duration
 
 Event = Mapping[str, Any]
-"""As `hf_teleport.journal` has it: `TeleportReport.metrics` or more, and the `step` that the event came before."""
+"""An event as `hf_teleport.journal` has it: `TeleportReport.metrics` or more, and the `step` before which it came."""
 
 
 def _number(event: Event, key: str, form: str) -> str:
-    """Blank if the event has no such number; JSON has None for what is not finite."""
+    """Blank if the event has no such number. JSON has None for a number that is not finite."""
     if key not in event:
         return ""
     value = event[key]
@@ -29,12 +29,12 @@ def _measured(event: Event, key: str, form: str, unit: str = "") -> str:
 
 
 def misalignment(event: Event) -> str:
-    """That of an event, or of one of its symmetries, before and after; blank where it was not measured."""
+    """The misalignment of an event, or of one of its symmetries, before and after; blank if it was not measured."""
     return "" if event.get("misalignment") is None else _change(event, "misalignment", "misalignment_after", ".3g")
 
 
 def angle(event: Event) -> str:
-    """By how much an event, or one of its symmetries, turned a coordinate on average; blank where nothing turned."""
+    """By how much an event, or one of its symmetries, turned a coordinate on average; blank if nothing turned."""
     return _measured(event, "angle", ".0f", "°")
 
 
@@ -55,7 +55,7 @@ COLUMNS: dict[str, Callable[[Event], str]] = {
     "time": lambda event: duration(event["seconds"]) if event.get("seconds") is not None else "",
     "stopped because": _ending,
 }
-"""For each column, by its name, what stands in it for an event."""
+"""For each column, by its name, the function that makes an event's cell."""
 
 OF_A_TURN = ("misalignment", "turned by", "second moments")
 """The columns that only a change of basis fills."""
@@ -65,12 +65,12 @@ TEXTS = ("method", "stopped because")
 
 
 def columns(events: Sequence[Event]) -> list[str]:
-    """The names of the columns for these events: those of a change of basis are left out where there was none."""
+    """The names of the columns for these events. The columns of a change of basis are left out if there was none."""
     return [name for name, cell in COLUMNS.items() if name not in OF_A_TURN or any(map(cell, events))]
 
 
 def cells(event: Event, names: Sequence[str]) -> list[str]:
-    """What stands in each of these columns for an event."""
+    """An event's cell in each of these columns."""
     return [COLUMNS[name](event) for name in names]
 
 
@@ -81,5 +81,5 @@ def how_many(events: Sequence[Event]) -> str:
 
 
 def total_time(events: Sequence[Event]) -> str:
-    """The time of all together."""
+    """The total time of all events."""
     return duration(sum(event.get("seconds") or 0.0 for event in events))

@@ -1,1 +1,1 @@
-"""One teleport event around its method: what it costs, its steps, the guard that undoes them, what was measured."""
+"""The parts of a teleport event around its method: its cost, its steps, the guard that undoes them, and measurements."""

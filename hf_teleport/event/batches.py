@@ -8,7 +8,9 @@ from torch import Tensor
 
 
 def num_samples(batch: Any) -> int | None:
-    """How many samples a batch has: the first size of all its tensors. None: they differ, or something else counts them too."""
+    """How many samples a batch has: the first size that all its tensors share. None: the sizes differ, or another value
+    has a size of its own.
+    """
     sizes = set(_sizes(batch))
     return sizes.pop() if len(sizes) == 1 else None
 
@@ -18,7 +20,7 @@ def _sizes(batch: Any) -> Iterator[int | None]:
         yield batch.shape[0] if batch.dim() else None
     elif isinstance(batch, Mapping):
         for value in batch.values():
-            # A flag or a number beside the tensors holds for every sample.
+            # A flag or a number without a size holds for every sample.
             if not isinstance(value, (bool, int, float, str, type(None))):
                 yield from _sizes(value)
     elif isinstance(batch, (list, tuple)):
@@ -29,7 +31,8 @@ def _sizes(batch: Any) -> Iterator[int | None]:
 
 
 def num_items(batch: Any, shifted: bool = False) -> int | None:
-    """How many labels of a batch a loss can learn from, that is, are not -100. None: the batch does not say.
+    """How many labels of a batch a loss can learn from: the labels that are not -100. None: the batch does not
+    tell.
 
     Args:
         shifted: the loss compares each position with the label of the next, so that the first label counts for nothing.
@@ -62,7 +65,8 @@ def halved(batches: list[Any]) -> list[Any] | None:
 
 
 def check_given(trainer_class: Any) -> None:
-    """Make sure that a trainer's batches are data: GRPO and its like have the model generate them, at each look at the loss.
+    """Make sure that a trainer's batches are data. GRPO and similar trainers let the model generate them at each
+    evaluation.
 
     Raises:
         ValueError: it is a trainer of TRL that makes its batches.

@@ -1,4 +1,4 @@
-"""What a teleport could do to a model, found out without moving anything."""
+"""What a teleport could do to a model, found without moving anything."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ from hf_teleport.report import LayerReport, SymmetryReport, why_immovable
 
 @dataclass
 class Check:
-    """What a teleport could do, found out without moving anything.
+    """What a teleport could do, found without moving anything.
 
     Attributes:
         loss: on the batch, which may not be finite.

@@ -1,7 +1,8 @@
 """Method 'auto': which method suits a model and its optimizer, and how much of it a run can pay for.
 
-What it goes by is measured in docs/when.md: a change of basis shortens training where the optimizer looks at each coordinate
-alone and the model has features to turn; of the null space nobody knows beforehand, so it must show its worth each time.
+The measurements are in docs/when.md. A change of basis shortens training if the optimizer rescales each coordinate
+alone and the model has features to turn. Nobody knows beforehand whether the null space helps, so each event must pass
+a rehearsal.
 """
 
 from collections.abc import Callable
@@ -13,19 +14,18 @@ from hf_teleport.event.check import Check
 from hf_teleport.event.cost import event_passes
 from hf_teleport.optimizers.state import check_optimizer
 
-# The first gradients say little of the basis; after ten steps they say most of what they ever will.
+# The first gradients say little about the basis. After ten steps they say nearly all that they ever will.
 BASIS_STEP = 10
 
-# So many of the optimizer's steps are rehearsed before a null space event is kept.
+# How many optimizer steps are rehearsed before a null space event is kept.
 _REHEARSED = 8
 
 
 def choose(
     config: TeleportConfig, optimizer: Any, check: Callable[[TeleportConfig], Check], basis_step: int = BASIS_STEP
 ) -> tuple[TeleportConfig, str]:
-    """Settings with method 'basis' if something turns, else with 'null_space', kept only if a rehearsal lands lower with it.
-
-    Without an optimizer it is the paper's method.
+    """Settings with method 'basis' if something turns, else with 'null_space', kept only if a rehearsal ends lower with
+    it. Without an optimizer it is the paper's method.
 
     Args:
         config: the settings to start from.
@@ -41,7 +41,8 @@ def choose(
     """
     if optimizer is None:
         return config.for_method("null_space"), "no optimizer is known"
-    # Tied embeddings stop the residual stream from turning unless the last norm's gain stays even until then: it costs nothing.
+    # With tied embeddings the residual stream turns only while the last norm's gain is even. Holding the gain costs
+    # nothing.
     gains: Any = "hold" if config.blocking_gains == "leave" else config.blocking_gains
     warmup = max(config.warmup_steps, basis_step)
     basis = replace(config.for_method("basis"), warmup_steps=warmup, blocking_gains=gains)
@@ -55,7 +56,7 @@ def choose(
             return basis, ""
         why = found.problem or "the model has no features to turn"
     rehearsed = config.rehearsal_steps or _REHEARSED
-    # What was set by hand stays.
+    # The user's own settings stay.
     unset = config.energy_threshold == 1 and config.scope == "joint" and config.step_size == "relative"
     tau = None if unset else config.energy_threshold
     objective: Any = "lookahead" if config.objective == "grad_norm" else config.objective
@@ -64,10 +65,10 @@ def choose(
 
 
 def afford(config: TeleportConfig, budget: float | None, events: int, training_passes: float) -> TeleportConfig | None:
-    """Settings with so few steps and batches that all events take no more than a budget.
+    """Settings with so few steps and batches that all events stay within a budget.
 
-    Counted in passes over a teleport batch and not in seconds, so that a run and its resumption come to the same. A change of
-    basis is not cut: with fewer batches it would know less.
+    The budget counts passes over a teleport batch and not seconds, so a run and its resumption choose the same. A
+    change of basis is not cut, because with fewer batches it would know less.
 
     Args:
         config: as `choose` returns it.
@@ -85,7 +86,7 @@ def afford(config: TeleportConfig, budget: float | None, events: int, training_p
         cut = replace(config, steps_per_batch=steps, num_batches=batches)
         if events * event_passes(cut) <= budget * training_passes:
             return cut
-        # Fewer steps on a batch first: a null space of more batches is safer for those not seen.
+        # Cut steps before batches: a null space of more batches is safer for data outside them.
         if steps > 2:
             steps //= 2
         elif batches > 1:

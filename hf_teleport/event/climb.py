@@ -1,6 +1,6 @@
 """The steps of an event: a climb on every batch in turn, each step under the guard, or a single turn.
 
-Knows no more of a method than its family.
+This module knows only the family of a method.
 """
 
 from collections import Counter
@@ -14,12 +14,12 @@ from hf_teleport.layers.point import Point, loss_at
 from hf_teleport.methods import ClimbingMethod, TurningMethod
 from hf_teleport.weights.snapshot import Snapshot
 
-# A step that meets an objection is tried again at half its length this many times before the batch's turn ends.
+# How often a rejected step is tried again at half its length before the batch's turn ends.
 HALVINGS = 4
 
 
 def turn(method: TurningMethod, progress: Callable[[int, int], None]) -> tuple[int, str]:
-    """Carry a turn out. Returns how many steps were made, and why no more."""
+    """Carry a turn out. Returns how many steps were made, and why they ended."""
     if method.aligned:
         return 0, "aligned"
     method.ranks.together(method.carry_out)
@@ -28,7 +28,7 @@ def turn(method: TurningMethod, progress: Callable[[int, int], None]) -> tuple[i
 
 
 class Climb:
-    """The moves of one event of a method that climbs.
+    """The moves of one event of a climbing method.
 
     Args:
         method: fitted to the batches.
@@ -76,7 +76,8 @@ class Climb:
         return steps, endings.most_common(1)[0][0]
 
     def _climb_on(self, batch: Any, seed: int, loss: float, grad_norm: float, steps: int, batches: int) -> tuple[int, str]:
-        """The steps on one batch, apart, so that nothing of them is held when those on the next begin.
+        """The steps on one batch. It is a function of its own, so that its tensors are freed before the next batch
+        begins.
 
         Args:
             loss, grad_norm: of the batch before the event.
@@ -97,12 +98,14 @@ class Climb:
         return taken, ending or "steps_done"
 
     def _step(self, point: Point, loss: float, grad_norm: float) -> tuple[Point | None, str]:
-        """Make a move, shortened until there is no objection. None, and why: there is none, or it was undone."""
+        """Make a move, and shorten it until there is no objection. None, with the reason: there is no move, or it was
+        undone.
+        """
         method = self._method
         move = method.propose(point)
         if move is None:
             return None, "no_direction"
-        point.release()  # the move is made of them
+        point.release()  # the move has used its tensors
         self._ranks.together(move.make)
         for halvings in range(HALVINGS + 1):
             if halvings:
@@ -112,6 +115,6 @@ class Climb:
             if not objection and move.gains(reached):
                 return reached, ""
             objection = objection or "no_gain"
-            del reached  # of the memory of a step, the largest part
+            del reached  # free the largest tensors of a step before the next attempt
         move.undo()
         return None, objection

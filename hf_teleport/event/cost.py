@@ -1,4 +1,4 @@
-"""What an event will cost, judged before it runs from a pass over one teleport batch."""
+"""What an event will cost, estimated before it runs from a pass over one teleport batch."""
 
 import math
 import time
@@ -10,18 +10,18 @@ from hf_teleport.display.quantities import duration, size
 from hf_teleport.layers.point import Point
 from hf_teleport.methods import METHODS, Method, TurningMethod
 
-# Of the run's time, up to which teleports are not worth a warning.
+# Teleports that take a larger share of the run's time are worth a warning.
 LARGE_SHARE = 0.05
 
 
 def event_passes(config: TeleportConfig) -> int:
-    """Forward and backward passes over a teleport batch in one event, at most: those of its method, and of two rehearsals."""
+    """The most forward and backward passes over a teleport batch in one event: the method's, and two rehearsals'."""
     return METHODS[config.method].passes(config) + 2 * config.rehearsal_steps
 
 
 @dataclass(frozen=True)
 class Cost:
-    """An estimate, from above.
+    """An upper estimate.
 
     Attributes:
         pass_seconds: of a forward and backward over a teleport batch.
@@ -45,7 +45,7 @@ class Cost:
         Args:
             method: has surveyed the batch, which came to this point.
         """
-        # The batch was evaluated before: the first forward of a run takes longer than those that follow.
+        # The batch was evaluated before, because the first forward of a run takes longer than the next ones.
         start = time.perf_counter()
         method.evaluate(batch, point.seed)
         seconds = time.perf_counter() - start
@@ -66,5 +66,5 @@ class Cost:
 
 
 def share_of_run(event_seconds: float, training_passes: float, pass_seconds: float) -> float:
-    """The time of all events as a share of that of training, which is so many passes; infinite if nothing is left to train."""
+    """The time of all events as a share of training, which takes this many passes; infinite if no training is left."""
     return event_seconds / (training_passes * pass_seconds) if training_passes else math.inf

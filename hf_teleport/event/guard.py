@@ -1,9 +1,9 @@
-"""The limits that an event keeps to: how far the loss may change, and how far the gradient may grow."""
+"""The limits of an event: how far the loss may change, and how far the gradient may grow."""
 
 from hf_teleport.config import TeleportConfig
 from hf_teleport.layers.point import Point
 
-# A step may pass `max_growth` by this factor; one that jumps further is too long to trust.
+# A step may exceed `max_growth` by this factor. A step that jumps further is too long to trust.
 _OVERSHOOT = 1.1
 
 

@@ -1,4 +1,4 @@
-"""The teleport data at one setting of the weights: what a guard compares before and after."""
+"""The teleport data at one setting of the weights. The guard compares them before and after an event."""
 
 import math
 from collections.abc import Callable, Collection
@@ -27,12 +27,12 @@ class Measurement:
 
     @property
     def finite(self) -> bool:
-        """Whether loss and gradient are."""
+        """Whether loss and gradient are finite."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def measure(method: Method, batches: list[Any], see: Callable[[Point], None] | None = None) -> Measurement:
-    """Evaluate a method on each batch in turn, and let `see` have each point. Ends at a batch that is not finite."""
+    """Evaluate a method on each batch in turn, and pass each point to `see`. Ends at a batch that is not finite."""
     losses, grad_norms = [], []
     total: list[Tensor | None] = []
     for i, batch in enumerate(batches):
@@ -48,7 +48,8 @@ def measure(method: Method, batches: list[Any], see: Callable[[Point], None] | N
 
 
 def landing(method: Method, batches: list[Any], held_back: Any, forgotten: Collection[nn.Parameter] = ()) -> float | None:
-    """The loss on the batch held back after `rehearsal_steps` of the optimizer's next steps, on the teleport batches in turn.
+    """The loss on the batch held back after the optimizer's next `rehearsal_steps` steps, on the teleport batches in
+    turn.
 
     Args:
         forgotten: parameters of which the optimizer will remember nothing.
@@ -71,10 +72,10 @@ def landing(method: Method, batches: list[Any], held_back: Any, forgotten: Colle
 
 
 def _add(total: list[Tensor | None], gradients: list[Tensor | None]) -> None:
-    """Add gradients to a total, parameter by parameter, so that no third list is held; None counts as zero."""
+    """Add gradients to a total, parameter by parameter, so that no third list is in memory. None counts as zero."""
     total.extend([None] * (len(gradients) - len(total)))
     for i, gradient in enumerate(gradients):
         known = total[i]
         if gradient is not None:
-            # Not in place: autograd may hand out one tensor as two gradients.
+            # Not in place: autograd may return one tensor as two gradients.
             total[i] = gradient.detach() if known is None else known + gradient.detach()

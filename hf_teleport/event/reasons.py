@@ -1,4 +1,4 @@
-"""Why an event or a weight did not move, in words that say what to do."""
+"""Why an event or a weight did not move, with the way out."""
 
 from collections import Counter
 
@@ -7,16 +7,17 @@ from torch import nn
 from hf_teleport.report import LayerReport, TeleportReport, why_immovable
 
 NO_STEP = {
-    "no_direction": "no layer has a direction; a model of one layer has none, nor has fresh LoRA (B = 0): teleport it later",
-    "non_finite": "the loss or its gradient is not finite on the teleport data; check that its rows have something to learn "
-    "(labels that are not all -100), and that training itself has not diverged",
+    "no_direction": "no layer has a direction; a model of one layer has none, and fresh LoRA (B = 0) has none yet: "
+    "teleport it later",
+    "non_finite": "the loss or its gradient is not finite on the teleport data; check that its rows have labels that are "
+    "not all -100, and that training itself has not diverged",
     "max_loss_change": "every step changed the loss by more than max_loss_change; lower the teleport learning_rate, or raise it",
     "grad_norm_cap": "the gradient norm is above grad_norm_cap already; raise it to go further",
-    "not_a_symmetry": "what was turned changes the model's gradients otherwise than a symmetry would; please report this model",
+    "not_a_symmetry": "the gradients did not turn with the weights, so the turn was no symmetry; please report this model",
     "max_growth": "every step overshot max_growth; lower the teleport learning_rate",
-    "no_gain": "no step raised the objective, so there is nothing to do; a smaller learning_rate looks nearer by",
-    "no_better": "the optimizer's next steps would not have ended lower after it than without it, so it was undone, and there is "
-    "nothing to do; rehearsal_steps = 0 keeps such teleports too",
+    "no_gain": "no step raised the objective, so there is nothing to do; a smaller learning_rate tries shorter steps",
+    "no_better": "after it the optimizer's next steps would have ended no lower, so it was undone, and there is nothing to do; "
+    "rehearsal_steps = 0 keeps such teleports too",
     "held_back": "it changed the loss on the batch held back by more than max_loss_change; take more teleport batches",
     "out_of_memory": "memory ran out, with smaller batches too; lower batch_size, or teleport fewer layers by target_modules",
 }
@@ -29,7 +30,7 @@ def explain(
     reason: str,
     at_rest: str,
 ) -> None:
-    """Note in each report whether its weight moved and how far, and if not, why.
+    """Note in each report whether its weight moved and how far, or why it did not.
 
     Args:
         changed: as `Snapshot.changed`; empty if nothing moved.
@@ -51,5 +52,5 @@ def why_unmoved(report: TeleportReport) -> str:
     spanned = Counter(layer.reason for layer in report.layers if layer.movable and layer.null_dim == 0)
     if reason == "no_direction" and spanned:
         free = any(layer.movable and layer.null_dim for layer in report.layers)
-        return spanned.most_common(1)[0][0] + (f"; and of the others {NO_STEP[reason]}" if free else "")
+        return spanned.most_common(1)[0][0] + (f"; for the other layers: {NO_STEP[reason]}" if free else "")
     return NO_STEP.get(reason, reason)

@@ -1,1 +1,1 @@
-"""What a user names on a command line, files of rows and saved models: read, or refused in one line that says what to do."""
+"""Files of rows and saved models that a user names on a command line: read, or refused in one line with the way out."""

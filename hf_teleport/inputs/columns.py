@@ -1,4 +1,4 @@
-"""Which column of a table has the texts, the labels, the images or the sounds, and what must stand in it.
+"""Which column of a table has the texts, labels, images or sounds, and which values it may have.
 
 Errors begin with `source`, which says where the rows are from: "train_file = 'rows.csv'".
 """
@@ -51,7 +51,8 @@ def label_column(rows: Any, name: str | None, source: str) -> str:
 
 
 def file_column(rows: Any, name: str | None, kind: Any, source: str) -> str:
-    """The column of images or sounds: the one named, or the first of this type of `datasets`, or the one called as the type is.
+    """The column of images or sounds: the one named, or the first of this type of `datasets`, or the one with the
+    type's name.
 
     Args:
         kind: `datasets.Image` or `datasets.Audio`.
@@ -63,7 +64,7 @@ def file_column(rows: Any, name: str | None, kind: Any, source: str) -> str:
     column = name or (typed[0] if typed else kind.__name__.lower())
     _require_values(rows, column, source)
     feature = rows.features[column]
-    # What `datasets` did not write itself has paths, or encoded bytes, without their type.
+    # Files that `datasets` did not write have paths, or encoded bytes, without their type.
     paths = isinstance(feature, Value) and ("string" in feature.dtype or "binary" in feature.dtype)
     if not (isinstance(feature, kind) or paths or (isinstance(feature, dict) and "bytes" in feature)):
         raise ValueError(f"{source}: column {column!r} has values of the type {feature}; allowed: encoded bytes, or paths.")

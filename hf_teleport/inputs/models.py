@@ -23,7 +23,7 @@ _WAYS = "give a folder as model.save_pretrained writes it, or a Hub id such as o
 def model_and_batch(
     name: str, sizes: list[str], data: Path | None, batch_size: int, length: int
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The model that was named, and a batch that it takes: what `hf-teleport inspect` and `doctor` look at.
+    """The named model, and a batch that it takes, for `hf-teleport inspect` and `doctor`.
 
     Args:
         name: as for `load_model`.
@@ -44,7 +44,7 @@ def model_and_batch(
         raise ValueError(
             f"{type(model).__name__} cannot take these inputs ({', '.join(batch)}): {shortened(error)}. Give rows that suit it "
             f"with --data, as training sees them (tokenised, for instance): {model.main_input_name}, and labels for the model's "
-            "own loss; or, for a config name, other sizes with --set."
+            "own loss. For a config name, give other sizes with --set."
         ) from error
     return model, batch
 
@@ -62,7 +62,7 @@ def load_model(name: str, sizes: dict[str, Any] | None = None) -> nn.Module:
     if name in CONFIG_MAPPING and not Path(name).exists():
         config = new_config(name, sizes or {}, "--set")
         if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
-            # Saved models have one, and without it there is no loss of labels.
+            # Saved models store this field, and without it a model computes no loss from labels.
             config.decoder_start_token_id = getattr(config, "pad_token_id", None) or 0
         auto = next((auto for auto in _heads() if type(config) in auto._model_mapping), None)
         if auto is None:
@@ -84,7 +84,7 @@ def load_model(name: str, sizes: dict[str, Any] | None = None) -> nn.Module:
 
 
 def from_saved(load: Callable[..., _T], argument: str, name: str, **settings: Any) -> _T:
-    """What a `from_pretrained` makes of a folder or a Hub id; what fails is said in one line.
+    """The result of `from_pretrained` for a folder or a Hub id; a failure is said in one line.
 
     Args:
         argument: the name of the argument that the user gave the name by, for errors.
@@ -134,11 +134,12 @@ def new_config(name: str, overrides: dict[str, Any], argument: str, **settings: 
     kind = CONFIG_MAPPING[name]
     default = kind()
     for key in overrides:
-        # A configuration takes any name, and a misspelt one would change nothing.
+        # A configuration accepts any name, so a misspelt one would have no effect.
         if not hasattr(default, key) and key not in settings:
             require_known(key, [*default.to_dict(), *kind.attribute_map], f"{argument} of {name!r}")
     try:
-        # Not set on a finished configuration: sizes that follow from others (Llama's head_dim) would be stale.
+        # Sizes are not set on a finished configuration: sizes that follow from others (Llama's head_dim) would be
+        # stale.
         return kind(**{**settings, **overrides})
     except Exception as error:  # of whatever kind a configuration raises
         raise ValueError(f"{argument} = {overrides} is not allowed for {name!r}: {shortened(error)}") from error
@@ -176,7 +177,7 @@ def _check_memory(name: str, auto: Any, config: Any) -> None:
 
 
 def _heads() -> list[Any]:
-    """Auto classes by how telling their loss is."""
+    """Auto classes, the ones with the more informative loss first."""
     import transformers
 
     names = ["CausalLM", "Seq2SeqLM", "MaskedLM", "ImageClassification", "AudioClassification", "SequenceClassification"]

@@ -1,4 +1,4 @@
-"""The rows of a file. One that cannot be read is an error that names the argument, the file, the line and the way out."""
+"""The rows of a file. For a file that cannot be read, an error names the argument, the file, the line and the way out."""
 
 import json
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-"""For each suffix what the file is to `datasets.load_dataset`."""
+"""For each suffix the format of `datasets.load_dataset`."""
 
-# A byte of zero in so many first bytes means that a text is in one of these encodings, or none at all.
+# A zero byte among this many first bytes means that a text is in one of these encodings, or is no text.
 _HEAD = 4096
 _WIDE = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
 
-# What a long value or error is cut to.
+# The longest value or error in a message.
 _LONGEST = 300
 
 
@@ -68,7 +68,7 @@ def _silent() -> Iterator[None]:
 
 
 def shortened(value: object) -> str:
-    """An error or a value in one line that is not too long."""
+    """An error or a value in one line of limited length."""
     text = " ".join((str(value) if isinstance(value, Exception) else repr(value)).split())
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
@@ -91,7 +91,7 @@ def _problem(file: Path, kind: str, error: BaseException) -> str:
 
 
 def _encoding(file: Path, head: bool = False) -> str:
-    """What is wrong with the encoding of a text; empty: nothing. With `head` only what its first bytes tell."""
+    """What is wrong with the encoding of a text; empty: nothing. With `head`, only its first bytes are checked."""
     with file.open("rb") as opened:
         start = opened.read(_HEAD)
         if wide := _wide(start):

@@ -1,4 +1,4 @@
-"""A batch of random inputs for a Transformers model, read off its forward's signature and its config."""
+"""A batch of random inputs for a Transformers model, from its forward's signature and its config."""
 
 import inspect
 from collections.abc import Callable
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Heads whose labels are tokens, and those whose labels are classes. Others (boxes, masks, depth maps) get no labels.
+# Heads whose labels are tokens, and heads whose labels are classes. Others (boxes, masks, depth maps) get no labels.
 _TOKEN_HEADS = ("CausalLM", "LMHeadModel", "MaskedLM", "ForPreTraining", "ConditionalGeneration", "CTC")
 _CLASS_HEADS = ("SequenceClassification", "ImageClassification", "AudioClassification")
 
 
 def synthetic_batch(model: nn.Module, batch_size: int = 2, length: int = 16, seed: int = 0) -> dict[str, Tensor]:
-    """Inputs of the kinds that Transformers models take: tokens, images, video, audio, and labels where they are simple.
+    """Inputs of the kinds that Transformers models take: tokens, images, video, audio, and labels if they are simple.
 
     Args:
         model: a Transformers model; its main input decides.

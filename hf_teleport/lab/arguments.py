@@ -1,4 +1,4 @@
-"""The training arguments of an experiment: those of Trainer and of teleports, and what its optimizer is made of."""
+"""The training arguments of an experiment: Trainer's, the teleports', and its optimizer's."""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -90,5 +90,5 @@ def _positive(name: str, value: Any) -> float:
 
 
 def given(arguments: Any) -> bool:
-    """Whether Trainer's own optimizer would not do."""
+    """Whether the optimizer is one that Trainer can't make by itself."""
     return bool(arguments.optimizer or arguments.embedding_learning_rate or arguments.parameter_learning_rates)

@@ -5,8 +5,8 @@ Of an experiment's settings with an arm `baseline` that does not teleport:
 1. every arm at every learning rate with the first seed; an arm's best rate has the lowest final training loss;
 2. with all seeds the baseline at its best rate, every other arm at that rate and at its own best one, and the controls.
 
-With the key `tune` (tuning.py) the first stage searches more settings than the learning rate, and the second one compares each
-arm, and the controls made of it, at its own best settings.
+With the key `tune` (tuning.py) the first stage searches more settings than the learning rate. The second one compares each arm,
+and the controls made of it, at its own best settings.
 
 Two keys are this module's own:
 
@@ -34,13 +34,13 @@ CONTROLS = ("warmup", "random_move", "identity", "matched_rate")
 AT_BASELINES, AT_OWN = "the baseline's best learning rate", "each arm's best learning rate"
 AT_TUNED = "each arm's best settings"
 
-# Schedules that take no warm-up, and what takes their place.
+# Schedules without a warm-up, and the schedules that replace them.
 _WITH_WARMUP = {"constant": "constant_with_warmup", "reduce_lr_on_plateau": None}
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What may have to be run.
+    """The runs that may be needed.
 
     Attributes:
         whole: every arm and every control at every learning rate with every seed.
@@ -69,7 +69,7 @@ class Protocol:
         return {arm: found.get(arm) for arm in self.arms}
 
     def second(self, best: dict[str, float | None]) -> Experiment:
-        """Both stages, so that a bar over the runs counts all of them."""
+        """Both stages, so that a progress bar over the runs counts all of them."""
         chosen = {pair for rates in self.choices(best).values() for pair in rates.items()}
         first = {(r.arm, r.learning_rate, r.seed) for r in self.grid().runs}
         runs = [r for r in self.whole.runs if (r.arm, r.learning_rate) in chosen or (r.arm, r.learning_rate, r.seed) in first]
@@ -92,13 +92,13 @@ class Protocol:
         }
 
     def remarks(self, best: dict[str, float | None]) -> list[str]:
-        """What the grid of learning rates leaves open."""
+        """Doubts that the grid of learning rates leaves."""
         return [f"{arm}: {remark}" for arm in self.arms if (remark := _remark(best[arm], self.rates))]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of a protocol.
+    """The outcome of a protocol.
 
     Attributes:
         frame: as `results.evaluations`, of its runs alone.
@@ -137,7 +137,7 @@ def protocol(settings: Settings) -> Protocol:
         raise ValueError("clock = 'cpu_seconds' is not allowed with several processes or an accelerator; allowed: 'seconds'.")
     controls = _controls(settings.get("controls"), arms)
     if taken := sorted(arms.keys() & controls.keys()):
-        raise ValueError(f"arm {taken[0]!r} is not allowed, for it is a control's name; allowed: another, or fewer controls.")
+        raise ValueError(f"arm {taken[0]!r} is not allowed, because it is a control's name; allowed: another, or fewer controls.")
     given = {name: own for name, own in settings["arms"].items() if own is not None}
     changed = {name: {**given[arm], **own} for name, (arm, own) in controls.items()}
     whole = plan({**settings, "arms": {BASELINE: given[BASELINE], **given, **changed}})
@@ -151,7 +151,7 @@ def protocol(settings: Settings) -> Protocol:
 
 
 def compare(made: Protocol) -> Comparison:
-    """Carry a protocol out, as far as it is not done yet, and judge the arms.
+    """Carry out the rest of a protocol, and judge the arms.
 
     Raises:
         FileNotFoundError, ValueError: as `runs.execute`; or the baseline diverges at every learning rate.
@@ -197,7 +197,7 @@ def _of(frame: Any, experiment: Experiment) -> Any:
 
 
 def _shared(read: Any) -> Any:
-    """What the first process reads, for all of them: not every one may see its files."""
+    """A value that the first process reads, for all of them: not every process may see its files."""
     processes = PartialState()
     found = [read() if processes.is_main_process else None]
     broadcast_object_list(found)
@@ -227,8 +227,8 @@ def _check_arms(arms: dict[str, TeleportTrainingArguments]) -> None:
         given = {"eval_strategy": training.eval_strategy.value, "eval_on_start": training.eval_on_start}
         if given["eval_strategy"] == "no" or not given["eval_on_start"]:
             raise ValueError(
-                f"arm {arm!r} with {given} is not allowed; allowed: eval_strategy 'steps' or 'epoch' and eval_on_start true, for "
-                "arms are compared at equal times."
+                f"arm {arm!r} with {given} is not allowed; allowed: eval_strategy 'steps' or 'epoch' and eval_on_start true, "
+                "because arms are compared at equal times."
             )
 
 
@@ -238,7 +238,7 @@ def _teleports(training: TeleportTrainingArguments) -> bool:
 
 
 def _controls(wanted: Any, arms: dict[str, TeleportTrainingArguments]) -> dict[str, tuple[str, Settings]]:
-    """For each control the arm that it is made of, and the settings in which it differs from that one."""
+    """For each control the arm that it starts from, and the settings in which it differs from that arm."""
     chosen = list(CONTROLS) if wanted is None else [wanted] if isinstance(wanted, str) else wanted
     if not isinstance(chosen, list) or any(name not in CONTROLS for name in chosen):
         raise ValueError(f"controls = {wanted!r} is not allowed; allowed: some of {list(CONTROLS)}.")
@@ -255,12 +255,12 @@ def _controls(wanted: Any, arms: dict[str, TeleportTrainingArguments]) -> dict[s
 
 
 def _warmup(baseline: TeleportTrainingArguments) -> Settings:
-    """A warm-up of a tenth of the run, or twice the one that there is."""
+    """A warm-up of a tenth of the run, or twice the present one."""
     schedule = baseline.lr_scheduler_type.value
     steps = 0 if schedule in _WITH_WARMUP else baseline.warmup_steps
     schedule = _WITH_WARMUP.get(schedule, schedule)
     longer = 2 * steps or 0.1
-    # Below 1 it is a share of the run, of which twice a half is all.
+    # Below 1 it is a share of the run, and twice a half is the whole run.
     if schedule is None or steps < 1 <= longer:
         return {}
     return {"warmup_steps": longer, "lr_scheduler_type": schedule}
@@ -284,6 +284,6 @@ def _matched_rate(training: TeleportTrainingArguments) -> Settings:
 
 
 def _has_controls(training: TeleportTrainingArguments) -> bool:
-    """Whether `teleport_control` suits these settings, and is not what the arm itself is about."""
+    """Whether `teleport_control` suits these settings, and is not what the arm itself tests."""
     joint = training.teleport_method == "null_space" and training.teleport_scope == "joint"
     return joint and not training.teleport_control

@@ -23,7 +23,7 @@ class History(TrainerCallback, ExportableState):
     def __init__(self, rows: list[dict[str, Any]] | None = None, spent: list[float] | None = None) -> None:
         self.rows: list[dict[str, Any]] = list(rows or [])
         self._spent = list(spent or [0.0, 0.0])
-        # When the clocks were started; None while they stand.
+        # When the clocks were started; None while they are stopped.
         self._since: list[float] | None = None
 
     def state(self) -> dict[str, Any]:

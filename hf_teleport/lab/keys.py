@@ -1,4 +1,4 @@
-"""Names and values that a user writes: where one stands twice, the nearest name there is, the right kind of value."""
+"""Names and values that a user writes: duplicates, the nearest known name, and the right kind of value."""
 
 import difflib
 from collections.abc import Iterable
@@ -86,7 +86,7 @@ def require_fit(key: str, value: Any, kind: type) -> None:
 
 
 def _kinds(hint: Any) -> set[type]:
-    """Of a type's alternatives those that YAML can tell apart; a choice among texts is a text."""
+    """The alternatives of a type that YAML can tell apart; a choice among texts is a text."""
     origin = get_origin(hint)
     if origin in (Union, UnionType):
         return set().union(*(_kinds(part) for part in get_args(hint)))

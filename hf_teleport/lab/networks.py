@@ -1,4 +1,4 @@
-"""The networks of experiments by their names, and what of their configs the data decide."""
+"""The networks of experiments by their names, and the parts of their configs that depend on the data."""
 
 import inspect
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class Network:
 
     @property
     def is_masked(self) -> bool:
-        """Whether it is trained to find words that are masked."""
+        """Whether it is trained to find masked words."""
         return self.auto is AutoModelForMaskedLM
 
     def sizes(self) -> list[str]:
@@ -60,7 +60,7 @@ class Network:
         Raises:
             ValueError: a value that is not allowed.
         """
-        # One setting has several names in Transformers, and the later of two would win.
+        # One setting has several names in Transformers, and the last one given would win.
         names = CONFIG_MAPPING[self.model_type].attribute_map
         try:
             return AutoConfig.for_model(self.model_type, **{names.get(name, name): value for name, value in settings.items()})

@@ -18,10 +18,10 @@ from hf_teleport.reporting.extras import require_extra
 
 MUON_ADAMW = "muon+adamw"
 
-# Given by other settings, or by nobody.
+# Other settings give these, or nobody does.
 _NO_SETTINGS = {"self", "params", "lr", "weight_decay", "args", "kwargs"}
 
-# What optimizers of Trainer that make groups of their own are given.
+# Arguments for Trainer's optimizers that make groups of their own.
 _OWN_GROUPS = {"params", "model", "optimizer_dict"}
 
 Group = dict[str, Any]
@@ -62,17 +62,17 @@ class CombinedOptimizer(Optimizer):
         if not parts:
             raise ValueError("parts = () is not allowed; allowed: one optimizer or more.")
         self.parts = parts
-        # The groups are the parts' own objects, not copies, and so is what is kept for each parameter.
+        # The groups are the parts' own objects, not copies, and so is the state of each parameter.
         super().__init__([group for part in parts for group in part.param_groups], {})
 
     @property
     def state(self) -> Any:
-        """What the parts keep for each parameter."""
+        """The parts' state of each parameter."""
         return {parameter: kept for part in self.parts for parameter, kept in part.state.items()}
 
     @state.setter
     def state(self, value: Any) -> None:
-        """Optimizer's constructor sets an empty one."""
+        """Optimizer's constructor sets an empty state."""
 
     def add_param_group(self, param_group: Group) -> None:
         """Refused but for the groups of the parts.
@@ -148,7 +148,9 @@ def accepted(kind: type[Optimizer]) -> list[str]:
 
 
 def outer_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Those of embeddings and of the output head: the one that the model names, or else layers with a name of heads."""
+    """The parameters of embeddings and of the output head. The head is the one that the model names, or layers with a
+    head's name.
+    """
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -231,7 +233,7 @@ def _without_mark(group: Group) -> Group:
 
 
 def _adam_settings(kind: type[Optimizer], arguments: Any) -> dict[str, Any]:
-    """Betas and epsilon where the settings have them; else they are the optimizer's own."""
+    """Betas and epsilon if the settings have them; else the optimizer's own."""
     taken = inspect.signature(kind).parameters
     found: dict[str, Any] = {}
     given = [arguments.adam_beta1, arguments.adam_beta2]

@@ -11,7 +11,7 @@ FIGURE, NUMBERS = "training_loss.png", "training_loss.csv"
 
 Choices = dict[str, dict[str, float]]
 
-# What training loss is drawn against: columns of `results.curves`, and what to call them.
+# The horizontal axes of the training loss: columns of `results.curves`, and their names.
 ALONG = {"step": "step", "seconds": "seconds, teleports included"}
 
 

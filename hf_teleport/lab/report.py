@@ -44,7 +44,7 @@ def numbers(comparison: Comparison) -> Any:
 
 
 def record(comparison: Comparison) -> dict[str, Any]:
-    """All that was found, as plain values; a number that is not finite is None."""
+    """The whole outcome as plain values; a number that is not finite is None."""
     made = comparison.protocol
     return {
         "clock": made.clock,
@@ -58,7 +58,7 @@ def record(comparison: Comparison) -> dict[str, Any]:
 
 
 def verdicts(found: dict[str, Any]) -> list[Verdict]:
-    """Those of a `record`; a number that was not finite is NaN."""
+    """The verdicts of a `record`; a number that was not finite is NaN."""
     return [Verdict(**{name: _interval(value) for name, value in row.items()}) for row in found["verdicts"]]
 
 
@@ -95,7 +95,7 @@ def table(comparison: Comparison) -> Any:
 
 
 def columns(measure: str = "metric") -> list[str]:
-    """The names of what `cells` tells.
+    """The names of the columns of `cells`.
 
     Args:
         measure: the name of that of the test set.
@@ -105,7 +105,7 @@ def columns(measure: str = "metric") -> list[str]:
 
 
 def cells(verdict: Verdict) -> list[str]:
-    """A verdict as a row of a table; the differences from itself of the baseline are blank."""
+    """A verdict as a row of a table; the baseline's differences from itself are blank."""
     differences = (verdict.equal_time, verdict.equal_samples, verdict.test_loss, verdict.metric)
     compared = [
         _passing(verdict, "steps_to_loss"),
@@ -123,7 +123,7 @@ def cells(verdict: Verdict) -> list[str]:
 
 
 def _passing(verdict: Verdict, name: str) -> str:
-    """When the baseline's final training loss is reached, in units of the baseline's own time, or steps."""
+    """When an arm reaches the baseline's final training loss, in units of the baseline's own time or steps."""
     reached = getattr(verdict, name)
     never = f"never {verdict.never} of {verdict.seeds}"
     if verdict.never == verdict.seeds:
@@ -137,7 +137,7 @@ def _signed(difference: Interval) -> str:
 
 
 def sentences(comparison: Comparison) -> list[str]:
-    """The verdicts in words, then what a control or the grid of learning rates puts in doubt."""
+    """The verdicts in words, then doubts from a control or the grid of learning rates."""
     own = {verdict.arm: verdict for verdict in comparison.verdicts if verdict.word == BETTER}
     doubts = [
         f"{arm} is better, but so is its control {control}: the gain may not be the teleport's."

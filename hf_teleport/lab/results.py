@@ -1,4 +1,4 @@
-"""What came of an experiment's runs, as tables: mean and standard deviation over the seeds."""
+"""The outcome of an experiment's runs, as tables: mean and standard deviation over the seeds."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from hf_teleport.lab.runs import ALL_SETTINGS, DONE, HISTORY, SETTINGS
 from hf_teleport.methods.basis.method import BasisTurn
 from hf_teleport.reporting.extras import require_extra
 
-# Of settings that a file does not name.
+# Defaults of settings that a file does not name.
 _DEFAULTS = {setting.name: setting.default for setting in fields(TeleportTrainingArguments)}
 
 # Measures of the test set besides its loss, one for each kind of data.
@@ -23,10 +23,10 @@ MEASURES = ("accuracy", "mse", "perplexity")
 def evaluations(output: str | Path) -> Any:
     """A `DataFrame` with a row for each evaluation of each finished run.
 
-    Its columns are arm, learning_rate, seed, step, samples (of the training batches and of all teleports so far), seconds and
-    cpu_seconds (of training, teleports included), train_loss (in eval mode, of the rows that the settings name), test_loss,
-    measure (the name of one) and metric (its value on the test set). The loss of a run that diverged is infinite, so that means
-    do not pass over it.
+    Its columns are arm, learning_rate, seed, step, samples, seconds, cpu_seconds, train_loss, test_loss, measure and metric.
+    Samples are of the training batches and of all teleports so far. Times are of training, teleports included. The training loss
+    is in eval mode, on the rows that the settings name. The metric is the measure's value on the test set. The loss of a run that
+    diverged is infinite, so that means do not skip it.
 
     Raises:
         FileNotFoundError: there is no finished run.
@@ -63,7 +63,7 @@ def _by_step(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _samples(settings: dict[str, Any], log: list[dict[str, Any]]) -> Callable[[int], int]:
-    """How many samples a run has used when it has made so many steps.
+    """How many samples a run has used after this many steps.
 
     A teleport uses those of its batches and of the one held back, however often it passes over them. It comes before the step
     that it is named after, and after an evaluation there.
@@ -86,7 +86,7 @@ def curves(frame: Any) -> Any:
     """Over the seeds of `evaluations`, for each arm, learning rate and step.
 
     The columns are arm, learning_rate, step, seconds, cpu_seconds, samples, train_loss, train_loss_sd, test_loss, measure, metric
-    (means, but for the standard deviation, with one degree of freedom less than there are seeds) and seeds (how many).
+    and seeds (how many). All numbers are means, except the standard deviation, which has one degree of freedom less than seeds.
     """
     groups = frame.groupby(["arm", "learning_rate", "step"], sort=False)
     table = groups.agg(
@@ -111,8 +111,7 @@ def final(frame: Any) -> Any:
 def best_rates(frame: Any) -> dict[str, float]:
     """For each arm the learning rate with the lowest final training loss, mean over the seeds.
 
-    A rate that fewer seeds have run with than another, to see that it is no good, is left out, and so is an arm that diverged at
-    all of its rates.
+    A rate with fewer seeds than another is left out: it was only tried. An arm that diverged at all of its rates is left out too.
     """
     runs = final(frame).groupby(["arm", "learning_rate"])["train_loss"].agg(["mean", "size"])
     best = {}

@@ -1,7 +1,7 @@
-"""Runs, one after the other in one process, each kept in a folder; what is finished is not run again.
+"""Runs, one after the other in one process, each kept in a folder. A finished run is not run again.
 
-A run's folder has `settings.json`, its Trainer checkpoints while it lasts, and in the end `history.json`, `done` and, if
-the settings say so, its trained model in `model`.
+A run's folder has `settings.json`, and its Trainer checkpoints while it lasts. In the end it has `history.json`, `done`
+and, if the settings say so, its trained model in `model`.
 """
 
 import json
@@ -39,7 +39,7 @@ def execute(experiment: Experiment) -> int:
     """
     processes = PartialState()
     metrics = require_extra("hf_teleport.metrics")
-    # One process looks, lest another sees a folder that has changed in the meantime.
+    # One process decides, because another might see a folder that has changed in the meantime.
     pending: list[Any] = [_pending(experiment) if processes.is_main_process else None]
     broadcast_object_list(pending)
     if not pending[0]:
@@ -82,8 +82,8 @@ def _require_same(run: Run, old: dict[str, Any]) -> None:
         if before != now:
             there, here = ("not given" if value is nothing else repr(value) for value in (before, now))
             raise ValueError(
-                f"{key} = {here} is not allowed; allowed: {there}, for {run.folder} was made with it. Give the same settings or "
-                "another output_dir, or delete that folder."
+                f"{key} = {here} is not allowed; allowed: {there}, because {run.folder} was made with it. Give the same "
+                "settings or another output_dir, or delete that folder."
             )
 
 
@@ -168,7 +168,7 @@ def _state(checkpoint: Path) -> TrainerState:
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Remove checkpoints that an interrupt has cut short: Trainer writes its state last."""
+    """Remove checkpoints that an interrupt has cut short. Trainer writes its state last, so they lack it."""
     for path in _checkpoints(folder):
         try:
             _state(path)
@@ -177,7 +177,7 @@ def _remove_unfinished(folder: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Through a second file, so that an interrupt leaves the old one or the new one."""
+    """Write a second file first, so that an interrupt leaves the old one or the new one."""
     new = path.with_name(path.name + ".new")
     new.write_text(text)
     new.replace(path)

@@ -39,10 +39,10 @@ _COMPARISON = ["controls", "clock", "tune", "trials"]
 _TRAINING = [f.name for f in fields(ExperimentArguments) if f.init]
 _REQUIRED = ["dataset", "model", "arms", "learning_rates", "seeds"]
 
-# Set by the grid, for each run.
+# The grid sets these, for each run.
 _OF_A_RUN = {"learning_rate": "learning_rates", "seed": "seeds", "data_seed": "seeds", "teleport_seed": "seeds"}
 
-# What a run is shown and kept by; its outcome is the same.
+# These name and store a run, and do not change its outcome.
 _WITHOUT_EFFECT = {"output_dir", "disable_tqdm", "report_to", "run_name", "save_strategy", "save_steps", "save_total_limit"}
 
 
@@ -148,7 +148,7 @@ def _runs(arm: str, training: Settings, rates: list[float], seeds: list[int], wo
             require_fit(key, value, ExperimentArguments)
         except ValueError as error:
             raise ValueError(f"arm {arm!r}: {error}") from error
-    # Texts are read as on a command line; what is no text is taken as it is.
+    # Texts are read as on a command line; other values are taken as they are.
     parser.set_defaults(**training)
     runs = []
     for rate in rates:

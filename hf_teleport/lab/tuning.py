@@ -2,8 +2,8 @@
 
 Keys of a comparison's settings, docs/compare.md:
 
-    tune: for each setting its values, for instance {learning_rate: [0.001, 0.002], adam_beta2: [0.95, 0.999]}; the search starts
-        at the values that the settings have outside of `arms`, and an arm that gives one of them itself keeps it
+    tune: for each setting its values, for instance {learning_rate: [0.001, 0.002], adam_beta2: [0.95, 0.999]}. The search starts
+        at the values that the settings have outside of `arms`. An arm that gives one of them itself keeps it.
     trials: runs of each arm, with the first seed
 """
 

@@ -39,7 +39,7 @@ class Interval:
             return "-"
         if not self.half:
             return f"{self.mean:.4g}"
-        # Two digits of the width are all that a few seeds can tell.
+        # A few seeds say no more than two digits of the width.
         digits = max(0, 1 - math.floor(math.log10(self.half)))
         return f"{self.mean:.{digits}f} ± {self.half:.{digits}f}"
 
@@ -99,7 +99,7 @@ def interval(values: Iterable[float]) -> Interval:
 
 
 def value_at(run: Any, column: str, place: float, along: str) -> float:
-    """A run's value where it has used so much time or so many samples.
+    """A run's value at the point where it has used this much time or this many samples.
 
     Args:
         run: its evaluations, by step.

@@ -1,4 +1,4 @@
-"""What is trained on what: the data part and the model part of an experiment."""
+"""The data and the model of an experiment."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +14,7 @@ from hf_teleport.lab.data.catalogue import KINDS, find
 from hf_teleport.lab.keys import require_known
 from hf_teleport.lab.networks import NETWORKS, Network
 
-# What `data.load` takes for each kind of data.
+# The options of `data.load` for each kind of data.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "image": ("image_size", "image_column", "label_column"),
     "sequence": ("length", "image_column", "label_column"),
@@ -39,9 +39,10 @@ class Workload:
 
     Args:
         dataset: a name of the catalogue, a Hub id, or a local folder, as for `data.load`.
-        model: one of the paper's, 'mlp', 'cnn', 'residual_cnn', 'transformer_classifier', 'transformer_regressor' and
-            'transformer_lm'; of Transformers, 'llama', 'qwen3', 'gemma', 'gpt2', 'bert' (which classifies), 'bert_mlm' (which
-            finds masked words) and 'vit'; or 'forecaster', a small transformer that forecasts the next `horizon` steps of series.
+        model: a name. The paper's are 'mlp', 'cnn', 'residual_cnn', 'transformer_classifier', 'transformer_regressor' and
+            'transformer_lm'. Those of Transformers are 'llama', 'qwen3', 'gemma', 'gpt2', 'bert' (which classifies), 'bert_mlm'
+            (which finds masked words) and 'vit'. 'forecaster' is a small transformer that forecasts the next `horizon` steps of
+            series.
         folder: a local copy of what `dataset` names.
         kind: of the data; default: the catalogue's.
         options: of `data.load`, those in `OPTIONS`.
@@ -50,13 +51,13 @@ class Workload:
             than 768 wants a larger `initializer_range` than 0.02, 0.02 * (768 / hidden_size) ** 0.5: else it does not learn.
         pretrained: a folder with a saved model, `model` in that of a run with `save_model`: start from its weights and sizes, and
             for text with its tokenizer. A classifier for another number of classes is made anew.
-        train_rows: train on so many rows, evenly spread over the training set; default: all.
-        test_rows: test on so many rows, evenly spread; default: all.
-        train_loss_rows: measure the training loss on so many of the training rows, evenly spread.
+        train_rows: train on this many rows, evenly spread over the training set; default: all.
+        test_rows: test on this many rows, evenly spread; default: all.
+        train_loss_rows: measure the training loss on this many of the training rows, evenly spread.
 
     Raises:
-        ValueError: a model that there is not, that does not take such data, or that is another one than the saved model; an
-            option or a size that there is not.
+        ValueError: an unknown model, one that does not take such data, or one that differs from the saved model. An unknown
+            option or size.
         FileNotFoundError: `pretrained` has no saved model.
     """
 
@@ -139,7 +140,7 @@ class Workload:
 
     @cached_property
     def data(self) -> Pipeline:
-        """What `load` gives, loaded once."""
+        """The result of `load`, loaded once."""
         return self.load()
 
     def load(self) -> Pipeline:
@@ -185,7 +186,7 @@ class Workload:
 
 
 def evenly(rows: Any, count: int | None) -> Dataset:
-    """So many rows, evenly spread over the set; all of them if there are not more, or without a count."""
+    """This many rows, evenly spread over the set; all of them if the set is smaller, or without a count."""
     if count is None or count >= len(rows):
         return rows
     return Subset(rows, [i * len(rows) // count for i in range(count)])

@@ -29,7 +29,7 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 @dataclass
 class Point:
-    """The loss on one batch at the current weights, and what came of its forward and backward.
+    """The loss on one batch at the current weights, and the results of its forward and backward.
 
     Where several processes share the batch, loss and gradients are the means over all of them; `own_gradients` and the trace are
     of this process's share.
@@ -40,8 +40,8 @@ class Point:
         grad_norm: `||∇_W L||` over all trainable parameters.
         trace: the uses of the parameters, with D.
         graph: the loss with its graph, if that was kept for `evaluate_again`.
-        errors: where the weights stay sharded, in place of `own_gradients`: for each followed weight how far what the followed
-            uses make of its gradient is from that, and for biases likewise.
+        errors: replaces `own_gradients` if the weights stay sharded. For each followed weight and bias, the difference between
+            its gradient and the gradient that the followed uses imply.
     """
 
     batch: Any

@@ -1,8 +1,8 @@
 """Core and null space of a layer's inputs (paper: representation matrix, energy threshold, equations 3 to 13).
 
-With a layer's input as rows X (N x d), the core space is spanned by the leading right singular vectors of X, k of them, k the
-smallest number with `σ₁² + ... + σₖ² >= tau (σ₁² + ... + σ_d²)`; the vector that reaches the threshold is kept in the core. The
-null space is the rest. A weight change `Δ P` with `P = I - B Bᵀ` has `X (Δ P)ᵀ = 0` at tau = 1: no output changes.
+A layer's input is rows X (N x d). The first k right singular vectors of X span the core space, and k is the smallest number with
+`σ₁² + ... + σₖ² >= tau (σ₁² + ... + σ_d²)`. The vector that reaches the threshold belongs to the core. The null space is the
+rest. A weight change `Δ P` with `P = I - B Bᵀ` has `X (Δ P)ᵀ = 0` at tau = 1: no output changes.
 
 All functions take leading group dimensions: (G, N, d) for a convolution with G groups.
 """
@@ -30,9 +30,9 @@ _BLOCK = 128
 def rank_tolerance(width: int, dtype: torch.dtype) -> float:
     """Singular values up to this share of the largest count as zero: `sqrt(d) * eps(dtype)`.
 
-    It is the size of the rounding noise that a layer's input of that precision carries, relative to its largest singular
-    value. Unlike the common `max(N, d) * eps` it does not grow with the number of tokens, with which a real but weak
-    direction would be taken for a null one and the loss would move.
+    It is the size of the rounding noise in a layer's input of that precision, relative to its largest singular value. The common
+    `max(N, d) * eps` grows with the number of tokens. It would take a real but weak direction for a null one, and the loss would
+    move.
     """
     return width**0.5 * torch.finfo(dtype).eps
 
@@ -41,8 +41,8 @@ class Representation:
     """A summary of all rows seen so far, from which their right singular vectors follow; at most d x d numbers.
 
     As long as there are fewer rows than columns, the rows themselves are kept and decomposed in full precision. Beyond, inputs of
-    single precision or less go into the Gram matrix `C = XᵀX` in float64: it squares the condition number, but float64 resolves
-    the square of anything that float32 rounding left meaningful. Float64 inputs are reduced by QR instead.
+    single precision or less go into the Gram matrix `C = XᵀX` in float64. It squares the condition number, but float64 resolves
+    the square of anything above float32's rounding. Float64 inputs are reduced by QR instead.
     """
 
     def __init__(self) -> None:

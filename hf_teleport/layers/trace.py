@@ -1,8 +1,8 @@
 """Follow parameters through a forward pass: which operation consumes each, with which input.
 
-A `TorchFunctionMode` sees every torch call before it runs. Following the *operation* and not the module covers weights
-that are used functionally while their module's forward never runs, needs no list of module classes, and notices every use
-of a tied weight. Nothing is wrapped, patched or hooked on the model.
+A `TorchFunctionMode` sees every torch call before it runs. Following the *operation* and not the module covers weights that are
+used functionally while their module's forward never runs. It needs no list of module classes, and sees every use of a tied
+weight. Nothing is wrapped, patched or hooked on the model.
 """
 
 from collections import defaultdict

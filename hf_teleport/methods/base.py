@@ -155,9 +155,9 @@ class Move:
 class ClimbingMethod(Method):
     """A method that climbs on each batch in turn, step by step: after `fit` the event calls (begin, propose*) for each batch.
 
-    If a point keeps its graph (`evaluate(..., keep_graph=True)`), the steps on its batch are taken to leave activations and loss
-    as they were: after each a backward is enough, and the event looks at the loss after the last one. If that has moved, the
-    event starts anew, after `distrust`.
+    If a point keeps its graph (`evaluate(..., keep_graph=True)`), the steps on its batch should not change activations or loss.
+    Then a backward is enough after each, and the event checks the loss after the last one. If the loss has moved, the event
+    starts anew, after `distrust`.
     """
 
     at_rest = (

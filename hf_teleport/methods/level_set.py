@@ -124,14 +124,14 @@ def merit(grad_norm: float, violation: float, gamma: float) -> float:
 class LevelSet(ClimbingMethod):
     """Ascent of a batch's gradient norm along the level set of the loss, in all weights.
 
-    With `config.scope="joint"` a step keeps the loss of every teleport batch, which takes a gradient of each; with "batch" that
-    of its own batch alone, as the authors do with theirs, and the turns of several batches break what one another kept. The
-    levels are the losses before the event. A turn ends by itself where the first-order conditions hold, or no step gains.
+    With `config.scope="joint"` a step keeps the loss of every teleport batch, which takes a gradient of each. With "batch" it
+    keeps only the loss of its own batch, as the authors do, and later batches change the loss of earlier ones. The levels are the
+    losses before the event. A turn ends by itself if the first-order conditions hold, or no step gains.
 
-    `config.learning_rate` is the longest rho that a line search tries: as it is with `step_size="fixed"`, and with "relative" the
-    one that makes a step along the tangent as long as that share of the norm of the weights that may move. Searches begin there,
-    later ones at most at twice what the last one accepted. They accept a step that gains half of what the linearisation predicts
-    of the merit function, and keeps each of these losses within `config.max_loss_change`, beyond which it would be undone.
+    `config.learning_rate` is the longest rho that a line search tries. With `step_size="fixed"` it is rho itself. With "relative"
+    it makes a step along the tangent as long as that share of the norm of the weights that may move. Searches begin there, and
+    later ones at most at twice the last accepted value. They accept a step that gains half of what the linearisation predicts of
+    the merit function, and keeps each of these losses within `config.max_loss_change`, beyond which it would be undone.
 
     The objective is the paper's and `H g` is exact: `config.objective`, `hessian` and `energy_threshold` are not read.
     """
@@ -144,8 +144,9 @@ class LevelSet(ClimbingMethod):
 
     @staticmethod
     def passes(config: TeleportConfig) -> int:
-        # A check; before, at the start of a turn and after. A step is a pass, a double backward and a line search; the other
-        # losses that it keeps take a pass, and a forward for each trial that is charged as one.
+        # One pass is a check. Each batch takes three: before the event, at the start of its turn, and after the event. A step is
+        # a pass, a double backward and a line search. Each other loss that it keeps takes a pass, and a forward for each trial,
+        # which counts as a pass.
         kept = config.num_batches if config.scope == "joint" else 1
         return 1 + config.num_batches * (3 + config.steps_per_batch * (1 + kept * (_HALVINGS + 2)))
 

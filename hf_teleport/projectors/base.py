@@ -1,10 +1,10 @@
-"""What every layer family answers, and the registry of families.
+"""The interface of layer families, and their registry.
 
-Teleportation needs one view of a layer: `Z = X Wᵀ`, with the layer's input as rows X and its weight as a matrix
-W. A `Projector` gives that view for one operation, for instance `torch.nn.functional.linear`. The registry is keyed by the
-operation that *consumes* the weight and not by module class: `nn.Linear`, a subclass of it, and a bare `nn.Parameter` handed to
-`F.linear` are then one case, whatever library they come from. To add a family, subclass `Projector`, fill in three
-methods and decorate it with `@register(the_function)`.
+Teleportation needs one view of a layer: `Z = X Wᵀ`, with the layer's input as rows X and its weight as a matrix W. A `Projector`
+gives that view for one operation, for instance `torch.nn.functional.linear`. The registry is keyed by the operation that
+*consumes* the weight, and not by module class. So `nn.Linear`, a subclass of it, and a bare `nn.Parameter` in `F.linear` are one
+case, whatever library they come from. To add a family, subclass `Projector`, fill in three methods and decorate it with
+`@register(the_function)`.
 """
 
 from abc import ABC, abstractmethod
@@ -29,8 +29,8 @@ class Call:
 class Projector(ABC):
     """The matrix view of one operation with fixed options (stride, groups, ...).
 
-    G is the number of groups (1 unless the operation splits its channels), N the number of rows (samples, tokens or
-    patches), d the input width of one group and o its output width. A bias is added per output channel, to every row.
+    G is the number of groups (1 unless the operation splits its channels), and N the number of rows (samples, tokens or patches).
+    The input width of one group is d and its output width o. A bias is added per output channel, to every row.
     """
 
     role: ClassVar[str] = "linear"
@@ -49,7 +49,7 @@ class Projector(ABC):
         """Z, or the gradient D with respect to it, as rows, (G, N, o)."""
 
     def output_shape(self, call: Call) -> tuple[int, ...] | None:
-        """The shape of what a call makes; None: only the operation itself knows."""
+        """The shape of a call's result; None: only the operation itself knows."""
         return None
 
     def to_matrix(self, weight: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Projector(ABC):
         return self.outer(self.output_rows(output_gradient), self.rows(input))
 
     def outer(self, output_rows: Tensor, rows: Tensor) -> Tensor:
-        """`Dᵀ X` of rows, (G, o, d), best with the strides of a weight's `to_matrix`, for it will be added to one."""
+        """`Dᵀ X` of rows, (G, o, d). It should have the strides of a weight's `to_matrix`, because it is added to one."""
         return output_rows.mT @ rows
 
 
@@ -76,8 +76,8 @@ _P = TypeVar("_P", bound=type[Projector])
 def register(*operations: Callable[..., Any]) -> Callable[[_P], _P]:
     """Class decorator: this family covers these functions, as a `TorchFunctionMode` sees them.
 
-    Several families may cover one function (a matrix product has its weight on the right or on the left); the first whose `bind`
-    finds a followed weight is taken, the last registered being asked first.
+    Several families may cover one function: a matrix product has its weight on the right or on the left. They are asked from the
+    last registered to the first, and the first whose `bind` finds a followed weight is taken.
     """
 
     def decorate(projector: _P) -> _P:

@@ -1,7 +1,7 @@
 """Convolutions in one, two and three dimensions: rows are the patches that the kernel sees (im2col).
 
-The modules pad in the modes other than zeros with `F.pad` before they convolve, so the operation followed here sees the padded
-input, and every padding mode comes out right without a case of its own.
+With a padding mode other than zeros the modules call `F.pad` before they convolve. The operation followed here sees the padded
+input, so every padding mode is right without a case of its own.
 """
 
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ class Conv(Projector):
         return weight.unflatten(0, (self.groups, -1)).flatten(2)
 
     def weight_gradient(self, input: Tensor, output_gradient: Tensor, shape: tuple[int, ...]) -> Tensor:
-        # The library's own kernel: patches overlap, and as rows they would take prod(kernel) times the memory.
+        # Use the library's own kernel. Patches overlap, and as rows they would take prod(kernel) times the memory.
         batched = output_gradient if output_gradient.dim() == len(self.kernel) + 2 else output_gradient.unsqueeze(0)
         gradient = _WEIGHT_GRADIENTS[len(self.kernel)](
             self._padded(input),
@@ -100,7 +100,7 @@ class TransposedConv(Projector):
 
     role: ClassVar[str] = "conv"
 
-    forward: Conv  # the convolution that this one transposes, and whose patches are meant
+    forward: Conv  # the convolution that this one transposes; its patches are the rows
     groups: int
 
     @classmethod

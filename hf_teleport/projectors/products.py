@@ -88,8 +88,8 @@ class GroupedProduct(_Stacked):
 class Einsum(Projector):
     """`torch.einsum` of an input and a weight: XLNet's attention, mixers, hand-written layers.
 
-    Each index is one of four: in input, weight and output it counts groups; in input and output, rows; in input and weight it is
-    summed, d; in weight and output, o.
+    Each index is one of four. In input, weight and output it counts groups. In input and output it counts rows. In input and
+    weight it is summed, d. In weight and output it is o.
     """
 
     input_indices: str
@@ -110,7 +110,7 @@ class Einsum(Projector):
         input, weight = operands[1 - weight_at], operands[weight_at]
         first, second = terms[1 - weight_at], terms[weight_at]
         unique = all(len(set(term)) == len(term) for term in (first, second, output))
-        # Every index must have one of the four parts to play.
+        # Every index must have one of the four roles.
         kept = set(output) | (set(first) & set(second))
         if not unique or not set(first + second) <= kept:
             return None

@@ -1,1 +1,1 @@
-"""A finished run, read from the files it left, as pictures and tables of the HTML report."""
+"""A finished run, read from its files, as pictures and tables of the HTML report."""

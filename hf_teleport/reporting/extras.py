@@ -5,7 +5,7 @@ from typing import Any
 
 
 def require_extra(module: str) -> Any:
-    """A module that is, or that needs, an optional library.
+    """Import a module that is an optional library, or needs one.
 
     Raises:
         ModuleNotFoundError: the library is not installed; the message says how to install it.

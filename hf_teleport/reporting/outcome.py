@@ -1,4 +1,4 @@
-"""What became of a run, read from the files that it left in its output folder."""
+"""The outcome of a run, read from the files in its output folder."""
 
 import json
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_teleport.journal import JOURNAL, Event, identity, read, teleports
 
-# What Trainer leaves of a run's log, and what the experiments do.
+# The files with a run's log that Trainer and the experiments leave.
 STATE, HISTORY = "trainer_state.json", "history.json"
 
 
@@ -32,7 +32,8 @@ class Outcome:
 def outcome(folder: Path) -> Outcome | None:
     """What is known of a folder's run; None: there is none.
 
-    Of several states, one in each checkpoint, that which has come furthest; one that an interrupt has cut short is passed over.
+    Of several states, one in each checkpoint, it takes the furthest one. A state that an interrupt has cut short is
+    skipped.
 
     Raises:
         ValueError: the file of the teleports is not what a run writes.
@@ -57,9 +58,9 @@ def _json(path: Path) -> Any:
 
 
 def _events(kept: list[Event], log: list[dict[str, Any]], step: int) -> list[Event]:
-    """Those of the file, and those of the log that are not in it.
+    """The events of the file, and the events of the log that are not in it.
 
-    An event of the file from before the last step of the log, which does not know it, is another run's.
+    An event of the file from before the last step of the log, which the log does not know, belongs to another run.
     """
     logged = {identity(event): event for event in teleports(log)}
     own = {identity(event): event for event in kept if identity(event) in logged or event["step"] >= step}

@@ -1,4 +1,4 @@
-"""Pictures of a run and its teleports, as matplotlib figures. Each function returns None where there is nothing to draw."""
+"""Pictures of a run and its teleports, as matplotlib figures. Each function returns None if there is nothing to draw."""
 
 import itertools
 import math
@@ -9,21 +9,21 @@ from typing import Any
 from hf_teleport.journal import Event
 from hf_teleport.reporting.extras import require_extra
 
-# Of a heat map: inches for a row, and how many rows and columns can have a name each.
+# For heat maps: inches for a row, and how many rows and columns can have a name each.
 _ROW, _NAMED_ROWS, _NAMED_COLUMNS = 0.17, 200, 24
 
-# The inches that one sees at once.
+# The height of a screen in inches.
 _SCREEN = 7.0
 
 # The colour of a dark page.
 _DARK = "#0d1117"
 
-# What of a layer's dotted name fits beside a row; its end says most.
+# How many characters of a layer's dotted name fit beside a row. The end of a name says most.
 _LONGEST_NAME = 48
 
 
 def style(dark: bool) -> AbstractContextManager[Any]:
-    """Figures that are made inside are for a dark page, or for a light one.
+    """Make figures for a dark page, or for a light one.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -73,7 +73,7 @@ def training(log_history: list[dict[str, Any]], events: list[Event]) -> Any:
 
 
 def null_dimensions(events: list[Event]) -> Any:
-    """Heat map, layers by events: the share of a layer's input dimensions that its null space has, from 0 to 1."""
+    """Heat map, layers by events: the null space's share of a layer's input dimensions, from 0 to 1."""
 
     def value(layer: dict[str, Any]) -> float | None:
         return layer["null_dim"] / layer["input_dim"] if layer.get("input_dim") else None
@@ -82,9 +82,8 @@ def null_dimensions(events: list[Event]) -> Any:
 
 
 def captured(events: list[Event]) -> Any:
-    """Heat map, layers by events: the share of a layer's input energy that its null space leaves out.
-
-    At an energy threshold of 1 it is 1 everywhere, and nothing is drawn.
+    """Heat map, layers by events: the share of a layer's input energy outside its null space. At an energy threshold of
+    1 it is 1 everywhere, and nothing is drawn.
     """
     shares = [layer.get("captured") for event in events for layer in event.get("layers", [])]
     least = min((share for share in shares if share is not None), default=1.0)
@@ -97,7 +96,7 @@ def captured(events: list[Event]) -> Any:
 def movement(events: list[Event]) -> Any:
     """Heat map, layers by events: how far each weight moved, ||W' - W|| / ||W||, on a logarithmic scale; blank: it did not."""
     colors = require_extra("matplotlib.colors")
-    # A number that is one alone has no scale.
+    # A single number gives no scale.
     lengths = [layer.get("moved_by") for event in events for layer in event.get("layers", [])]
     found = [length for length in lengths if length] or [1.0]
     scale = colors.LogNorm(min(found) / 1.01, max(found) * 1.01)
@@ -174,14 +173,13 @@ def _points(rows: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
 
 
 def _mark(axes: Any, events: list[Event]) -> None:
-    """A vertical line at each event: dashed, dotted if it was undone. Of those alike one is named."""
+    """A vertical line at each event: dashed, dotted if it was undone. Only one event of each kind has a legend entry."""
     methods = list(dict.fromkeys(event.get("method") for event in events))
     named = set()
     for event in events:
         undone, method = bool(event.get("rolled_back")), event.get("method")
         label = f"teleport, {method}{', undone' if undone else ''}"
-        # The first colours are those of the losses.
-        # Of several methods before the same step each has the gaps of another.
+        # The first colours belong to the losses. Methods before the same step have dashes with different gaps.
         index = methods.index(method)
         dashes = (4 * index, (4, 4 * max(1, len(methods) - 1)))
         look = {"linestyle": ":" if undone else dashes, "color": f"C{3 + index}", "linewidth": 1.2}
@@ -199,7 +197,7 @@ def _heat_map(events: list[Event], value: Callable[[dict[str, Any]], float | Non
     numpy = require_extra("numpy")
     found = [(event, {layer["name"]: value(layer) for layer in event.get("layers", [])}) for event in events]
     columns = [(event, known) for event, values in found if (known := {k: v for k, v in values.items() if v is not None})]
-    # In the model's order, which an event that moved some of them would not tell.
+    # In the model's order, which an event that moved only some layers does not show.
     some = {name for _, values in columns for name in values}
     rows = [name for name in dict.fromkeys(name for _, values in found for name in values) if name in some]
     if not rows:
@@ -209,10 +207,10 @@ def _heat_map(events: list[Event], value: Callable[[dict[str, Any]], float | Non
     figure = _figure(6 + min(6, 0.4 * len(columns)), height)
     axes = figure.subplots()
     image = axes.imshow(numbers, aspect="auto", interpolation="none", **scale)
-    # Of a picture that is taller than a screen one sees the top first: there the scale and the events are told too.
+    # In a picture taller than a screen the top is seen first, so the scale and the events are there too.
     figure.colorbar(image, ax=axes, shrink=min(1.0, _SCREEN / height), anchor=(0.0, 1.0))
     axes.tick_params(labeltop=height > _SCREEN)
-    # Beside the colours it would not fit where there are few layers.
+    # With few layers it would not fit beside the colours.
     axes.set_title(label, fontsize="medium")
     _name_rows(axes, rows)
     every = math.ceil(len(columns) / _NAMED_COLUMNS)
@@ -224,6 +222,6 @@ def _heat_map(events: list[Event], value: Callable[[dict[str, Any]], float | Non
 
 def _name_rows(axes: Any, rows: list[str]) -> None:
     every = math.ceil(len(rows) / _NAMED_ROWS)
-    # A dollar would begin a formula.
+    # A dollar sign would begin a formula.
     names = [(name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}").replace("$", r"\$") for name in rows]
     axes.set_yticks(range(0, len(rows), every), names[::every], fontsize=7)

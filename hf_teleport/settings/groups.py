@@ -1,7 +1,7 @@
 """The settings in groups, by the methods that read them; `TeleportConfig` is made of these.
 
-A setting has its type, default, help text and reader here and nowhere else. One that a method begins to read, or no longer
-reads, moves to another group.
+A setting has its type, default, help text and readers here and nowhere else. If another method begins to read a setting, or a
+method stops reading it, the setting moves to another group.
 """
 
 from dataclasses import dataclass, fields
@@ -66,13 +66,12 @@ class CommonSettings:
     )
     method: Literal["auto", "null_space", "basis", "level_set", "symmetry", "null_space+basis"] = setting(
         "auto",
-        "'null_space': climb inside the null space of every layer's inputs (the paper). 'basis': turn the model's exact "
-        "symmetries to where Adam works best. 'auto': 'basis' where it suits model and optimizer; else 'null_space' with "
-        "objective 'lookahead', within `budget`, and kept only if a rehearsal of the next steps lands lower (why: "
-        "docs/when.md); without an optimizer plain 'null_space'. 'level_set': climb "
-        "in all weights along the level set of the losses, kept to first order and guarded by a line search (arXiv 2403.03362). "
-        "'symmetry': climb over groups that act on adjacent layers of an MLP whose activation has an inverse (arXiv 2205.10637). "
-        "'null_space+basis': one after the other.",
+        "'auto': 'basis' if it suits model and optimizer, else 'null_space' with objective 'lookahead', within `budget`. "
+        "The latter is kept only if a rehearsal of the next steps ends lower (why: docs/when.md). Without an optimizer 'auto' is "
+        "plain 'null_space'. 'null_space': climb inside the null space of every layer's inputs (the paper); 'basis': turn the "
+        "model's exact symmetries to where Adam works best; 'level_set': climb in all weights along the level set of the losses, "
+        "kept to first order and guarded by a line search (arXiv 2403.03362); 'symmetry': climb over groups that act on adjacent "
+        "layers of an MLP whose activation has an inverse (arXiv 2205.10637); 'null_space+basis': one after the other.",
     )
     max_loss_change: float | None = setting(
         0.01,
@@ -82,14 +81,14 @@ class CommonSettings:
     )
     rehearsal_steps: int = setting(
         0,
-        "Keep an event only if so many of the optimizer's next steps, rehearsed on the teleport batches, end at a lower loss on "
-        "the batch held back than they do without it. 0: keep it unseen.",
+        "Rehearse this many of the optimizer's next steps on the teleport batches, with and without the event. Keep the event "
+        "only if the loss on the batch held back ends lower with it. 0: keep it without a rehearsal.",
         _FROM_ZERO,
     )
     optimizer_state: Literal["keep", "reset"] = setting(
         "keep",
-        "What the optimizer remembers of the weights that a teleport may move: 'keep' it (a change of basis turns it along), or "
-        "'reset' it, as for new weights.",
+        "The optimizer's state of the weights that a teleport may move: 'keep' it (a change of basis turns it with the "
+        "weights), or 'reset' it, as for new weights.",
     )
     target_modules: list[str] | str | None = setting(
         None,
@@ -111,7 +110,7 @@ class ClimbSettings:
 
     steps_per_batch: int = setting(8, "Ascent steps on each teleport batch (the paper's t).", _COUNT)
     learning_rate: float = setting(
-        0.02, "Length of an ascent step (the paper's eta); what it multiplies is set by `step_size`.", _POSITIVE
+        0.02, "Length of an ascent step (the paper's eta); `step_size` says what it multiplies.", _POSITIVE
     )
     step_size: Literal["relative", "fixed"] = setting(
         "relative",
@@ -132,18 +131,18 @@ class ClimbSettings:
 
 @dataclass
 class ScopeSettings:
-    """Which teleport batches a step keeps the loss of."""
+    """The teleport batches whose loss a step keeps."""
 
     scope: Literal["joint", "batch"] = setting(
         "joint",
         "'joint': one null space, of all teleport batches together. 'batch': a new null space for each "
-        "batch, as in the paper; later batches then break what earlier ones kept.",
+        "batch, as in the paper; later batches then change the loss of earlier ones.",
     )
 
 
 @dataclass
 class NullSpaceSettings:
-    """What only method 'null_space' reads."""
+    """Settings that only method 'null_space' reads."""
 
     energy_threshold: float | None = setting(
         1.0,
@@ -154,10 +153,11 @@ class NullSpaceSettings:
     )
     objective: Literal["grad_norm", "predicted_decrease", "lookahead", "sharpness", "curvature"] = setting(
         "grad_norm",
-        "What method 'null_space' climbs. 'grad_norm': half the squared gradient norm (the paper). 'predicted_decrease': the "
-        "decrease of the loss that the optimizer's own next step predicts. 'lookahead': minus another batch's loss after that "
-        "step; needs no cap, and stops by itself. 'sharpness': minus the mean loss around the weights; 'curvature': minus the "
-        "curvature along the gradient. All but the first shorten a step until it gains, and end a batch's turn when none does.",
+        "What method 'null_space' climbs. 'grad_norm': half the squared gradient norm (the paper); 'predicted_decrease': the "
+        "decrease of the loss that the optimizer's own next step predicts; 'lookahead': minus another batch's loss after that "
+        "step, which needs no cap and stops by itself; 'sharpness': minus the mean loss around the weights; 'curvature': minus "
+        "the curvature along the gradient. All but the first shorten a step until it gains, and go to the next batch if none "
+        "does.",
     )
     hessian: Literal["fast", "exact"] = setting(
         "fast",
@@ -165,21 +165,21 @@ class NullSpaceSettings:
     )
     radius: float = setting(
         0.05,
-        "How far the objectives 'sharpness' and 'curvature' look around, as a share of the norm of the weights.",
+        "How far from the weights the objectives 'sharpness' and 'curvature' look, as a share of the weights' norm.",
         _POSITIVE,
     )
     control: Literal["random_move", "matched_rate"] | None = setting(
         None,
-        "Instead of the teleport, what a sceptic would try. 'random_move': in each layer's null space a random move as long as "
-        "the teleport's. 'matched_rate': the weights stay, and until the next epoch the learning rate is multiplied by what the "
-        "teleport would have multiplied the gradient norm by.",
+        "A control that replaces the teleport. 'random_move': in each layer's null space a random move as long as the "
+        "teleport's; 'matched_rate': the weights stay. Until the next epoch the learning rate is multiplied by the factor by "
+        "which the teleport would have grown the gradient norm.",
         none_if_empty,
     )
 
 
 @dataclass
 class BasisSettings:
-    """What only method 'basis' reads."""
+    """Settings that only method 'basis' reads."""
 
     basis: Literal["gradient", "predicted_decrease", "activation", "random", "identity"] = setting(
         "gradient",
@@ -189,19 +189,19 @@ class BasisSettings:
     symmetries: list[str] = setting(
         ["stream", "value_output", "query_key", "chain"],
         "For method 'basis', which symmetries to turn: 'stream' (residual stream), 'value_output' and 'query_key' (in each "
-        "head), 'chain' (two weights with nothing between, LoRA's for instance), 'scaling' (balance gated and ReLU units).",
+        "head), 'chain' (two weights with nothing between; LoRA has some), 'scaling' (balance gated and ReLU units).",
         within(words, lambda kinds: bool(kinds) and set(kinds) <= set(SYMMETRIES), f"some of {', '.join(SYMMETRIES)}"),
     )
     second_moment: Literal["factors", "turn", "keep", "measure"] = setting(
         "factors",
-        "For method 'basis', the optimizer's averages of squared gradients. 'factors': their sum over a turned axis stays, and "
-        "each coordinate gets its share in the gradients' second moment. 'turn': by the squared rotation. 'keep': as they are. "
-        "'measure': by their shares on the teleport batches after the turn.",
+        "For method 'basis', what becomes of the optimizer's averages of squared gradients. 'factors': their sum over a turned "
+        "axis stays, and each coordinate gets its share in the gradients' second moment; 'turn': they are multiplied by the "
+        "squared rotation; 'keep': they stay; 'measure': their sum stays, with shares from the teleport batches after the turn.",
     )
     track_every: int = setting(
         5,
-        "For method 'basis', gather the gradients' second moments from every so many training steps, so that an event needs one "
-        "batch, to check it on. 0: from `num_batches` teleport batches.",
+        "For method 'basis', gather the gradients' second moments every so many training steps. Then an event needs only one "
+        "batch, to check the turn. 0: gather them from `num_batches` teleport batches.",
         _FROM_ZERO,
     )
     track_decay: float = setting(
@@ -212,40 +212,40 @@ class BasisSettings:
     )
     blocking_gains: Literal["leave", "hold", "round"] = setting(
         "leave",
-        "For method 'basis', what to do about a norm's gain that stops the residual stream from turning because it can't be "
-        "folded (tied embeddings, post-norm), once training has made it uneven: 'leave' the stream (with method 'auto': hold); "
+        "For method 'basis'. With tied embeddings or post-norm, a norm's gain can't be folded, and stops the residual stream "
+        "from turning once training has made it uneven. 'leave' the stream as it is (method 'auto' takes 'hold'); "
         "'hold' such gains untrained until the last teleport, or to the end if the run turns back there; 'round' them to their "
-        "mean at the teleport, a change of the loss, under `max_loss_change`.",
+        "mean at the teleport, which changes the loss within `max_loss_change`.",
     )
     frozen_weights: Literal["stay", "turn"] = setting(
         "stay",
-        "For method 'basis', weights that are not trained (the base of adapters, frozen layers): they 'stay', and fix what they "
-        "write and read, or 'turn' in memory while training goes on. Then adapters are saved so that they fit the base that was "
-        "loaded, and at the end of training that base is put back bit for bit. Quantized weights stay.",
+        "For method 'basis', what becomes of weights that are not trained (the base of adapters, frozen layers). They 'stay', "
+        "and fix what they write and read; or they 'turn' in memory during training. Then adapters are saved as they fit the "
+        "base that was loaded. When training ends, that base is put back bit for bit. Quantized weights stay.",
     )
     turn_back: Literal["auto", "end", "never"] = setting(
         "auto",
-        "For method 'basis', whether training ends in the coordinates in which it began, so that the model can be merged with "
-        "what it came from, averaged and compared. 'end': when training ends everything is turned back; outputs stay. 'never': "
-        "it stays turned; trainer.turn_back() and `hf-teleport turn-back` turn it back later. 'auto': 'end' for a model that was "
-        "loaded from saved weights, 'never' for a new one.",
+        "For method 'basis', whether training ends in the coordinates in which it began. Then the model can be merged with what "
+        "it came from, averaged and compared. 'end': everything is turned back when training ends; outputs stay. 'never': the "
+        "model stays turned; trainer.turn_back() and `hf-teleport turn-back` turn it back later. 'auto': 'end' for a model that "
+        "was loaded from saved weights, 'never' for a new one.",
     )
     min_misalignment: float = setting(
         0.0,
-        "For method 'basis', leave an event out if no symmetry's second moment has this share of its squares off the diagonal "
-        "(0 to 1). With `every_steps`: turn again only when the basis has grown old.",
+        "For method 'basis', skip an event if no symmetry's second moment has this share of its squares off the diagonal "
+        "(0 to 1). With `every_steps` this turns again only if the basis has become bad.",
         within(number, lambda x: 0 <= x <= 1, "0 to 1"),
     )
 
 
 @dataclass
 class AutoSettings:
-    """What only method 'auto' reads, beside all that 'null_space' and 'basis' read."""
+    """Settings that only method 'auto' reads, beside those of 'null_space' and 'basis'."""
 
     budget: float | None = setting(
         0.05,
-        "For method 'auto', the largest share of the run's passes that teleports may take; steps and batches of an event are cut "
-        "to it, and if that is not enough there is none. None or inf: no limit.",
+        "For method 'auto', the largest share of the run's passes that teleports may take. Steps and batches of an event are "
+        "cut to it; if that is not enough there is no event. None or inf: no limit.",
         _POSITIVE_LIMIT,
     )
 

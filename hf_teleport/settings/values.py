@@ -23,7 +23,7 @@ def setting(default: Any, help: str, reader: Reader | None = None) -> Any:
 
 
 def read(setting: "Field[Any]", value: Any) -> Any:
-    """A setting's value, as its reader and the choices of its type want it.
+    """A setting's value, as its reader and the choices of its type need it.
 
     Raises:
         ValueError: it is not allowed.
@@ -45,7 +45,7 @@ def require(condition: bool, name: str, value: Any, allowed: str) -> None:
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
-    """The values of a `Literal`, or of one that may be None; empty: it is none."""
+    """The values of a `Literal`, or of one that may be None; empty: the type has no choices."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     inside = [choice for part in get_args(annotation) if get_origin(part) is Literal for choice in get_args(part)]
@@ -69,7 +69,7 @@ def or_none(reader: Reader) -> Reader:
 
 
 def number(name: str, value: Any) -> float:
-    """A finite number. YAML reads 1e-3 (no dot) as a text, so texts are converted."""
+    """A finite number. YAML reads 1e-3 (no dot) as text, so texts are converted."""
     try:
         converted = float(value)
     except (TypeError, ValueError):
@@ -100,7 +100,7 @@ def words(name: str, value: Any) -> list[str]:
 
 
 def none_if_empty(name: str, value: Any) -> Any:
-    """None for an empty text, which is how the command line says it."""
+    """None for an empty text: the command line has no other way to say None."""
     return None if value == "" else value
 
 

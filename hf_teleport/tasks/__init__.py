@@ -19,7 +19,7 @@ TASKS = {
 
 
 def train(task: str, argv: list[str]) -> dict[str, float]:
-    """Run a task with the words of a command line; returns what was measured.
+    """Run a task with the words of a command line; returns its metrics.
 
     Raises:
         ValueError: no such task, or an argument that is not allowed.

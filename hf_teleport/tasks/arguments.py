@@ -1,4 +1,4 @@
-"""What the tasks are told: the argument names of the Transformers examples, from a YAML file and a command line."""
+"""The arguments of the tasks, with the names of the Transformers examples, from a YAML file and a command line."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -14,7 +14,7 @@ from hf_teleport.lab.settings import read
 class ModelArguments:
     """Which model."""
 
-    _argument_group_name = "model"  # where --help lists them
+    _argument_group_name = "model"  # the group in which --help lists them
 
     model_name_or_path: str | None = field(
         default=None,
@@ -34,7 +34,7 @@ class ModelArguments:
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the Hub's model."})
     ignore_mismatched_sizes: bool = field(
         default=False,
-        metadata={"help": "Give a saved model new weights where its own have other sizes: another number of classes."},
+        metadata={"help": "Replace weights of a saved model whose size differs, for another number of classes."},
     )
 
 
@@ -47,7 +47,7 @@ class TextModelArguments(ModelArguments):
     )
     train_tokenizer_vocab_size: int | None = field(
         default=None,
-        metadata={"help": "Make a tokenizer of the training text's most frequent words between blanks, so many tokens in all."},
+        metadata={"help": "Make a tokenizer of the training text's most frequent words between blanks, with this many tokens."},
     )
 
 
@@ -71,10 +71,10 @@ class DataArguments:
         default=None, metadata={"help": "File of the same kind to evaluate on. Default: part of the training rows."}
     )
     validation_split_percentage: int = field(
-        default=5, metadata={"help": "Share of the training rows that is set apart where there are none to evaluate on, in %%."}
+        default=5, metadata={"help": "Share of the training rows that is set apart if there are none to evaluate on, in %%."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many rows only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows only."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on only this many first rows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on only this many first rows."})
 
 
 @dataclass
@@ -90,8 +90,8 @@ class FolderDataArguments(DataArguments):
 def parse(task: str, kinds: Iterable[Any], argv: list[str], description: str | None = None) -> tuple[Any, ...]:
     """An object of each dataclass in `kinds`, from the words of a command line.
 
-    If the first word is a YAML file, it sets any argument, and what stands after it wins. The file may inherit from others by
-    `base: other.yaml`; without an `output_dir` its run goes to runs/FOLDER/NAME.
+    If the first word is a YAML file, it sets any argument, and the words after it win. The file may inherit from others
+    by `base: other.yaml`. Without an `output_dir` its run goes to runs/FOLDER/NAME.
 
     Raises:
         FileNotFoundError: there is no such YAML file.
@@ -105,7 +105,7 @@ def parse(task: str, kinds: Iterable[Any], argv: list[str], description: str | N
         prog=f"hf-teleport train {task}",
         usage="%(prog)s [CONFIG.yaml] [--ARGUMENT VALUE ...]",
         description=description,
-        epilog="A YAML file of the same names sets any of them, and what stands on the command line after it wins.",
+        epilog="A YAML file of the same names sets any of them, and the command line after it wins.",
     )
     if words and not words[0].startswith("-"):
         file = words.pop(0)

@@ -39,7 +39,7 @@ class AudioArguments(FolderDataArguments):
 
 
 def feature_extractor(model_args: ModelArguments, data_args: AudioArguments, config: Any) -> Any:
-    """The saved one, or a new one of the kind that the config's models take.
+    """The saved feature extractor, or a new one of the kind that the config's models take.
 
     Raises:
         ValueError: the config is of no model that takes sounds.
@@ -56,11 +56,11 @@ def feature_extractor(model_args: ModelArguments, data_args: AudioArguments, con
 
 
 def main(argv: list[str]) -> dict[str, float]:
-    """Run the task with the words of a command line; returns what was measured."""
+    """Run the task with the words of a command line; returns its metrics."""
     kinds = (ModelArguments, AudioArguments, TeleportTrainingArguments)
     model_args, data_args, training_args = parse("audio_classification", kinds, argv, __doc__)
     set_seed(training_args.seed)
-    # Trainer knows the columns by what the model takes, and would drop the sounds before they are turned into features.
+    # Trainer drops columns that the model does not take. It would drop the sounds before they become features.
     training_args.remove_unused_columns = False
 
     def check(rows: Any, source: str) -> str:
@@ -81,12 +81,12 @@ def main(argv: list[str]) -> dict[str, float]:
 
     def waves(rows: dict[str, list[Any]], at_random: bool) -> dict[str, list[Any]]:
         decoded = [resample(*decode(sound), rate) for sound in rows[audio]]
-        # By torch's generator, so that a teleport batch is the same when it is drawn again.
+        # Torch's generator makes a teleport batch the same when it is drawn again.
         starts = [int(torch.randint(max(1, len(w) - longest + 1), ())) if at_random else 0 for w in decoded]
         cut = [wave[start : start + longest] for wave, start in zip(decoded, starts, strict=True)]
         return {"wave": cut, "labels": labels.numbers(rows[labels.column])}
 
-    # Extractors that pad to a fixed length by themselves (Whisper's) know better.
+    # Extractors that pad to a fixed length by themselves (Whisper's) keep their own padding.
     padding = signature(extractor.__call__).parameters.get("padding")
     settings: dict[str, Any] = {"padding": True} if padding is not None and not padding.default else {}
 

@@ -27,7 +27,7 @@ class ClmArguments(DataArguments):
 
 
 def main(argv: list[str]) -> dict[str, float]:
-    """Run the task with the words of a command line; returns what was measured."""
+    """Run the task with the words of a command line; returns its metrics."""
     kinds = (TextModelArguments, ClmArguments, TeleportTrainingArguments)
     model_args, data_args, training_args = parse("clm", kinds, argv, __doc__)
     set_seed(training_args.seed)

@@ -56,7 +56,9 @@ class GlueArguments(DataArguments):
 
 
 def scores(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy, of two classes also F1 and Matthews' correlation; of a regression its squared error and Pearson's correlation."""
+    """Accuracy, and for two classes also F1 and Matthews' correlation. For a regression, squared error and Pearson's
+    correlation.
+    """
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     truth = np.asarray(prediction.label_ids)
     if logits.shape[-1] == 1:
@@ -65,7 +67,7 @@ def scores(prediction: EvalPrediction) -> dict[str, float]:
     measured = {"accuracy": float((found == truth).mean())}
     if logits.shape[-1] == 2:
         measured["f1"] = float(2 * (found & truth).sum() / max(1, found.sum() + truth.sum()))
-        measured["matthews_correlation"] = _correlation(found, truth)  # which Pearson's is, of zeros and ones
+        measured["matthews_correlation"] = _correlation(found, truth)  # Matthews' correlation is Pearson's of zeros and ones
     return measured
 
 
@@ -74,7 +76,7 @@ def _correlation(found: Any, truth: Any) -> float:
 
 
 def main(argv: list[str]) -> dict[str, float]:
-    """Run the task with the words of a command line; returns what was measured."""
+    """Run the task with the words of a command line; returns its metrics."""
     kinds = (TextModelArguments, GlueArguments, TeleportTrainingArguments)
     model_args, data_args, training_args = parse("glue", kinds, argv, __doc__)
     set_seed(training_args.seed)

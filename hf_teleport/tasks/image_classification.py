@@ -36,7 +36,7 @@ class ImageArguments(FolderDataArguments):
 
 
 def image_processor(model_args: ModelArguments, data_args: ImageArguments, config: Any) -> Any:
-    """The saved one, or one that resizes to the config's size and scales pixels to between -1 and 1."""
+    """The saved processor, or one that resizes to the config's size and scales pixels to between -1 and 1."""
     name = data_args.image_processor_name or model_args.model_name_or_path
     if name:
         argument = "image_processor_name" if data_args.image_processor_name else "model_name_or_path"
@@ -75,11 +75,11 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def main(argv: list[str]) -> dict[str, float]:
-    """Run the task with the words of a command line; returns what was measured."""
+    """Run the task with the words of a command line; returns its metrics."""
     kinds = (ModelArguments, ImageArguments, TeleportTrainingArguments)
     model_args, data_args, training_args = parse("image_classification", kinds, argv, __doc__)
     set_seed(training_args.seed)
-    # Trainer knows the columns by what the model takes, and would drop the images before they are turned into pixels.
+    # Trainer drops columns that the model does not take. It would drop the images before they become pixels.
     training_args.remove_unused_columns = False
 
     def check(rows: Any, source: str) -> str:

@@ -1,4 +1,4 @@
-"""What a column of labels is: classes by their names, or numbers for a regression."""
+"""The meaning of a column of labels: classes by their names, or numbers for a regression."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,7 @@ from datasets import ClassLabel
 
 from hf_teleport.inputs.columns import label_column
 
-# Up to so many times as many numbers as classes: a file may lack some classes that the model is to know.
+# Class numbers may go up to this many times the number of classes, because a file may lack some classes of the model.
 _SPARSE = 1000
 
 
@@ -27,7 +27,7 @@ class Labels:
 
     @classmethod
     def of(cls, rows: Any, column: str | None = None) -> "Labels":
-        """Those of a column; None: as `label_column` finds it.
+        """The classes of a column; None: of the column that `label_column` finds.
 
         Raises:
             ValueError: as `label_column`, a single class, or classes by numbers that are below 0 (unlabelled test sets have -1)
@@ -55,14 +55,14 @@ class Labels:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a configuration must know of them."""
+        """The settings of a configuration that follow from the classes."""
         if not self.names:
             return {"num_labels": 1, "problem_type": "regression"}
         numbered = dict(enumerate(self.names))
         return {"id2label": numbered, "label2id": {name: number for number, name in numbered.items()}}
 
     def numbers(self, labels: list[Any]) -> list[Any]:
-        """Labels as the numbers of their classes; those of a regression as they are.
+        """Labels as the numbers of their classes; labels of a regression stay as they are.
 
         Raises:
             ValueError: a label that the training rows do not have.

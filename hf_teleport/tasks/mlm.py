@@ -28,7 +28,7 @@ class MlmArguments(DataArguments):
 
 
 def main(argv: list[str]) -> dict[str, float]:
-    """Run the task with the words of a command line; returns what was measured."""
+    """Run the task with the words of a command line; returns its metrics."""
     kinds = (TextModelArguments, MlmArguments, TeleportTrainingArguments)
     model_args, data_args, training_args = parse("mlm", kinds, argv, __doc__)
     set_seed(training_args.seed)

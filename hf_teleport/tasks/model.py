@@ -112,7 +112,7 @@ def make_tokenizer(arguments: TextModelArguments, texts: Callable[[], list[str]]
 
 
 def token_settings(tokenizer: Any) -> dict[str, Any]:
-    """What a new configuration must know of its tokenizer."""
+    """The settings of a new configuration that follow from its tokenizer."""
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
     return {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": start, "eos_token_id": end}

@@ -1,4 +1,4 @@
-"""Train, evaluate, save and tell: what every task does once it has a trainer."""
+"""Train, evaluate, save and report: the steps of every task once it has a trainer."""
 
 import math
 import re
@@ -37,9 +37,9 @@ def run(trainer: Any, model: ModelArguments, data: Any, *, perplexity: bool = Fa
         measured |= _written(trainer, "train", result.metrics | {"train_samples": len(trainer.train_dataset)})
     scores = trainer.evaluate(**evaluation)
     if perplexity:
-        scores["perplexity"] = math.exp(min(scores["eval_loss"], 700.0))  # beyond it is no float
+        scores["perplexity"] = math.exp(min(scores["eval_loss"], 700.0))  # a larger loss gives no finite float
     measured |= _written(trainer, "eval", scores | {"eval_samples": len(trainer.eval_dataset)})
-    # Local folders are nothing that a card could link to.
+    # A card can't link to local folders.
     base, source = (name if name and not Path(name).exists() else None for name in (model.model_name_or_path, data.dataset_name))
     told = {"finetuned_from": base, "dataset_tags": source, "dataset_args": data.dataset_config_name}
     trainer.push_to_hub(**told) if training.push_to_hub else trainer.create_model_card(**told)
@@ -47,7 +47,7 @@ def run(trainer: Any, model: ModelArguments, data: Any, *, perplexity: bool = Fa
 
 
 def checkpoint_of(training: Any) -> str | None:
-    """The checkpoint to go on from: the one asked for, else the last in `output_dir`; None: begin anew.
+    """The checkpoint to go on from: the one asked for, else the last in `output_dir`; None: start anew.
 
     Raises:
         FileNotFoundError: the one asked for is not there.
@@ -72,7 +72,7 @@ def _trained(trainer: Any, checkpoint: str | None) -> Any:
     try:
         return trainer.train(resume_from_checkpoint=checkpoint)
     except (RuntimeError, ValueError) as error:
-        # As torch says it of a module, and of an optimizer.
+        # The words of torch's errors about a module and about an optimizer.
         if checkpoint is None or not re.search("loading state_dict|loaded state dict", str(error)):
             raise
         raise ValueError(

@@ -58,7 +58,7 @@ class Seq2SeqArguments(DataArguments):
     )
     first_words: int | None = field(
         default=None,
-        metadata={"help": "For texts without targets: learn to give back so many words of a text's beginning. A trial, no task."},
+        metadata={"help": "For texts without targets: learn to repeat this many words of a text's beginning. Only for a trial."},
     )
     source_prefix: str = field(default="", metadata={"help": "Put before each source: 'summarize: ' for T5."})
     max_source_length: int = field(default=1024, metadata={"help": "Tokens of a source at most."})
@@ -97,7 +97,7 @@ class Seq2SeqArguments(DataArguments):
             text_column(rows, self.summary_column, source)
 
     def pairs(self, rows: Any) -> Any:
-        """The rows, which `check` has seen, as two columns of text, 'source' and 'target'."""
+        """The rows, already checked, as two columns of text, 'source' and 'target'."""
         if self.source_lang and self.target_lang:
             return _mapped(rows, lambda row: [row["translation"][name] for name in (self.source_lang, self.target_lang)])
         source = text_column(rows, self.text_column, "the rows")
@@ -118,7 +118,7 @@ def overlap(found: str, truth: str) -> float:
 
 
 def main(argv: list[str]) -> dict[str, float]:
-    """Run the task with the words of a command line; returns what was measured."""
+    """Run the task with the words of a command line; returns its metrics."""
     kinds = (TextModelArguments, Seq2SeqArguments, TeleportSeq2SeqTrainingArguments)
     model_args, data_args, training_args = parse("seq2seq", kinds, argv, __doc__)
     set_seed(training_args.seed)
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> dict[str, float]:
         for name, rows in tables.items():
             tables[name] = data_args.pairs(rows)
         tokenizer = make_tokenizer(model_args, lambda: [*tables["train"]["source"], *tables["train"]["target"]])
-        # A tokenizer made here ends no text by itself, and a model must learn where a target ends.
+        # A tokenizer made here does not end texts, and a model must learn where a target ends.
         end = tokenizer.eos_token_id
 
         def encode(texts: list[str], length: int) -> list[list[int]]:
@@ -148,7 +148,7 @@ def main(argv: list[str]) -> dict[str, float]:
     model = make_model(AutoModelForSeq2SeqLM, model_args, make_config(model_args, fresh), tokenizer)
 
     def scores(prediction: EvalPrediction) -> dict[str, float]:
-        # Trainer fills up with -100, which no tokenizer knows.
+        # Trainer pads with -100, which no tokenizer knows.
         found, truth = (
             tokenizer.batch_decode(np.where(ids == -100, tokenizer.pad_token_id, ids), skip_special_tokens=True)
             for ids in (prediction.predictions, prediction.label_ids)

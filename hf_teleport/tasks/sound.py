@@ -1,4 +1,4 @@
-"""Sound files as samples: by soundfile where it is installed, WAV by the standard library."""
+"""Sound files as samples: by soundfile if it is installed, WAV by the standard library."""
 
 import io
 import wave
@@ -27,7 +27,7 @@ def decode(sound: dict[str, Any]) -> tuple[np.ndarray, int]:
         return _wav(data, sound.get("path"))
     try:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
-    except RuntimeError as error:  # which soundfile's own errors are
+    except RuntimeError as error:  # the base class of soundfile's own errors
         raise ValueError(f"the sound {sound.get('path') or 'in the data'} could not be read, take it out: {error}") from error
     return samples.mean(axis=1), rate
 

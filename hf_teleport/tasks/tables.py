@@ -12,14 +12,14 @@ from hf_teleport.lab.data.catalogue import Source
 from hf_teleport.lab.data.rows import load_splits
 from hf_teleport.tasks.arguments import DataArguments
 
-# Under which name the Hub's data sets keep rows to evaluate on, best first.
+# The names under which the Hub's data sets keep rows to evaluate on, best first.
 _HELD_OUT = ("validation", "valid", "validation_matched", "dev", "test")
 
 _WAYS = "give train_file = a .csv, .json, .jsonl, .parquet or .txt file, or dataset_name = a local folder or a Hub id"
 
 
 Check = Callable[[Any, str], Any]
-"""Raises ValueError if rows cannot be used; the second argument says in errors where they are from."""
+"""Raises ValueError if rows cannot be used. The second argument names their source in errors."""
 
 
 def image_folders(folders: dict[str, str]) -> Any:
@@ -30,7 +30,7 @@ def image_folders(folders: dict[str, str]) -> Any:
     """
     if empty := [folder for folder in folders.values() if not any(path.is_file() for path in Path(folder).glob("*/**/*"))]:
         raise ValueError(f"{empty[0]!r} has no files in subfolders; give a folder that has one for each class.")
-    # Together, so that a class has the same number in all.
+    # Both folders together, so that a class has the same number in both.
     return load_dataset("imagefolder", data_files={name: str(Path(folder, "**")) for name, folder in folders.items()})
 
 
@@ -81,7 +81,7 @@ def existing_folder(argument: str, path: str) -> str:
 
 
 def _splits(data: DataArguments, read_folders: Callable[[dict[str, str]], Any]) -> tuple[Any, Callable[[Any], str]]:
-    """The splits that there are, and a function that says where one of them is from."""
+    """The splits, and a function that names the source of one of them."""
     if data.dataset_name and Path(data.dataset_name).is_file():
         return {"train": read_rows("dataset_name", data.dataset_name)}, lambda name: f"dataset_name = {data.dataset_name!r}"
     if data.dataset_name:

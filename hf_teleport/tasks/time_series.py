@@ -41,12 +41,12 @@ class SeriesArguments:
     )
     context_length: int | None = field(default=None, metadata={"help": "Time steps that the model sees. Default: the config's."})
     prediction_length: int | None = field(default=None, metadata={"help": "Time steps to forecast. Default: the config's."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many windows only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many windows only."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on only this many first windows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on only this many first windows."})
 
 
 class Forecasts(Dataset):
-    """Windows by the names that the models have for them: `past_values` and `future_values`, both (time, channels)."""
+    """Windows under the names that the models expect: `past_values` and `future_values`, both (time, channels)."""
 
     def __init__(self, windows: Any):
         self.windows = windows
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> dict[str, float]:
     kinds = (ModelArguments, SeriesArguments, TeleportTrainingArguments)
     model_args, data_args, training_args = parse("time_series", kinds, argv, __doc__)
     set_seed(training_args.seed)
-    # Trainer takes for labels what is called so.
+    # Trainer takes the columns with these names for labels.
     training_args.label_names = ["future_values"]
 
     if not (data_args.dataset_name or data_args.train_file):
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> dict[str, float]:
         source = str(getattr(data_args, argument))
         path = Path(source).expanduser()
         if path.is_file() or argument == "train_file":
-            read_rows(argument, source)  # which says what is wrong with it; the result is cached
+            read_rows(argument, source)  # raises an error that says what is wrong; the result is cached
         table = Source(str(path.resolve()) if path.is_file() else source, config=data_args.dataset_config_name)
         try:
             parts = load_series(table, config.context_length, config.prediction_length, data_args.target_columns)

@@ -25,17 +25,17 @@ from architectures import build, loss_fn
 
 HEADER = """# The symmetries of the zoo
 
-Tiny architectures of Transformers, built from configs with random weights. All symmetries that were found are turned at once by
-random rotations, in float64 and without the models' own casts to float32; in float32 where a model does not run so. Made by
-`python scripts/zoo/report.py symmetries --output docs/zoo_symmetries.md` with transformers {version}.
+Tiny architectures of Transformers, built from configs with random weights. Random rotations turn all symmetries that
+were found at once. They run in float64 and without the models' own casts to float32, or in float32 if a model does not
+run so. Made by `python scripts/zoo/report.py symmetries --output docs/zoo_symmetries.md` with transformers {version}.
 
-{count} architectures, {failed} failed; {turned} have a symmetry to turn, {streams} a residual stream when gains are uneven,
-{fresh} when they are uniform, as at initialisation. In float64 the largest relative change of the loss is {loss:.0e}, and the
-largest relative difference between the gradient after and the turned gradient before {gradient:.0e}. After a second random turn
-and the way home, no weight is further from where it was than {home:.0e}.
+{count} architectures, {failed} failed. {turned} have a symmetry to turn. A residual stream turns in {streams} when
+gains are uneven, and in {fresh} when they are uniform, as at initialisation. In float64 the largest relative change of
+the loss is {loss:.0e}, and the largest relative difference between the gradient after and the turned gradient before
+{gradient:.0e}. After a second random turn and the way home, no weight is further from where it was than {home:.0e}.
 
-- *turned*: blocks of each kind that turn when all gains and biases are uneven; `+ stream` where the residual stream turns only
-  while gains are uniform.
+- *turned*: blocks of each kind that turn when all gains and biases are uneven. `+ stream` means that the residual
+  stream turns only while gains are uniform.
 - *loss*, *gradient*: the two differences, with uneven gains.
 - *home*: how far a weight is from where it was, at most, once two turns were undone by the composed way; beside the largest
   weight of its parameter, or 1 if that is less.

@@ -27,23 +27,27 @@ REASONS = ["elementwise", "embedding", "tied", "frozen", "the loss does not depe
 
 HEADER = """# The zoo
 
-Tiny architectures of Transformers, built from configs with random weights, each teleported once on one batch at tau = 1.
-Made by `python scripts/zoo/report.py teleports --output docs/zoo.md`; rerun it to check a new release of Transformers.
+Tiny architectures of Transformers, built from configs with random weights, each teleported once on one batch at
+tau = 1. Made by `python scripts/zoo/report.py teleports --output docs/zoo.md`; rerun it to check a new release of
+Transformers.
 
-{versions}. {count} architectures ran, {failed} did not. Largest relative loss change {change:.0e} in float32,
-{change_64:.0e} in float64. In {nine_tenths} of {count}, at least nine tenths of the matrix elements may move.
+{versions}. {count} architectures ran, {failed} did not. Largest relative loss change
+{change:.0e} in float32, {change_64:.0e} in float64. In {nine_tenths} of {count}, at least nine tenths of the matrix
+elements may move.
 
-- *may move*, *moved*: share of the elements of trainable weights with two or more dimensions; embeddings, learned positions
-  and tokens, and tied weights are left aside. What may move but did not has no null space at these sizes, nothing
-  trainable below it, or a direction that is rounding beside that of a far more sensitive layer.
-- *loss*: relative change of the loss on the batch. Many architectures compute their loss in float32 whatever the weights are.
+- *may move*, *moved*: share of the elements of trainable weights with two or more dimensions. Embeddings, learned
+  positions and tokens, and tied weights do not count. There are three reasons why a
+  weight may move but did not. It has no null space at these sizes, or nothing trainable below it, or its direction is
+  rounding beside a far more sensitive layer's.
+- *loss*: relative change of the loss on the batch. Many architectures compute their loss in float32 whatever the
+  weights are.
 - *growth*: of the gradient norm. An event ends when it has doubled, or after 8 steps.
-- *fast = exact*: relative difference between the direction without double backward and the one with it, in float64; empty
-  where double backward or float64 does not run. It is large where a model detaches part of its forward (rt_detr,
-  deformable_detr), which a difference of two forwards follows and double backward does not, and where activations vanish or
-  explode through tens of layers, as in deep networks with batch norm at initialisation (mobilenet, efficientnet):
-  no one shift suits all layers.
-- *stay*: weights that may not move, by reason; the report of a teleport says it for each.
+- *fast = exact*: relative difference between the direction without double backward and the one with it, in float64. It
+  is empty where double backward or float64 does not run. It is large where a model detaches part of its forward
+  (rt_detr, deformable_detr), which a difference of two forwards follows and double backward does not. It is also large
+  where activations vanish or explode through tens of layers, as in deep networks with batch norm at initialisation
+  (mobilenet, efficientnet). No single shift suits all their layers.
+- *stay*: weights that may not move, by reason. The report of a teleport says it for each.
 
 | family | architecture | may move | moved | loss, float32 | loss, float64 | growth | fast = exact | stay |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |

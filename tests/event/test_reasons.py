@@ -36,4 +36,4 @@ def test_fresh_adapters_are_told_of_their_a_beside_their_b(free):
     layers[0].reason = "" if free else "no null space"
     layers[1].reason = "no null space"
     report = TeleportReport("null_space", 1.0, 1.0, 1.0, 1.0, 0, "no_direction", False, 0.0, layers=layers)
-    assert why_unmoved(report) == "no null space" + (f"; and of the others {NO_STEP['no_direction']}" if free else "")
+    assert why_unmoved(report) == "no null space" + (f"; for the other layers: {NO_STEP['no_direction']}" if free else "")

@@ -29,7 +29,7 @@ def test_the_symmetries_of_some_architectures(tmp_path):
     out = run("zoo/report.py", "symmetries", "llama", "gpt2", "--output", tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
     assert page in out
-    assert "2 architectures, 0 failed; 2 have a symmetry to turn, 1 a residual stream when gains are uneven" in page
+    assert "2 architectures, 0 failed. 2 have a symmetry to turn. A residual stream turns in 1 when\ngains are uneven" in page
     assert "transformer.wte.weight reads its output and writes its input" in page
 
 

@@ -15,7 +15,7 @@ def test_the_committed_page_is_what_the_script_makes():
     assert settings_page.PAGE.read_text() == settings_page.page(), "run: python scripts/settings_page.py"
 
 
-def test_every_setting_has_a_row_of_four_cells():
+def test_every_setting_has_a_row_of_five_cells():
     rows = [line.replace(r"\|", "") for line in settings_page.page().splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == [setting.name for setting in fields(TeleportConfig)]
-    assert all(row.count("|") == 5 for row in rows)
+    assert all(row.count("|") == 6 for row in rows)

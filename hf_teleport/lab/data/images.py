@@ -12,7 +12,7 @@ from hf_teleport.lab.data.catalogue import Source, find
 from hf_teleport.lab.data.rows import class_labels, require_column, split_roles
 from hf_teleport.reporting.extras import require_extra
 
-# Rows decoded at a time.
+# How many rows are decoded at once.
 _DECODED_AT_ONCE = 1000
 
 

@@ -1,4 +1,4 @@
-"""From the name of a data set to what a Trainer draws its batches from, as the paper's experiments need it."""
+"""From the name of a data set to rows for a Trainer, as the paper's experiments need them."""
 
 import inspect
 from collections.abc import Callable
@@ -55,7 +55,7 @@ class Pipeline:
     mask_probability: float | None = None
 
     def collator(self, seed: int) -> Callable[..., Any]:
-        """What makes batches of training rows; the seed decides which words it masks."""
+        """The collator of training rows; the seed decides which words it masks."""
         if self.mask_probability is None:
             return default_data_collator
         return Masking(self.tokenizer, mlm_probability=self.mask_probability, seed=seed)
@@ -76,12 +76,15 @@ def load(source: str | Source, folder: str | Path | None = None, kind: str | Non
         options: of the kind:
             image: image_size, image_column, label_column, as for `load_images`.
             sequence: length, image_column, label_column, as for `load_sequences`.
-            series: context (7 x 24 steps), horizon (as long as the context), shift (24: the target is the window a day later),
-            shares (0.6 and 0.2, the rest for the test), columns, split, series_column, as for `load_series`.
-            text: text_column, label_column (default: the catalogue's; without one it is for a language model), length (256 tokens
-            in a row), vocabulary_size (default: every word of the training text), tokenizer (a folder or Hub id; default: one
-            made from the words of the training text), mask_probability (for a masked language model; default: no masks). Of
-            'python' alone: package_megabytes (3 of each training package, as for `code_files`); its vocabulary_size is 5,000.
+            series: context, horizon, shift, shares, columns, split, series_column, as for `load_series`. The context has
+            7 x 24 steps, and the horizon is as long. The shift of 24 makes the target the window a day later. The shares are
+            0.6 and 0.2, the rest for the test.
+            text: text_column, label_column, length, vocabulary_size, tokenizer, mask_probability. The label column is the
+            catalogue's; without one the rows are for a language model. A row has 256 tokens. The vocabulary has every word of
+            the training text. The tokenizer is a folder or Hub id, or made from the words of the training text. The
+            probability is for a masked language model; by default nothing is masked.
+            'python' has 5,000 entries in its vocabulary, and also takes package_megabytes (3 of each training package, as
+            for `code_files`).
 
     Raises:
         FileNotFoundError: the data are neither here nor within reach.
@@ -128,7 +131,7 @@ def _series(
     context: int = 7 * 24,
     horizon: int | None = None,
     shift: int | None = 24,
-    # Those of Lai et al. (arXiv 1703.07015), from whom most work has the electricity and traffic tables.
+    # The shares of Lai et al. (arXiv 1703.07015), from whom most work has the electricity and traffic tables.
     shares: tuple[float, float] = (0.6, 0.2),
     columns: list[str] | None = None,
     split: str | None = None,
@@ -170,7 +173,7 @@ def _text(
     label_column = label_column or source.label_column
     parts = load_texts(source, text_column, label_column, folder=folder)
     tokens = None if tokenizer is None else saved_tokenizer(tokenizer)
-    # A tokenizer of words takes them between blanks; any other one finds them in the text as it is.
+    # A tokenizer of words splits at blanks; any other one finds tokens in the text as it is.
     if tokens is None or splits_at_blanks(tokens):
         parts = {role: Texts(treebank_words(texts.sentences), texts.labels) for role, texts in parts.items()}
     tokens = tokens or word_tokenizer(parts["train"].sentences, vocabulary_size, masked=bool(label_column or mask_probability))

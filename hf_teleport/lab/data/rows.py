@@ -1,4 +1,4 @@
-"""What the data modules share: rows held in memory as tensors, and the splits of a data set from a folder or the Hub."""
+"""Shared by the data modules: rows held in memory as tensors, and the splits of a data set from a folder or the Hub."""
 
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def load_splits(source: str | Source, folder: str | Path | None = None) -> Any:
     if is_local and not path.exists():
         raise FileNotFoundError(
             f"there is no folder or file {str(path)!r}: give a local folder of parquet files (train and test, or one "
-            f"data.parquet), a Hub id such as 'ylecun/mnist', or a name of the catalogue, {', '.join(CATALOGUE)}.{home}"
+            f"data.parquet), or a Hub id such as 'ylecun/mnist'. Or give a name of the catalogue, {', '.join(CATALOGUE)}.{home}"
         )
     try:
         if path.is_file():
@@ -65,13 +65,13 @@ def load_splits(source: str | Source, folder: str | Path | None = None) -> Any:
         details = [f"{name} {value!r}" for name, value in (("config", entry.config), ("revision", entry.revision)) if value]
         tried = f"the local {str(path)!r}" if is_local else " ".join([f"the Hub's data set {entry.path!r}", *details])
         raise FileNotFoundError(
-            f"{tried} could not be loaded: {error}. What was loaded once with a network is cached; without one, give a local "
+            f"{tried} could not be loaded: {error}. What was loaded once with a network is cached. Without one, give a local "
             f"folder of parquet files (train and test, or one data.parquet) as `folder` or in place of the name.{home}"
         ) from error
 
 
 def split_roles(source: str | Source, folder: str | Path | None = None) -> dict[str, Any]:
-    """The splits by what they are for: 'train', 'test', and 'validation' if there is one that is not the test split.
+    """The splits by their use: 'train', 'test', and 'validation' if there is one that is not the test split.
 
     Raises:
         FileNotFoundError: as `load_splits`.

@@ -1,4 +1,4 @@
-"""Numeric tables as forecasting windows: from so many time steps, the same number or others of later ones."""
+"""Numeric tables as forecasting windows: a number of time steps, and the later time steps to forecast."""
 
 from pathlib import Path
 from typing import Any

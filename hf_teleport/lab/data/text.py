@@ -73,7 +73,7 @@ def word_tokenizer(sentences: list[str], vocabulary_size: int | None, masked: bo
 
     Args:
         sentences: the training text.
-        vocabulary_size: at most so many tokens; None: one for every word.
+        vocabulary_size: at most this many tokens; None: one for every word.
         masked: for BERT-like models: there is a <mask>, and a <cls> stands before every sentence.
 
     Raises:
@@ -92,7 +92,7 @@ def word_tokenizer(sentences: list[str], vocabulary_size: int | None, masked: bo
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     reserved = list(special.values())
     trainer = trainers.WordLevelTrainer(vocab_size=vocabulary_size, special_tokens=reserved, show_progress=False)
-    # A text that has a special token as a word (Penn Treebank's <unk>) must not give it a second number.
+    # A text that has a special token as a word (Penn Treebank's <unk>) must not get a second number for it.
     words = ([word for word in sentence.split() if word not in reserved] for sentence in sentences)
     tokenizer.train_from_iterator((" ".join(kept) for kept in words), trainer)
     if masked:

@@ -1,4 +1,4 @@
-"""What the image networks share: flat features, a linear classifier, cross entropy."""
+"""The base of the image networks: flat features, a linear classifier, cross entropy."""
 
 from typing import Any
 

@@ -76,8 +76,8 @@ class ResidualCNNForImageClassification(ImageClassifier):
             stages.append(ResidualStage(channels, width, len(list(group))))
             channels = width
         side = ceil(config.image_size / 2 ** len(stages))
-        # Flattened and not averaged: the paper names no pooling, and with 4096 features instead of 256 the classifier's inputs
-        # leave a null space on teleport batches of more than 256 images.
+        # Flattened and not averaged, because the paper names no pooling. With 4096 features instead of 256 the classifier's
+        # inputs leave a null space on teleport batches of more than 256 images.
         self.layers = nn.Sequential(*stages, nn.Flatten())
         self.classifier = nn.Linear(channels * side**2, config.num_labels)
         self.post_init()

@@ -65,9 +65,9 @@ def fast_direction(
     Equal to `H u` up to a part in the span of the layer's inputs, so after a projection at tau = 1 to `(H u) P`. The shift is
     `ε = 100 sqrt(eps) ||W|| / ||u||`: longer than where truncation and rounding balance, because truncation is the same
     however the data is split over processes, and rounding is not. If it moves some layer's input by far more than that share of
-    its size, the network is more sensitive than its weights show (a layer norm of a nearly constant input, for instance), and a
-    shorter one is tried. In float64 it is the difference of two forwards, at `W ± εu`, with ε in proportion to the cube root of
-    eps, and without the casts to float32 that many models contain.
+    its size, the network is more sensitive than its weights show, and a shorter shift is tried. A layer norm of a nearly constant
+    input is an example. In float64 it is the difference of two forwards, at `W ± εu`, with ε in proportion to the cube root of
+    eps. The casts to float32 that many models contain are then off.
 
     Args:
         subspaces: project onto the null space of each layer too, `Dᵀ Ẋ P`.
@@ -75,8 +75,8 @@ def fast_direction(
         length: the norm of u, if it is known.
 
     Returns:
-        For each layer (G, o, d), with one more column for a bias: zeros, until a projection makes something of them, for a bias
-        comes after the input and cannot shift it. Of weights that stay sharded, for each parameter this process's part.
+        For each layer (G, o, d), with one more column for a bias. The column is zero until a projection, because a bias comes
+        after the input and cannot shift it. Of weights that stay sharded, for each parameter this process's part.
     """
     length = weights.norm(direction) if length is None else length
     if length == 0 or not layers:

@@ -1,7 +1,7 @@
 """Null space gradient projection: the paper's method (arXiv 2502.11362, Algorithm 1).
 
-`W <- W + eta (∇_W ½||∇L||²) P` for every layer at once. A move in the null space of a layer's inputs leaves its output
-as it was, and so the inputs of every layer above: one projector serves all steps, and no layer depends on another's.
+`W <- W + eta (∇_W ½||∇L||²) P` for every layer at once. A move in the null space of a layer's inputs does not change its output,
+nor the inputs of every layer above. So one projector serves all steps, and no layer's projector depends on another's.
 """
 
 import math

@@ -1,8 +1,8 @@
-"""What a teleport climbs: a value of the loss near where the weights stand, and its gradient inside the level set.
+"""The objectives that a teleport climbs: values of the loss near the weights, and their gradients inside the level set.
 
-The gradient of each is `H v + p`: the Hessian of the batch's loss times a direction v, for what reaches the value through the
-loss gradient g, and a plain gradient p, for what reaches it through the weights themselves. A projected `H v` costs one forward
-(direction.py), so no objective differentiates anything twice. docs/mathematics.md derives v and p of each.
+The gradient of each is `H v + p`. H is the Hessian of the batch's loss, and `H v` is the part that reaches the value through the
+loss gradient g. The plain gradient p is the part that reaches it through the weights themselves. A projected `H v` costs one
+forward (direction.py), so no objective differentiates anything twice. docs/mathematics.md derives v and p of each.
 """
 
 from abc import ABC, abstractmethod

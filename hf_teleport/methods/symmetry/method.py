@@ -9,10 +9,9 @@ bias, `[W b]`. Where h is square and invertible, as the paper assumes, W_m becom
 code puts `h⁺` for `h⁻¹` where there are fewer samples. That gives the batch the same outputs as here, but with it the identity
 is no identity: it projects W_m onto the span of h. Here the rest of W_m stays, so that a short step changes little.
 
-What holds: no output on the batch changes, as long as `h⁺ h = I`, which takes at most as many (independent) samples as h has
-rows, and as long as `g_m act(z)` lies in the range of the activation: everywhere for LeakyReLU, in an interval for Tanh. What
-does not hold: an action is made for one batch, and the outputs of others change. The teleporter's guard shortens or undoes what
-goes too far.
+No output on the batch changes under two conditions. First, `h⁺ h = I`, which takes at most as many (independent) samples as h
+has rows. Second, `g_m act(z)` lies in the range of the activation: everywhere for LeakyReLU, in an interval for Tanh. An action
+is made for one batch, and the outputs of other batches change. The teleporter's guard shortens or undoes what goes too far.
 """
 
 import math
