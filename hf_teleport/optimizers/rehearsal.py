@@ -76,8 +76,8 @@ class Rehearsal:
     def pull_back(self, parameters: Sequence[nn.Parameter], gradients: Tensors, cotangents: Tensors) -> Tensors:
         """`(∂ step / ∂ gradients)ᵀ` times the cotangents, all lists with a tensor or None for each parameter.
 
-        The optimizer's own part of the derivative is taken to be symmetric, as it is for one that treats every coordinate alone,
-        and is a central difference of two steps; that of the clipping is exact.
+        The optimizer's own part of the derivative is a central difference of two steps. It is taken to be symmetric, as it is if
+        the optimizer treats every coordinate alone. The clipping's part is exact.
         """
         factor, length = self._clipping(gradients)
         size = norm(cotangents)

@@ -1,7 +1,7 @@
 """What becomes of each tensor that an optimizer keeps when the weight gets another basis, found from the optimizer itself.
 
 An optimizer that looks at each coordinate alone does the same when coordinates are permuted and their signs change. So a new
-optimizer of the same kind is tried on a small weight, as it is and with one axis permuted and signed, and each tensor in its
+optimizer of the same kind is tried on a small weight, as it is and with one axis permuted and signed. Then each tensor in its
 state shows what it is:
 
 - it stays: it has no coordinates on that axis (an average over it; one in a basis of the optimizer's own: GaLore, SOAP);
@@ -9,9 +9,9 @@ state shows what it is:
 - it loses the signs: an average of squares, or of absolute values;
 - anything else, a copy of the weights included, has no rule, nor has an optimizer whose steps are not permuted and signed alike.
 
-The power of the gradient's size that it goes with is found by gradients of twice the size. The rules are then compared with what
-the optimizer keeps for a weight of the real shape. No name of an optimizer or of a tensor matters but `ortho_matrix`, by which
-GaLore and APOLLO call their projector: one drawn at random does not show that it must turn with the weight.
+Gradients of twice the size show with which power of the gradient's size a tensor scales. The rules are then compared with what
+the optimizer keeps for a weight of the real shape. No name of an optimizer or of a tensor matters, except `ortho_matrix`. GaLore
+and APOLLO call their projector so, and one that is drawn at random does not show that it must turn with the weight.
 """
 
 import math

@@ -3,9 +3,9 @@
 Averages of gradients turn exactly as the weights do. Averages of squared gradients do not: `v <- (Q∘Q) v` is what they would be
 if the gradient's coordinates were uncorrelated, and keeps their sum. Which tensor is what, `optimizers.rules` finds out.
 
-What holds after a turn: everything linear in the gradients is what it would be if all of training had been in the new basis, and
-squares follow the rule that was chosen. The next update is then the turned update where the optimizer does not see the basis
-(SGD, Muon, what is projected), and Adam's with the squares of that rule elsewhere.
+After a turn everything linear in the gradients is what it would be if all of training had been in the new basis. Squares follow
+the rule that was chosen. If the optimizer's steps do not depend on the basis (SGD, Muon, projected states), the next update is
+the turned update. Otherwise it is Adam's update with the squares of that rule.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -206,8 +206,8 @@ class Plan:
             teleporter: makes one for the run's model and optimizer.
 
         Raises:
-            ValueError: no batch, a loss that cannot be teleported, a target module that matches nothing, no weight that may move,
-                or an optimizer that a change of basis does not suit.
+            ValueError: no batch, a loss that cannot be teleported, a target module that matches nothing, or no weight that may
+                move. Also an optimizer that a change of basis does not suit.
         """
         assert self._course is not None
         auto, checks, start = self.config.method == "auto", [], time.perf_counter()

@@ -1,7 +1,7 @@
 """Several processes that teleport together: each has its share of the data, and all hold the same weights.
 
-Whatever decides something (a loss, a gradient norm, which weights may move) is made of all processes' numbers and is the same
-number everywhere, so that no process takes another turn than the others. Where one fails, all learn of it and stop alike.
+Whatever decides something (a loss, a gradient norm, which weights may move) is computed from all processes' numbers. It is equal
+on all of them, so that no process decides differently. If one fails, all learn of it and stop.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,9 +1,9 @@
 """Carry the features of every activation through a forward, and note what each operation does to them.
 
-A `TorchFunctionMode` sees every torch call. Next to each tensor that a parameter has written stands a tensor of the same shape
-with the numbers of its features; an operation that only moves values about (`view`, `transpose`, an index) is applied to those
-numbers too, and so needs no rule of its own. `rules/` has the operations that compute. What has no rule fixes the features that
-enter it: a model that does something unknown loses symmetries, and not its outputs.
+A `TorchFunctionMode` sees every torch call. Each tensor that depends on a parameter has a companion of the same shape, with the
+numbers of its features. An operation that only moves values (`view`, `transpose`, an index) is applied to those numbers too, and
+so needs no rule of its own. `rules/` has the operations that compute. An operation without a rule fixes the features that enter
+it: a model that does something unknown loses symmetries, and not its outputs.
 """
 
 import logging

@@ -41,8 +41,8 @@ def _recognise(follow: Follow, module: nn.Module, inputs: Any, named: Any, outpu
     if tag is None or not isinstance(x, Tensor) or not isinstance(output, Tensor) or x.shape != output.shape:
         return
     gain = next(module.parameters(recurse=False), None)
-    # With rows so long that no epsilon counts, and again with longer ones: a norm does not see a factor, while anything else that
-    # scales would pass for a norm of rows that happen to have length one.
+    # The rows are so long that no epsilon counts. Longer ones follow, because a norm ignores a factor. Otherwise anything that
+    # scales would pass for a norm if its rows happen to have length one.
     long = x * (_LONG / x.square().mean(-1, keepdim=True).sqrt()).nan_to_num(0, 0, 0)
     normed, again = (module.forward(scaled, *inputs[1:], **named) for scaled in (long, 16 * long))
     offset = rms_offset(long, normed, gain)

@@ -1,7 +1,7 @@
 """Find the symmetries of a model.
 
-`find_symmetries` follows one forward, folds norm gains where that frees a space (`y = g * n(x)` read by W is `y = n(x)` read by
-`W diag(g)`), and groups what may be turned. docs/basis.md has the derivation.
+`find_symmetries` follows one forward, and groups what may be turned. It folds norm gains if that frees a space: `y = g * n(x)`
+read by W is `y = n(x)` read by `W diag(g)`. docs/basis.md has the derivation.
 """
 
 from collections import defaultdict

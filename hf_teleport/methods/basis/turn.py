@@ -1,7 +1,7 @@
 """Carry a change of basis out: on the weights, and on what the optimizer remembers of their gradients.
 
-A rotation x -> Q x of some features turns each axis that holds them: `W <- Q W` where W writes them, `W <- W Qᵀ` where it reads
-them, which on a tensor's axis is one and the same sum. The gradient turns as the weights do, and so does every average of it.
+A rotation x -> Q x of some features turns each axis that holds them: `W <- Q W` if W writes them, `W <- W Qᵀ` if W reads them. On
+a tensor's axis both are the same sum. The gradient turns as the weights do, and so does every average of it.
 """
 
 from collections import defaultdict
@@ -26,8 +26,8 @@ class Turn:
 
     Attributes:
         rotations: for each symmetry its orthogonal matrices (H, k, k); for one of kind 'scaling' positive factors (H, 1, 1).
-        shares: for each symmetry the share of each coordinate in the squared gradients, (H, k): the optimizer's averages of
-            squares keep their sums along a turned axis, and are spread by them; default: they turn as `OptimizerState` has it.
+        shares: for each symmetry the share of each coordinate in the squared gradients, (H, k). The optimizer's averages of
+            squares keep their sums along a turned axis, and are spread by the shares. Default: as `OptimizerState` says.
         gains: for each fold what its norm multiplies with before.
     """
 
