@@ -29,8 +29,8 @@ def working_weights(
     The model's modules hold stand-ins meanwhile, and the optimizer's state has them as keys. The stored parameters themselves, on
     which DDP has hooks, keep all but their values. The values are written back at the end: each process writes its rounded
     shards. Values that did not change are bit for bit what they were. FSDP2's own hooks are off, because they would gather and
-    shard the weights again at every layer and in the precision of training. The stand-ins cost memory: 4 bytes for each weight in half
-    precision. If weights are gathered, they cost all of the weights with the optimizer's state.
+    shard the weights again at every layer and in the precision of training. The stand-ins cost memory: 4 bytes for each
+    weight in half precision, and all of the weights with the optimizer's state if those are gathered.
 
     Args:
         ranks: the processes that work on the weights.
