@@ -26,11 +26,11 @@ def working_weights(
 ) -> Iterator[Weights]:
     """Inside, weights that FSDP2 shards can be worked on, and weights and buffers in bf16 or fp16 are float32.
 
-    The model's modules hold stand-ins meanwhile, and the optimizer's state has them as keys. The stored parameters themselves, on
-    which DDP has hooks, keep all but their values. The values are written back at the end: each process writes its rounded
-    shards. Values that did not change are bit for bit what they were. FSDP2's own hooks are off, because they would gather and shard the
-    weights again at every layer and in the precision of training. The stand-ins cost memory: 4 bytes for each weight in half
-    precision. If weights are gathered, they cost all of the weights with the optimizer's state.
+    The model's modules hold stand-ins meanwhile, and the optimizer's state has them as keys. The stored parameters themselves,
+    on which DDP has hooks, keep all but their values. The values are written back at the end: each process writes its rounded
+    shards. Values that did not change are bit for bit what they were. FSDP2's own hooks are off, because they would gather and
+    shard the weights again at every layer and in the precision of training. The stand-ins cost memory: 4 bytes for each weight
+    in half precision. If weights are gathered, they cost all of the weights with the optimizer's state.
 
     Args:
         ranks: the processes that work on the weights.
