@@ -35,6 +35,7 @@ from hf_teleport.optimizers.parts import states, steps_copies
 from hf_teleport.optimizers.rehearsal import Rehearsal, RehearsalError
 from hf_teleport.optimizers.state import forget
 from hf_teleport.report import SymmetryReport, TeleportReport
+from hf_teleport.settings.groups import reads
 from hf_teleport.weights.isolation import isolated, preserved_rng
 from hf_teleport.weights.ranks import Ranks, out_of_memory
 from hf_teleport.weights.snapshot import Snapshot
@@ -78,7 +79,8 @@ class Teleporter:
         self.optimizer = optimizer
         self._max_grad_norm = max_grad_norm
         self._rates = rates
-        self.tracker = tracker or Tracker(self.config.track_every, self.config.track_decay)
+        follows = reads(self.config.method, "track_every")
+        self.tracker = tracker or (Tracker(self.config.track_every, self.config.track_decay) if follows else Tracker())
         self._guard = Guard(self.config)
         self._progress = progress or (lambda step, total: None)
         self._ranks = Ranks(next((p.device for p in model.parameters()), "cpu"))

@@ -36,7 +36,9 @@ def reach(roots: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         if id(value) in seen or isinstance(value, _NOT_ENTERED):
             continue
         if len(seen) >= _MOST:
-            raise TooMuchError(f"{path.split('.')[0]} holds more than {_MOST} objects")
+            raise TooMuchError(
+                f"{path.split('.')[0]} holds more than {_MOST} objects: take what is not the optimizer's out of it"
+            )
         seen[id(value)] = value
         yield path, value
         if not isinstance(value, (Tensor, Optimizer)):

@@ -63,7 +63,7 @@ def code_files(package_megabytes: float | None = None) -> dict[str, Files]:
         versions = ", ".join(f"{package} {version(package)}" for packages in PACKAGES.values() for package in packages)
         logger.warning(
             f"The Python corpus has the checksum {found[:12]} with {versions}; with the versions in constraints.txt it is "
-            f"{CHECKSUM[:12]}. Compare losses only within one checksum."
+            f"{CHECKSUM[:12]}. Compare losses only with runs of the same checksum, or install those versions."
         )
     return parts
 
