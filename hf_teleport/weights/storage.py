@@ -99,7 +99,9 @@ def _whole(value: Any) -> Any:
 @torch.no_grad()
 def _write_back(stand_in: nn.Parameter, stored: Any, state: MutableMapping[Any, Any]) -> None:
     """Give a stored parameter, and the optimizer's state for it, the values of its stand-in."""
-    if not stored.requires_grad and (isinstance(stored, DTensor) or torch.equal(stand_in, stored.to(stand_in.dtype))):
+    if not stored.requires_grad and (
+        isinstance(stored, DTensor) or torch.allclose(stand_in, stored.to(stand_in.dtype), rtol=0, atol=0, equal_nan=True)
+    ):
         return
     put_back = _put_own if isinstance(stand_in, Shard) else put
     put_back(stored, stand_in)
@@ -127,3 +129,8 @@ def _silence(module: nn.Module, hooks: str, stack: ExitStack) -> None:
     if len(kept) < len(own):
         stack.callback(setattr, module, hooks, own)
         setattr(module, hooks, OrderedDict(kept))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether all elements are equal; NaN equals NaN."""
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)

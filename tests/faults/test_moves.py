@@ -33,8 +33,8 @@ def test_a_step_that_explodes_is_undone(monkeypatch, value, growth):
 
 @pytest.mark.parametrize("factor", [torch.nan, torch.inf, 1.5])
 def test_a_turn_that_is_none_is_undone(monkeypatch, factor):
-    def carry_out(self, state, real=turn.Turn.carry_out):
-        real(self, state)
+    def carry_out(self, *given, real=turn.Turn.carry_out):
+        real(self, *given)
         next(iter(self.rotations)).parts[0].parameter.data.mul_(factor)
 
     monkeypatch.setattr(turn.Turn, "carry_out", carry_out)

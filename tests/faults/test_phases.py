@@ -42,7 +42,7 @@ PHASES = {
         "fit": (BasisTurn, "fit", 1),
         "copy": (Snapshot, "__init__", 1),
         "carry_out": (BasisTurn, "carry_out", 1),
-        "gains_folded": (turn, "_scale_gain", 1),
+        "gains_folded": (turn, "_divide", 1),
         "half_a_turn": (turn, "_turn", 3),
         "optimizer_half_turned": (OptimizerState, "turn", 2),
         "turned": (turn.Turn, "carry_out", 1),

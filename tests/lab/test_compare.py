@@ -335,7 +335,7 @@ def test_basis_arms_have_a_random_basis_for_control(tmp_path):
     settings = {**DEFAULTS, **text, "arms": arms, "learning_rates": [1e-3], "seeds": [0], "optim": "adamw_torch"}
     settings |= {"per_device_train_batch_size": 8, "teleport_batch_size": 2, "output_dir": str(tmp_path / "out")}
     comparison = compare(protocol(settings))
-    assert [v.arm for v in comparison.verdicts] == ["baseline", "basis", "warmup", "basis.random_move"]
+    assert [v.arm for v in comparison.verdicts] == ["baseline", "basis", "warmup", "basis.random_move", "basis.identity"]
     for arm in ("basis", "basis.random_move"):
         (history,) = (tmp_path / "out" / arm).rglob("history.json")
         (event,) = [row for row in json.loads(history.read_text()) if "teleport/steps" in row]

@@ -1,9 +1,9 @@
 """What a change of basis takes: decompositions, and which process makes which; the turn; looking at gradients; memory."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from hf_teleport.methods.basis.smallest import smallest_turn
 from hf_teleport.methods.basis.symmetry import Symmetry
 from hf_teleport.methods.basis.turn import Turn
 from hf_teleport.weights.ranks import spread
+from hf_teleport.weights.whole import Weights
 
 # A larger matrix is judged by one of this size: from here on the time goes with the third power (docs/performance.md).
 _TRIED = 512
@@ -73,20 +74,23 @@ def longest(planned: Iterable[Decomposition]) -> float:
     return max(loads.values(), default=0.0)
 
 
-def turn_seconds(symmetries: Iterable[Symmetry], gradients: Mapping[nn.Parameter, Tensor]) -> float:
-    """Of turning one tensor for each weight, measured on its gradient, by matrices that change nothing."""
-    like = next(iter(gradients.values()))
-    turn = Turn({s: torch.eye(s.size).to(like).expand(s.blocks, -1, -1) for s in symmetries if s.kind != "scaling"})
+def unmoved(symmetries: Iterable[Symmetry], like: Tensor) -> Turn:
+    """A turn by matrices that change nothing, of a tensor's type and device."""
+    return Turn({s: torch.eye(s.size).to(like).expand(s.blocks, -1, -1) for s in symmetries if s.kind != "scaling"})
+
+
+def turn_seconds(turn: Turn, gradients: Mapping[nn.Parameter, Tensor], weights: Weights) -> float:
+    """Of turning one tensor for each weight, measured on its gradient, which is laid out as `weights`."""
     start = time.perf_counter()
-    _wait(turn.gradients(dict(gradients)).values())
+    _wait(turned for _, turned in turn.turned(dict(gradients), weights))
     return time.perf_counter() - start
 
 
-def look_seconds(symmetries: Iterable[Symmetry], gradients: Mapping[nn.Parameter, Tensor]) -> float:
-    """Of adding the second moments of one step's gradients."""
+def look_seconds(symmetries: Iterable[Symmetry], gradients: Mapping[nn.Parameter, Any], vote: Callable[[], None]) -> float:
+    """Of adding the second moments of one step's gradients, as `Moments.look` takes them."""
     moments = Moments(symmetries)
     start = time.perf_counter()
-    moments.look(gradients)
+    moments.look(gradients, vote)
     _wait(moments.values.values())
     return time.perf_counter() - start
 

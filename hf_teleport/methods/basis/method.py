@@ -17,8 +17,14 @@ from hf_teleport.config import TeleportConfig
 from hf_teleport.layers.audit import describe
 from hf_teleport.layers.point import Point
 from hf_teleport.methods.base import TurningMethod
+from hf_teleport.methods.basis import cost
 from hf_teleport.methods.basis.bases import BASES, Basis, balance
-from hf_teleport.methods.basis.cost import bytes_of, decompositions, longest, look_seconds, moment_bytes, turn_seconds, work
+from hf_teleport.methods.basis.cost import (
+    decompositions,
+    look_seconds,
+    moment_bytes,
+    unmoved,
+)
 from hf_teleport.methods.basis.features import vectors
 from hf_teleport.methods.basis.frozen import stays_frozen
 from hf_teleport.methods.basis.moments import Moments, misalignment, shares, turned
@@ -83,17 +89,24 @@ class BasisTurn(TurningMethod):
 
     def decomposition_seconds(self, point: Point) -> float:
         device = next((part.parameter.device for symmetry in self.used for part in symmetry.parts), torch.device("cpu"))
-        return longest(decompositions(self._ordered(), self.ranks.size, device))
+        return cost.longest(decompositions(self._ordered(), self.ranks.size, device))
 
     def turn_seconds(self, point: Point) -> float:
         # The weights, what the optimizer keeps of them, and the gradient that the event is checked with, before and after.
-        return (2 + self._averages) * turn_seconds(self.used, point.by_parameter)
+        like = next(iter(point.by_parameter.values()))
+        turn = self._with_gains(lambda: unmoved(self._ordered(), like))
+        return (2 + self._averages) * cost.turn_seconds(turn, point.by_parameter, self.weights)
 
     def look_seconds(self, point: Point) -> float:
-        return look_seconds(self.used, point.by_parameter) if self.config.track_every else 0.0
+        if not self.config.track_every:
+            return 0.0
+        gradients = self.weights.laid_out(point.by_parameter)
+        return self._with_gains(lambda: look_seconds(self._ordered(), gradients, self.weights.vote))
 
     def event_bytes(self) -> int:
-        movable, trained = (bytes_of(each) for each in (self.movable, (p for p in self.model.parameters() if p.requires_grad)))
+        movable, trained = (
+            cost.bytes_of(each) for each in (self.movable, (p for p in self.model.parameters() if p.requires_grad))
+        )
         # A copy of what turns to return to; and at once the gradients before, those turned, and those after.
         return int((1 + self._averages) * movable) + 3 * trained + moment_bytes(self.used)
 
@@ -265,7 +278,7 @@ class BasisTurn(TurningMethod):
     def _rotations(self) -> dict[Symmetry, Tensor]:
         """The matrices to turn each symmetry by. One for which they are not found is left out of those that turn."""
         used = self._ordered()
-        owners = self.ranks.spread([work(symmetry) for symmetry in used])
+        owners = self.ranks.spread([cost.work(symmetry) for symmetry in used])
         rotations = self.ranks.together(
             lambda: {s: self._chosen(s, owner == self.ranks.rank) for s, owner in zip(used, owners, strict=True)}
         )
