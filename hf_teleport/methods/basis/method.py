@@ -19,12 +19,6 @@ from hf_teleport.layers.point import Point
 from hf_teleport.methods.base import TurningMethod
 from hf_teleport.methods.basis import cost
 from hf_teleport.methods.basis.bases import BASES, Basis, balance
-from hf_teleport.methods.basis.cost import (
-    decompositions,
-    look_seconds,
-    moment_bytes,
-    unmoved,
-)
 from hf_teleport.methods.basis.features import vectors
 from hf_teleport.methods.basis.frozen import stays_frozen
 from hf_teleport.methods.basis.moments import Moments, misalignment, shares, turned
@@ -89,26 +83,26 @@ class BasisTurn(TurningMethod):
 
     def decomposition_seconds(self, point: Point) -> float:
         device = next((part.parameter.device for symmetry in self.used for part in symmetry.parts), torch.device("cpu"))
-        return cost.longest(decompositions(self._ordered(), self.ranks.size, device))
+        return cost.longest(cost.decompositions(self._ordered(), self.ranks.size, device))
 
     def turn_seconds(self, point: Point) -> float:
         # The weights, what the optimizer keeps of them, and the gradient that the event is checked with, before and after.
         like = next(iter(point.by_parameter.values()))
-        turn = self._with_gains(lambda: unmoved(self._ordered(), like))
+        turn = self._with_gains(lambda: cost.unmoved(self._ordered(), like))
         return (2 + self._averages) * cost.turn_seconds(turn, point.by_parameter, self.weights)
 
     def look_seconds(self, point: Point) -> float:
         if not self.config.track_every:
             return 0.0
         gradients = self.weights.laid_out(point.by_parameter)
-        return self._with_gains(lambda: look_seconds(self._ordered(), gradients, self.weights.vote))
+        return self._with_gains(lambda: cost.look_seconds(self._ordered(), gradients, self.weights.vote))
 
     def event_bytes(self) -> int:
         movable, trained = (
             cost.bytes_of(each) for each in (self.movable, (p for p in self.model.parameters() if p.requires_grad))
         )
         # A copy of what turns to return to; and at once the gradients before, those turned, and those after.
-        return int((1 + self._averages) * movable) + 3 * trained + moment_bytes(self.used)
+        return int((1 + self._averages) * movable) + 3 * trained + cost.moment_bytes(self.used)
 
     @property
     def _averages(self) -> float:
