@@ -24,6 +24,16 @@ def test_the_page_has_the_numbers_of_the_table(name, reference):
             assert number.strip() in page, line
 
 
+def test_the_page_has_the_numbers_of_the_tuned_arms():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    lines = lines_of("ptb_tuned.csv", ("baseline+warmup_steps-20+weight_decay-0.1", 0.001))[2:]
+    tuned = [line for line in lines if line.split("|")[1].strip() not in ("baseline", "following")]
+    assert len(tuned) == 3
+    for line in tuned:
+        cells = [cell.strip() for cell in line.split("|")]
+        assert f"| {cells[3]} | {cells[4]} | {cells[6]}" in page, line
+
+
 def test_trials_are_sorted_within_an_arm_and_are_those_of_the_first_seed():
     rows = [("b", 0, 2.0), ("b+x-1", 0, 1.0), ("a", 0, 3.0), ("a", 1, 0.5)]
     frame = pd.DataFrame(rows, columns=["arm", "seed", "train_loss"]).assign(learning_rate=0.1, step=9, test_loss=1.0)
