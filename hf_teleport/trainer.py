@@ -131,6 +131,8 @@ class TeleportMixin(HomeMixin, _Base):
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """A training step; before the first micro-batch of a scheduled step, a teleport."""
         if self._plan.due(self.state.global_step):
+            if callable(getattr(self.optimizer, "train", None)):
+                self.optimizer.train()  # schedule-free ones move the weights; Trainer asks for it after the event, too late
             try:
                 self.teleport()
             except EmptyError as error:  # a stream of rows to teleport on that has come to its end

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
-from hf_teleport import TeleportMixin, TeleportTrainer
+from hf_teleport import TeleportConfig, TeleportMixin, TeleportTrainer
 
 from tiny_models import build
 from tiny_runs import (
@@ -172,6 +172,14 @@ def test_an_average_of_weights_just_follows_moves_in_the_null_space(tmp_path):
     run = moved(make(tmp_path, config=teleports("null_space"), made={"callbacks": [callback]}))
     assert torch.allclose(flat(callback.average.module), callback.expected, atol=1e-6)
     assert not torch.allclose(callback.expected, flat(run.model), atol=1e-3)
+
+
+def test_a_schedule_free_optimizer_is_rehearsed_in_its_train_mode(tmp_path):
+    pytest.importorskip("schedulefree")
+    run = make(tmp_path, config=TeleportConfig(method="auto", budget=None), optim="schedule_free_adamw", max_steps=3)
+    run.train()
+    (report,) = run.teleport_reports
+    assert report.method == "null_space"
 
 
 class TeleportSeq2SeqTrainer(TeleportMixin, Seq2SeqTrainer):
