@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_teleport.config import TeleportConfig
+from hf_teleport.display.quantities import duration
 from hf_teleport.event.check import Check
 from hf_teleport.event.choice import BASIS_STEP, afford
 from hf_teleport.event.cost import LARGE_SHARE, Cost, event_passes, share_of_run
@@ -275,7 +276,7 @@ class Plan:
                 f"Teleports ({config.method}) before steps {_shortened(self.upcoming)}: "
                 f"{movable} of {len(check.layers)} weights ({elements:.0%} of the elements) may move. "
                 f"An event makes at most {event_passes(config)} passes over a teleport batch: it may take "
-                f"{check.cost}. The check took {seconds:.2g} s."
+                f"{check.cost}. The check took {duration(seconds)}."
             )
             self.notes.append((logging.INFO, line))
         passes = self._passes(course.max_steps - course.start, course)
@@ -329,8 +330,8 @@ def cost_warning(costs: list[Cost], events: int, training_passes: float, looks: 
     if share_of_time <= LARGE_SHARE:
         return ""
     return (
-        f"Teleports may take up to {100 * share_of_time:.0f} % of the time of training itself; with smaller num_batches, "
-        "steps_per_batch or batch_size, or fewer events, they take less."
+        f"Teleports may take up to {100 * share_of_time:.0f} % of the time of training itself. Fewer events, or fewer or "
+        "smaller teleport batches, take less: see docs/performance.md."
     )
 
 
