@@ -23,7 +23,7 @@ from torch.distributed.run import get_args_parser
 from transformers import HfArgumentParser
 
 from hf_teleport import cli
-from hf_teleport.commands import plot, report
+from hf_teleport.commands import plot, report, turn_back
 from hf_teleport.lab import compare, runs
 
 from tiny_runs import llama
@@ -137,7 +137,7 @@ def check_ours(words):
         patched.setattr(compare, "compare", accepted)
         if words[0] == "train":
             stop_after(patched, HfArgumentParser, "parse_args_into_dataclasses")
-        for command in (report, plot):
+        for command in (report, plot, turn_back):
             patched.setattr(command, "run", accepted)
         if "--help" in words:
             with pytest.raises(SystemExit, match=r"^0$"):

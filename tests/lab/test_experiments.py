@@ -212,7 +212,7 @@ def test_what_is_finished_is_skipped(config, monkeypatch):
     [
         (
             ["--arms.null_space.teleport_num_batches", "1"],
-            r"teleport_num_batches = 1 is not allowed; allowed: 2, for .*null_space",
+            r"teleport_num_batches = 1 is not allowed; allowed: 2, because .*null_space",
         ),
         (["--train_rows", "80"], r"train_rows = 80 is not allowed; allowed: 96"),
         (["--sizes.hidden_sizes", "[8, 8]"], r"sizes = .*\[8, 8\].* is not allowed; allowed: .*\[24, 24\]"),
