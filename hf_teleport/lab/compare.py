@@ -17,13 +17,10 @@ Two keys are this module's own:
 from dataclasses import dataclass, replace
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-
 from hf_teleport.arguments import TeleportTrainingArguments
 from hf_teleport.lab.plot import Choices
 from hf_teleport.lab.results import best_rates, evaluations
-from hf_teleport.lab.runs import execute
+from hf_teleport.lab.runs import execute, from_first
 from hf_teleport.lab.settings import Experiment, Settings, plan
 from hf_teleport.lab.tuning import Setup, check, experiment, tune
 from hf_teleport.lab.verdict import CLOCKS, Verdict, verdict
@@ -160,10 +157,10 @@ def compare(made: Protocol) -> Comparison:
     if made.whole.settings.get("tune") is not None:
         return _compare_tuned(made)
     execute(made.grid())
-    best = _shared(lambda: made.best(evaluations(made.whole.output)))
+    best = from_first(lambda: made.best(evaluations(made.whole.output)))
     second = made.second(best)
     execute(second)
-    frame = _shared(lambda: _of(evaluations(made.whole.output), second))
+    frame = from_first(lambda: _of(evaluations(made.whole.output), second))
     choices = made.choices(best)
     reference = (BASELINE, choices[AT_BASELINES][BASELINE])
     pairs = dict.fromkeys(pair for rates in choices.values() for pair in rates.items())
@@ -183,7 +180,7 @@ def _compare_tuned(made: Protocol) -> Comparison:
     second = experiment(made.whole, list(setups.values()), made.seeds)
     execute(second)
     names = {setup.name: name for name, setup in setups.items()}
-    frame = _shared(lambda: _of(evaluations(made.whole.output), second).replace({"arm": names}))
+    frame = from_first(lambda: _of(evaluations(made.whole.output), second).replace({"arm": names}))
     rates = {name: setup.learning_rate for name, setup in setups.items()}
     verdicts = [verdict(frame, (BASELINE, rates[BASELINE]), pair, made.clock) for pair in rates.items()]
     best: dict[str, float | None] = {arm: rates[arm] for arm in found}
@@ -194,14 +191,6 @@ def _of(frame: Any, experiment: Experiment) -> Any:
     """The rows of an experiment's runs, without those of others in the same folder."""
     kept = {(run.arm, run.learning_rate, run.seed) for run in experiment.runs}
     return frame[[row in kept for row in zip(frame["arm"], frame["learning_rate"], frame["seed"], strict=True)]]
-
-
-def _shared(read: Any) -> Any:
-    """A value that the first process reads, for all of them: not every process may see its files."""
-    processes = PartialState()
-    found = [read() if processes.is_main_process else None]
-    broadcast_object_list(found)
-    return found[0]
 
 
 def _remark(best: float | None, rates: list[float]) -> str | None:

@@ -6,6 +6,7 @@ and, if the settings say so, its trained model in `model`.
 
 import json
 import shutil
+from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,8 @@ def execute(experiment: Experiment) -> int:
     processes = PartialState()
     metrics = require_extra("hf_teleport.metrics")
     # One process decides, because another might see a folder that has changed in the meantime.
-    pending: list[Any] = [_pending(experiment) if processes.is_main_process else None]
-    broadcast_object_list(pending)
-    if not pending[0]:
+    pending = from_first(lambda: _pending(experiment))
+    if not pending:
         return 0
     if processes.is_main_process:
         experiment.output.mkdir(parents=True, exist_ok=True)
@@ -50,8 +50,8 @@ def execute(experiment: Experiment) -> int:
     with processes.main_process_first():
         data = experiment.workload.data
     hidden = experiment.runs[0].training.disable_tqdm or not processes.is_main_process
-    with tqdm(total=len(experiment.runs), initial=len(experiment.runs) - len(pending[0]), unit="run", disable=hidden) as bar:
-        for index in pending[0]:
+    with tqdm(total=len(experiment.runs), initial=len(experiment.runs) - len(pending), unit="run", disable=hidden) as bar:
+        for index in pending:
             run = experiment.runs[index]
             bar.set_description(str(run))
             bar.set_postfix_str("")
@@ -60,7 +60,15 @@ def execute(experiment: Experiment) -> int:
             except ValueError as error:
                 raise ValueError(f"{run}: {error}") from error
             bar.update()
-    return len(pending[0])
+    return len(pending)
+
+
+def from_first(read: Callable[[], Any]) -> Any:
+    """A value that the first process reads, for all of them: not every process may see its files."""
+    processes = PartialState()
+    found = [read() if processes.is_main_process else None]
+    broadcast_object_list(found)
+    return found[0]
 
 
 def _pending(experiment: Experiment) -> list[int]:

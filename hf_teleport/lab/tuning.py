@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_teleport.lab.results import evaluations, final
-from hf_teleport.lab.runs import execute
+from hf_teleport.lab.runs import execute, from_first
 from hf_teleport.lab.settings import Experiment, Settings, plan
 
 RATE = "learning_rate"
@@ -209,7 +209,7 @@ def tune(whole: Experiment, arms: list[str]) -> dict[str, tuple[Setup, Search]]:
         def loss_of(point: dict[str, float], arm: str = arm) -> float:
             setup = _setup(whole, arm, point)
             execute(experiment(whole, [setup], [seed]))
-            ends = final(evaluations(whole.output))
+            ends = from_first(lambda: final(evaluations(whole.output)))
             rows = (ends["arm"] == setup.name) & (ends["learning_rate"] == setup.learning_rate) & (ends["seed"] == seed)
             return float(ends[rows]["train_loss"].iloc[0])
 

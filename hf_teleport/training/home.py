@@ -12,6 +12,7 @@ from transformers.trainer_utils import HubStrategy
 
 from hf_teleport.methods.basis.averages import Average, averages_of, taken_in
 from hf_teleport.report import SymmetryReport
+from hf_teleport.settings.groups import reads
 from hf_teleport.training.plan import Plan
 from hf_teleport.weights.isolation import preserved_rng
 
@@ -24,13 +25,14 @@ class HomeMixin(_Base):
 
     _saving_at_home = False
 
+    if TYPE_CHECKING:
+
+        @property
+        def _plan(self) -> Plan: ...
+
     def __init__(self, *args: Any, **kwargs: Any):
         self._averages: list[nn.Module | Mapping[str, Tensor]] = []
         super().__init__(*args, **kwargs)
-
-    @property
-    def _plan(self) -> Plan:
-        raise NotImplementedError
 
     def register_average(self, average: nn.Module | Mapping[str, Tensor]) -> None:
         """Turn an average of the weights (EMA, SWA) along with the weights at each change of basis, and on the way back.
@@ -72,7 +74,7 @@ class HomeMixin(_Base):
 
     def _take_in_averages(self, plan: Plan) -> None:
         """Let averages of the weights turn along. Not inside `unnoted`, where the trainer's attributes are copies."""
-        if plan.tracker.way or "basis" in plan.settings.method or plan.settings.method == "auto":
+        if plan.tracker.way or reads(plan.settings.method, "turn_back"):
             plan.tracker.averages = taken_in(self.model, [*averages_of(self), *self._averages])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer
 from hf_teleport.training.plan import TRACKED
 
-from tiny_runs import Texts, arguments, llama, pad
+from tiny_runs import Texts, arguments, llama, make, pad
 
 ADAPTERS = {
     "lora": {"target_modules": "all-linear"},
@@ -64,15 +64,8 @@ def turning(**settings):
 
 def run(folder, model, config=None, callbacks=(), **settings):
     given = {"max_steps": 8, "learning_rate": 1e-2, "save_strategy": "no", **settings}
-    return TeleportTrainer(
-        model,
-        arguments(folder, **given),
-        train_dataset=Texts(64),
-        eval_dataset=Texts(9, seed=1),
-        data_collator=pad,
-        teleport_config=config or turning(),
-        callbacks=list(callbacks),
-    )
+    made = {"train_dataset": Texts(64), "eval_dataset": Texts(9, seed=1), "callbacks": list(callbacks)}
+    return make(folder, model, config or turning(), made=made, **given)
 
 
 def copies(model, trained):

@@ -13,7 +13,7 @@ from hf_teleport.cli import main
 from hf_teleport.layers.double import KeepDouble
 from hf_teleport.training.plan import TRACKED
 
-from tiny_runs import Texts, arguments, llama, pad
+from tiny_runs import Texts, llama, make, pad
 
 
 def batch():
@@ -26,15 +26,8 @@ def following(**settings):
 
 def run(folder, model, config=None, callbacks=(), trainer_class=TeleportTrainer, **settings):
     given = {"max_steps": 12, "learning_rate": 3e-3, "save_strategy": "no", **settings}
-    return trainer_class(
-        model,
-        arguments(folder, **given),
-        train_dataset=Texts(64),
-        eval_dataset=Texts(9, seed=1),
-        data_collator=pad,
-        teleport_config=config or following(),
-        callbacks=list(callbacks),
-    )
+    made = {"train_dataset": Texts(64), "eval_dataset": Texts(9, seed=1), "callbacks": list(callbacks)}
+    return make(folder, model, config or following(), trainer_class, made=made, **given)
 
 
 def weights(model):
