@@ -20,13 +20,14 @@ from hf_teleport.config import TeleportConfig
 from hf_teleport.event.batches import halved
 from hf_teleport.event.check import Check
 from hf_teleport.event.choice import BASIS_STEP, choose
-from hf_teleport.event.climb import HALVINGS, Climb, turn
+from hf_teleport.event.climb import Climb, turn
 from hf_teleport.event.cost import Cost
 from hf_teleport.event.guard import Guard
 from hf_teleport.event.home import turn_back
 from hf_teleport.event.measurement import Measurement, landing, measure
 from hf_teleport.event.reasons import NO_STEP, explain, why_unmoved
-from hf_teleport.layers.point import LossFn, loss_at
+from hf_teleport.event.verdict import held_back_loss, shorten, verdict
+from hf_teleport.layers.point import LossFn
 from hf_teleport.methods import METHODS, BasisTurn, ClimbingMethod, NullSpace, TurningMethod
 from hf_teleport.methods.basis.averages import taken_in
 from hf_teleport.methods.basis.tracker import Tracker
@@ -38,7 +39,6 @@ from hf_teleport.report import SymmetryReport, TeleportReport
 from hf_teleport.settings.groups import reads
 from hf_teleport.weights.isolation import isolated, preserved_rng
 from hf_teleport.weights.ranks import Ranks, out_of_memory
-from hf_teleport.weights.snapshot import Snapshot
 from hf_teleport.weights.storage import is_low
 from hf_teleport.weights.whole import Weights
 
@@ -247,7 +247,7 @@ class Teleporter:
             if not method.movable:
                 explain(method.reports, {}, 0, "nothing_movable", method.at_rest)
                 return self._report(method, before, before, 0, "nothing_movable", start)
-            watched = self._held_back_loss(method, held_back)
+            watched = held_back_loss(method, held_back)
             usual = landing(method, batches, held_back)
             snapshot = self._ranks.together(method.snapshot)
             try:
@@ -255,12 +255,12 @@ class Teleporter:
                     steps, reason = turn(method, self._progress)
                 else:
                     steps, reason = Climb(method, self._guard, self._progress).run(batches, before, snapshot)
-                objection = self._shorten(method, snapshot, watched, held_back) if steps else ""
+                objection = shorten(method, snapshot, watched, held_back) if steps else ""
                 review = method.review if isinstance(method, TurningMethod) else None
                 after = measure(method, batches, review) if steps else before
                 if steps and self._ranks.together(weights.round):
                     after = measure(method, batches)
-                objection = objection or self._verdict(method, before, after)
+                objection = objection or verdict(method, before, after)
                 if steps and not objection and usual is not None:
                     forgotten = method.movable if self.config.optimizer_state == "reset" else []
                     landed = landing(method, batches, held_back, forgotten)
@@ -280,35 +280,6 @@ class Teleporter:
                 reason, changed = "matched_rate", {}
             explain(method.reports, changed, steps, reason, method.at_rest)
             return self._report(method, before, after, steps, reason, start, undone=bool(objection) or rehearsed)
-
-    def _held_back_loss(self, method: _Method, held_back: Any) -> float:
-        """NaN if there is no such batch."""
-        if held_back is None:
-            return math.nan
-        return loss_at(self.model, method.loss_fn, held_back, seed=self.config.seed, weights=method.weights)
-
-    def _shorten(self, method: _Method, snapshot: Snapshot, watched: float, held_back: Any) -> str:
-        """Halve the whole move until the loss on the batch held back is near what it was. Returns the objection if no half is."""
-        if not math.isfinite(watched):
-            return ""
-        for _ in range(HALVINGS + 1):
-            loss = self._held_back_loss(method, held_back)
-            if math.isfinite(loss) and self.config.allows(loss, watched):
-                return ""
-            if isinstance(method, TurningMethod):  # half a rotation is none
-                break
-            snapshot.halve()
-        return "held_back"
-
-    def _verdict(self, method: _Method, before: Measurement, after: Measurement) -> str:
-        """Why the event must be undone, the same in every process; empty: it need not."""
-        own = method.objection if isinstance(method, TurningMethod) else ""
-        # A unit that is saturated hides what becomes of its weights.
-        if not self._ranks.together(lambda: after.finite and all(p.isfinite().all() for p in method.movable)):
-            own = "non_finite"
-        elif not own and not self.config.allows(after.loss, before.loss):
-            own = "max_loss_change"
-        return next((objection for objection in self._ranks.gather(own) if objection), "")
 
     def _keep(self, method: _Method, weights: Weights) -> None:
         """The event stands: the optimizer learns of it, and every process gets the weights of the first."""

@@ -41,12 +41,18 @@ class OptimizerState:
         self._squares = squares
         self._judged = judge(optimizer)
 
-    def turn(self, part: Any, matrices: Tensor, turn_axis: Turning) -> None:
-        """Turn what is remembered of a part's parameter; `turn_axis(tensor, part, matrices)` works in place."""
+    def turn(self, part: Any, matrices: Tensor, turn_axis: Turning, shares: Tensor | None = None) -> None:
+        """Turn what is remembered of a part's parameter; `turn_axis(tensor, part, matrices)` works in place.
+
+        Args:
+            shares: how to spread averages of squares instead of turning them, as `put_shares` takes it.
+        """
         for leaf, rule, own in self._turning(part.parameter, part.dim):
-            if rule.square and self._squares == "keep":
+            if shares is not None and _is_of_squares(rule):
+                _spread(leaf, rule, own[0], part, shares)
+            elif rule.square and self._squares == "keep":
                 continue
-            if matrices.shape[-1] == 1:  # a scaling
+            elif matrices.shape[-1] == 1:  # a scaling
                 self._change(leaf, own, part, matrices.abs().pow(rule.degree / len(own)), turn_axis)
             elif not rule.square:
                 self._change(leaf, own, part, matrices, turn_axis)
@@ -87,17 +93,8 @@ class OptimizerState:
             shares: of each feature in the squared gradients of its block, (H, k), summing to one.
         """
         for leaf, rule, own in self._turning(part.parameter, part.dim):
-            if not _is_of_squares(rule):
-                continue
-            numbers = leaf.read()
-            rows = numbers.movedim(own[0], 0)
-            at = part.positions.flatten().to(rows.device)
-            blocks = rows[at].reshape(*part.positions.shape, -1)  # (H, r, k, n)
-            blocks = blocks.to(torch.promote_types(blocks.dtype, torch.float32))
-            blocks = blocks.square() if _is_root(rule) else blocks
-            spread = blocks.sum(2, keepdim=True) * shares.to(blocks)[:, None, :, None]
-            rows[at] = (spread.sqrt() if _is_root(rule) else spread).reshape(-1, *rows.shape[1:]).to(rows)
-            leaf.write(numbers)
+            if _is_of_squares(rule):
+                _spread(leaf, rule, own[0], part, shares)
 
     def second_moment_moved(self, parameter: nn.Parameter, before: dict[str, Any]) -> tuple[float, float]:
         """How far the averages v of squared gradients are from what they were.
@@ -181,6 +178,18 @@ def _is_of_squares(rule: Rule) -> bool:
 def _is_root(rule: Rule) -> bool:
     """Whether a tensor holds roots of squares (Adamax's largest gradients), which turn and spread as squares."""
     return 0.75 < rule.degree < 1.25
+
+
+def _spread(leaf: Leaf, rule: Rule, axis: int, part: Any, shares: Tensor) -> None:
+    numbers = leaf.read()
+    rows = numbers.movedim(axis, 0)
+    at = part.positions.flatten().to(rows.device)
+    blocks = rows[at].reshape(*part.positions.shape, -1)  # (H, r, k, n)
+    blocks = blocks.to(torch.promote_types(blocks.dtype, torch.float32))
+    blocks = blocks.square() if _is_root(rule) else blocks
+    spread = blocks.sum(2, keepdim=True) * shares.to(blocks)[:, None, :, None]
+    rows[at] = (spread.sqrt() if _is_root(rule) else spread).reshape(-1, *rows.shape[1:]).to(rows)
+    leaf.write(numbers)
 
 
 def _along(factors: Tensor, axis: int, like: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
@@ -59,8 +59,7 @@ def redrawn(training: Any, batch_size: int | None, ranks: int, seed: int) -> Any
     if not streamed and type(batches) is not BatchSampler:  # rows that it puts together belong together
         parts = [list(keys)[:batch_size] for keys in _shuffled(batches, generator)]
         return DataLoader(rows, batch_sampler=parts, collate_fn=collate, generator=generator)
-    assert isinstance(batches, BatchSampler)
-    size = batch_size or batches.batch_size * ranks
+    size = batch_size or cast(BatchSampler, batches).batch_size * ranks
     if streamed or isinstance(sampler, (RandomSampler, SequentialSampler)):
         return loader(rows, collate, size, seed)
     keys = _shuffled(sampler, generator)

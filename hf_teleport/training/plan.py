@@ -123,6 +123,11 @@ class Plan:
         """The steps of the events that are still to come when the run begins or goes on."""
         return sorted(step for step in self.steps if self._course is not None and step >= self._course.start)
 
+    def _of_run(self) -> Course:
+        if self._course is None:
+            raise RuntimeError("this plan is for teleports by hand: it has no run to judge.")
+        return self._course
+
     def due(self, step: int) -> bool:
         """Whether an event comes before this step. True once: a step has several batches if gradients are accumulated."""
         new, self._seen = step != self._seen, step
@@ -210,7 +215,7 @@ class Plan:
             ValueError: no batch, a loss that cannot be teleported, a target module that matches nothing, or no weight that may
                 move. Also an optimizer that a change of basis does not suit.
         """
-        assert self._course is not None
+        course = self._of_run()
         auto, checks, start = self.config.method == "auto", [], time.perf_counter()
         for batch in batches:
             start = time.perf_counter()
@@ -218,7 +223,7 @@ class Plan:
             # Even if the run can't pay for a teleport: a wrong name or a loss that is none is said now, not in the next run.
             try:
                 if auto:
-                    self._settle(teleporter(self.config), batch, loss_fn, self._course)
+                    self._settle(teleporter(self.config), batch, loss_fn, course)
                 checks = [teleporter(config).check(batch, loss_fn) for config in self.settings.each_method()]
             except RehearsalError as error:
                 if not auto:
@@ -235,12 +240,12 @@ class Plan:
         if auto and checks[0].immovable:
             self.give_up(f"Method 'auto': no teleports, for {checks[0].immovable}.")
             return
-        if not self._course.start:  # a resumed run has begun, and its events would only warn
+        if not course.start:  # a resumed run has begun, and its events would only warn
             for check in checks:
                 check.require_movable()
         if self.settings.blocking_gains == "hold":
             self.held = [parameter for check in checks for parameter in check.blocking]
-        self._describe(checks, seconds, teleporter(self.config).optimizer, self._course)
+        self._describe(checks, seconds, teleporter(self.config).optimizer, course)
 
     def _settle(self, teleporter: Teleporter, batch: Any, loss_fn: LossFn, course: Course) -> None:
         """Decide for method 'auto' on settings and schedule."""

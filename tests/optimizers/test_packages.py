@@ -4,7 +4,8 @@ from functools import cache
 
 import pytest
 import torch
-from optimizers import agreement, by_name, least, llama, made
+from optimizer_catalogue import by_name, made
+from optimizers import agreement, least, llama
 from torch import nn
 
 from hf_teleport.optimizers.leaves import leaves

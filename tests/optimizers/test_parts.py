@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from optimizers import MuonAndAdamW, by_name, llama
+from optimizer_catalogue import MuonAndAdamW, by_name
+from optimizers import llama
 from torch import nn, optim
 
 from hf_teleport import TeleportConfig, Teleporter

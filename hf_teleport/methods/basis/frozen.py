@@ -4,12 +4,15 @@ A frozen weight in turned coordinates is always made from its copy by the compos
 event. So a resumed run has it bit for bit, and at home it is bit for bit what was loaded.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from hf_teleport.methods.basis.symmetry import Symmetry
+from hf_teleport.report import LayerReport
 
 
 def stays_frozen(parameter: nn.Parameter) -> str:
@@ -22,6 +25,21 @@ def stays_frozen(parameter: nn.Parameter) -> str:
         return "frozen: requires_grad is False, and FSDP2 shards it; only weights that a process holds whole turn in memory"
     if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
         return "frozen and quantized: turned, it would have to be quantized anew, and would not be what was loaded"
+    return ""
+
+
+def frozen_objection(symmetry: Symmetry, reports: Mapping[nn.Parameter, LayerReport]) -> str:
+    """Why frozen weights keep a symmetry from turning; empty: they do not.
+
+    Either all of its weights are frozen, or a frozen one would have to take in a gain that is trained.
+    """
+    if not any(parameter.requires_grad for parameter in symmetry.parameters):
+        return "all of its weights are frozen"
+    for fold in symmetry.folds:
+        frozen = [reader for reader, _, _ in fold.readers if not reader.requires_grad]
+        if frozen and fold.norm.gain.requires_grad:
+            norm, reader = (reports[parameter].name for parameter in (fold.norm.gain, frozen[0]))
+            return f"{norm} is trained, and would have to be folded into {reader}, which is frozen: freeze both, or train both"
     return ""
 
 

@@ -7,7 +7,6 @@ not see it; Adam, which scales each coordinate alone, does. docs/basis.md has th
 import logging
 import math
 from collections.abc import Callable
-from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -18,9 +17,10 @@ from hf_teleport.layers.audit import describe
 from hf_teleport.layers.point import Point
 from hf_teleport.methods.base import TurningMethod
 from hf_teleport.methods.basis import cost
+from hf_teleport.methods.basis.agreement import ROUNDINGS, rounding, unturned
 from hf_teleport.methods.basis.bases import BASES, Basis, balance
 from hf_teleport.methods.basis.features import vectors
-from hf_teleport.methods.basis.frozen import stays_frozen
+from hf_teleport.methods.basis.frozen import frozen_objection, stays_frozen
 from hf_teleport.methods.basis.moments import Moments, misalignment, shares, turned
 from hf_teleport.methods.basis.smallest import mean_angle
 from hf_teleport.methods.basis.symmetries import find_symmetries
@@ -30,17 +30,11 @@ from hf_teleport.methods.basis.turn import Turn
 from hf_teleport.optimizers.hidden import hidden
 from hf_teleport.optimizers.state import OptimizerState, check_optimizer
 from hf_teleport.report import SymmetryReport
-from hf_teleport.weights.norms import norm
 from hf_teleport.weights.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-
-# Relative difference up to which a gradient after a turn is the turned gradient from before, by the precision of the weights.
-_AGREEMENT = {torch.float32: 1e-2, torch.float64: 1e-5}
-# A turn rounds each weight as a sum of products, and the forward's sums are taken in another order.
-_ROUNDINGS = 10
 
 
 class BasisTurn(TurningMethod):
@@ -179,7 +173,7 @@ class BasisTurn(TurningMethod):
             if self._state is not None and not symmetry.reason:
                 symmetry.reason = next(filter(None, map(self._state.objection, symmetry.parameters)), "")
             if not symmetry.reason:
-                symmetry.reason = self._frozen_objection(symmetry)
+                symmetry.reason = frozen_objection(symmetry, self.reports)
             if not symmetry.reason:
                 stored = symmetry.of(self.weights.origin)
                 symmetry.reason = next(filter(None, (average.objection(stored) for average in self.tracker.averages)), "")
@@ -192,19 +186,6 @@ class BasisTurn(TurningMethod):
             report.reason = report.reason or left_out.get(parameter) or reasons.get(parameter, "")
         for parameter in self.movable:
             self.reports[parameter].movable, self.reports[parameter].reason = True, ""
-
-    def _frozen_objection(self, symmetry: Symmetry) -> str:
-        """Why frozen weights keep a symmetry from turning: there are no others, or one would have to take in a trained gain."""
-        if not any(parameter.requires_grad for parameter in symmetry.parameters):
-            return "all of its weights are frozen"
-        for fold in symmetry.folds:
-            frozen = [reader for reader, _, _ in fold.readers if not reader.requires_grad]
-            if frozen and fold.norm.gain.requires_grad:
-                norm, reader = (self.reports[parameter].name for parameter in (fold.norm.gain, frozen[0]))
-                return (
-                    f"{norm} is trained, and would have to be folded into {reader}, which is frozen: freeze both, or train both"
-                )
-        return ""
 
     def _take_up(self) -> None:
         """Use what was gathered during training; what was found now is what training is looked at for from now on."""
@@ -312,9 +293,9 @@ class BasisTurn(TurningMethod):
 
     def review(self, point: Point) -> None:
         if point.seed == self.config.seed and self.turn.exact:
-            off = self._off(point.by_parameter)
+            off = unturned(self.turn, self._first, point.by_parameter, self.weights, self.ranks)
             if any(self.ranks.gather(bool(off))):
-                self._judge(off, self._rounding(point))
+                self._judge(off, rounding(self, point))
         self.ranks.together(lambda: self._look_again(point))
 
     def _look_again(self, point: Point) -> None:
@@ -331,47 +312,10 @@ class BasisTurn(TurningMethod):
     def _turned_axes(self) -> list[tuple[nn.Parameter, int]]:
         return list(dict.fromkeys((part.parameter, part.dim) for symmetry in self._ordered() for part in symmetry.parts))
 
-    def _off(self, found: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, tuple[float, float]]:
-        """The gradients that are not the turned ones of before, each with its distance from that and the size to judge it by."""
-
-        def lengths() -> dict[nn.Parameter, list[float]]:
-            expected = self.turn.turned(self._first, self.weights)
-            return {p: [norm([gradient]), norm([found[p] - gradient if p in found else gradient])] for p, gradient in expected}
-
-        off, each = {}, self._joined(self.ranks.together(lengths))
-        total = math.hypot(*(length for length, _ in each.values()))
-        for parameter, (length, distance) in each.items():
-            size = length + 1e-3 * total
-            if not distance <= _AGREEMENT[parameter.dtype] * size:
-                off[parameter] = distance, size
-        return off
-
-    def _joined(self, lengths: dict[nn.Parameter, list[float]]) -> dict[nn.Parameter, list[float]]:
-        """Of tensors that are laid out as the weights, from those of this process's parts."""
-        joined = iter(self.weights.joined([length for each in lengths.values() for length in each]))
-        return {parameter: list(islice(joined, len(each))) for parameter, each in lengths.items()}
-
-    @torch.no_grad()
-    def _rounding(self, point: Point) -> dict[nn.Parameter, float]:
-        """How far each gradient moves if every weight that turned is off by its last digit: a tiny one moves far."""
-        generators = {p.device: torch.Generator(p.device).manual_seed(self.config.seed) for p in self.movable}
-        kept = Snapshot(self.movable)
-        try:
-            for parameter in self.in_order():
-                signs = torch.randint(0, 2, parameter.shape, generator=generators[parameter.device], device=parameter.device)
-                parameter.mul_(1 + torch.finfo(parameter.dtype).eps * (2 * signs - 1))
-            with torch.enable_grad():
-                moved = self.evaluate(point.batch, point.seed).by_parameter
-        finally:
-            kept.restore()
-        gradients = {p: gradient for p, gradient in point.by_parameter.items() if p in moved}
-        lengths = self.ranks.together(lambda: {p: [norm([moved[p] - gradient])] for p, gradient in gradients.items()})
-        return {parameter: length for parameter, (length,) in self._joined(lengths).items()}
-
-    def _judge(self, off: dict[nn.Parameter, tuple[float, float]], rounding: dict[nn.Parameter, float]) -> None:
+    def _judge(self, off: dict[nn.Parameter, tuple[float, float]], moved: dict[nn.Parameter, float]) -> None:
         """A symmetry turns the gradient as it turns the weights: what does not, by more than rounding, was none."""
         for parameter, (distance, size) in off.items():
-            if not distance <= _ROUNDINGS * rounding.get(parameter, 0.0):
+            if not distance <= ROUNDINGS * moved.get(parameter, 0.0):
                 self.objection = "not_a_symmetry"
                 self.tracker.forget()
                 self.reports[parameter].reason = f"its gradient did not turn with it: off by {distance / max(size, 1e-30):.1e}"

@@ -181,9 +181,7 @@ def _turn(part: Part, matrices: Tensor, state: OptimizerState | None, shares: Te
     if state is not None:
         # A scaled weight has the reciprocally scaled gradient; a turned one's turns alike.
         of_gradient = 1 / matrices if matrices.shape[-1] == 1 else matrices
-        state.turn(part, of_gradient, turn_axis)
-        if shares is not None:
-            state.put_shares(part, shares)
+        state.turn(part, of_gradient, turn_axis, shares)
 
 
 def _scalings(fold: Fold, gain: Tensor) -> Iterator[tuple[nn.Parameter, int, _Change]]:
