@@ -17,7 +17,7 @@ def test_inspect_a_config_name_as_a_table(capsys):
     assert "what a teleport would move" in out
     assert "tied" in out
     assert "of the elements may move" in out
-    assert "those of 2 random samples" in out
+    assert "null spaces of 2 random samples" in out
 
 
 def test_inspect_a_saved_folder_as_json(tmp_path, capsys):

@@ -24,7 +24,7 @@ ARMS = "arms: {baseline: {teleport_epochs: 0}, teleport: {}}\n"
         ("num_train_epoch: 3", "unknown key 'num_train_epoch'"),
         ("3: 4", "unknown key 3"),
         ("learning_rates:\n\t- 1", "line 2, column 1"),
-        ("seeds:\n\t- 1", "YAML wants blanks instead of tabs"),
+        ("seeds:\n\t- 1", "YAML needs blanks instead of tabs"),
         ("", "holds nothing, which is not allowed; allowed: a YAML file of keys and values"),
         ("- a", "holds a list"),
         ("base: 3", "base = [3]"),
