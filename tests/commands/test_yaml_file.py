@@ -30,7 +30,7 @@ ARMS = "arms: {baseline: {teleport_epochs: 0}, teleport: {}}\n"
         ("base: 3", "base = [3]"),
         ("base: nowhere.yaml", "there is no file"),
         (b"\xff\xfe\x00", "is not YAML"),
-        ("seeds: 1\nseeds: 2", "wrong.yaml, line 2: key 'seeds' is given twice in one mapping, first in line 1; take one"),
+        ("seeds: 1\nseeds: 2", "wrong.yaml, line 2: key 'seeds' is given twice in one mapping, first in line 1; remove one"),
         ("sizes:\n  a: 1\n  b: 2\n  a: 1", "wrong.yaml, line 4: key 'a' is given twice in one mapping, first in line 2"),
     ],
 )
