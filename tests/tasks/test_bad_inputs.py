@@ -190,9 +190,7 @@ def test_a_checkpoint_of_another_model(refused, capsys):
     words = ["train", "clm", *NEW["clm"], "--train_file", "a.txt", "--output_dir", "run", "--use_cpu", "true"]
     assert main(words) == 0
     told = refused("clm", "--train_file", "a.txt", "--config_overrides", SIZES.replace("hidden_size=16", "hidden_size=32"))
-    assert (
-        "checkpoint-1 belongs to another model or optimizer. To begin anew, pass --resume_from_checkpoint false" in told
-    )
+    assert "checkpoint-1 belongs to another model or optimizer. To begin anew, pass --resume_from_checkpoint false" in told
 
 
 def test_a_folder_of_data_that_is_broken(refused):
