@@ -105,7 +105,7 @@ def from_saved(load: Callable[..., _T], argument: str, name: str, **settings: An
         return load(str(path) if path.exists() else name, **settings)
     except Exception as error:  # of whatever library reads the files
         broken = _broken(path) if path.is_dir() else ""
-        raise ValueError(f"{given} could not be loaded: {broken}{shortened(error).rstrip('.')}. To mend it, {_WAYS}.") from error
+        raise ValueError(f"{given} could not be loaded: {broken}{shortened(error).rstrip('.')}. To fix it, {_WAYS}.") from error
 
 
 def _broken(folder: Path) -> str:

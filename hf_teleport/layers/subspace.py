@@ -140,7 +140,7 @@ def converging(decompose: Callable[[Tensor], Any], matrix: Tensor) -> tuple[Tens
         problem = str(error)
     logger.warning(
         "A decomposition failed on %s (%s). It is repeated in float64 on the CPU, which takes longer and gives the same result. "
-        "You need to do nothing, unless the layer is left out.",
+        "There is nothing to do, unless the layer is left out.",
         matrix.device,
         problem,
     )
