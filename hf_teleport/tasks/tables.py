@@ -114,7 +114,7 @@ def _read(load: Callable[[], Any], argument: str, name: str) -> Any:
 def _like(rows: Any, train: Any, source: str) -> Any:
     """Select and cast columns, so that rows have the columns and types of the training rows."""
     if missing := [column for column in train.column_names if column not in rows.column_names]:
-        raise ValueError(f"{source} has the columns {rows.column_names}; it lacks {missing}, which the training rows have.")
+        raise ValueError(f"{source} has the columns {rows.column_names}; add {missing}, which the training rows have.")
     rows = rows.select_columns(train.column_names)
     try:
         return rows if rows.features == train.features else rows.cast(train.features)

@@ -124,7 +124,7 @@ def test_labels(rows, said, refused):
     [
         (
             "text\na b\nc d\n",
-            "validation_file = 'v.csv' has the columns ['text']; it lacks ['label'], which the training rows have",
+            "validation_file = 'v.csv' has the columns ['text']; add ['label'], which the training rows have",
         ),
         ("text,label\na b,yes\nc d,no\n", "validation_file = 'v.csv' has columns of other types than the training rows"),
         ("text,label\na b,1\nc d,7\n", "the label 7; allowed: labels of the training rows"),
