@@ -235,7 +235,7 @@ class Plan:
         if auto and checks[0].immovable:
             self.give_up(f"Method 'auto': no teleports, because {checks[0].immovable}.")
             return
-        if not self._course.start:  # not in a resumed run, which should go on: its events only warn
+        if not self._course.start:  # a resumed run has begun, and its events would only warn
             for check in checks:
                 check.require_movable()
         if self.settings.blocking_gains == "hold":

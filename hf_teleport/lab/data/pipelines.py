@@ -81,8 +81,8 @@ def load(source: str | Source, folder: str | Path | None = None, kind: str | Non
             are 0.6 and 0.2, and the rest is for the test.
             text: text_column, label_column, length, vocabulary_size, tokenizer, mask_probability. By default the label column
             is the catalogue's; without one the rows are for a language model. A row has 256 tokens. The vocabulary has every
-            word of the training text. The tokenizer (a folder or Hub id) is made from these words. The probability is for a
-            masked language model; by default nothing is masked.
+            word of the training text, and a tokenizer is made from these words; or give the tokenizer's folder or Hub id. The
+            probability is for a masked language model; by default nothing is masked.
             'python' has a vocabulary of 5,000 tokens. It also takes package_megabytes (default: 3 of each training package),
             as for `code_files`.
 
