@@ -25,7 +25,7 @@ def add_to(subparsers: Subparsers) -> None:
         epilog="For instance:\n  hf-teleport turn-back runs/llama/checkpoint-500 --output llama-500",
     )
     command.add_argument("folder", type=Path, help="a folder with a model that a run with teleports has saved")
-    command.add_argument("--output", type=Path, metavar="FOLDER", help="for the result; default: turned_back in the first folder")
+    command.add_argument("--output", type=Path, metavar="FOLDER", help="for the result; default: turned_back in that folder")
 
 
 def run(arguments: argparse.Namespace) -> None:
