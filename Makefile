@@ -3,15 +3,21 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: quickstart test lint docs versions clean
 
-$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+# The quickstart needs no test tools and no optimizer packages. One of these, torchao, prints warnings whenever Transformers loads.
+$(VENV)/quickstart: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --editable '.[experiments]'
 	touch $@
 
-quickstart: $(VENV)/installed
+$(VENV)/installed: $(VENV)/quickstart
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+quickstart: $(VENV)/quickstart
 	$(BIN)/python scripts/quickstart.py
 
 test: lint

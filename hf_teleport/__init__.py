@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from hf_teleport.teleporter import Teleporter
     from hf_teleport.trainer import TeleportMixin, TeleportTrainer
 
-# Imported when they are first asked for: torch and Transformers take seconds, and `hf-teleport --help` needs neither.
+# The module of each public name. A name is imported on first use, because torch and Transformers take seconds to import and
+# `hf-teleport --help` needs neither.
 _HOME = {
     "LayerReport": "report",
     "TeleportArguments": "arguments",

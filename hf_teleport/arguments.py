@@ -10,7 +10,7 @@ from hf_teleport.config import TeleportConfig
 
 PREFIX = "teleport_"
 
-# The types that the command line parses, where those of TeleportConfig are unions that argparse does not know.
+# Types for the command line. The fields of TeleportConfig have unions here, which argparse can't parse.
 _PARSED_AS: dict[str, Any] = {
     "epochs": str,
     "steps": str | None,
@@ -46,19 +46,19 @@ class TeleportArguments(_Settings):  # type: ignore[misc, valid-type]
             ValueError: a value that is not allowed.
         """
         settings = {f.name: getattr(self, PREFIX + f.name) for f in fields(TeleportConfig)}
-        # argparse hands over a list even where one word is a regular expression, or means all layers.
+        # argparse always gives a list here, even for a single regular expression or 'all-linear'.
         for name in ("target_modules", "exclude_modules"):
             value = settings[name]
             if isinstance(value, list) and len(value) == 1 and not re.fullmatch(r"(?!all-linear$)[\w.-]+", value[0]):
                 settings[name] = value[0]
-        # Of a text that a hyperparameter search tries, Trainer makes a list of its letters.
+        # In a hyperparameter search, Trainer turns a string into a list of its letters.
         symmetries = settings["symmetries"]
         if isinstance(symmetries, list) and symmetries and all(len(word) == 1 for word in symmetries):
             settings["symmetries"] = "".join(symmetries)
         try:
             return TeleportConfig(**settings)
         except ValueError as error:
-            # The message begins with the setting, and `learning_rate` alone would be taken for training's.
+            # The message begins with the setting's name. Without the prefix, `learning_rate` would seem to be the training's.
             raise ValueError(f"{PREFIX}{error}") from None
 
 
@@ -67,7 +67,7 @@ class TeleportTrainingArguments(TeleportArguments, TrainingArguments):
     """`TrainingArguments` with the teleport settings: `--teleport_epochs 5 --teleport_num_batches 32`.
 
     Raises:
-        ValueError: a teleport setting that is not allowed, when the arguments are made.
+        ValueError: a teleport setting is not allowed. It is raised when the arguments are made.
     """
 
     def __post_init__(self) -> None:

@@ -13,15 +13,16 @@ _EPILOG = """For instance:
   hf-teleport doctor
   hf-teleport train glue configs/examples/sst2_glue.yaml
 
-Exit codes: 0 done; 1 a run failed, with its traceback, or doctor misses what is required; 2 arguments, settings or files that \
-cannot be; 130 interrupted."""
+Exit codes: 0 done; 1 a run failed, with its traceback, or doctor found that something required is missing; 2 arguments, \
+settings or files are wrong; 130 interrupted."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 0; 1, `doctor` misses what is required; 2, bad input; 130, interrupted. What else fails in a run is raised.
+        The exit code: 0 done; 1 `doctor` found that something required is missing; 2 bad input; 130 interrupted. Other errors
+        of a run are raised.
     """
     parser = argparse.ArgumentParser(
         prog="hf-teleport", formatter_class=Help, description="Teleportation for Transformers models.", epilog=_EPILOG

@@ -1,7 +1,7 @@
-"""What a user may set about teleportation, with the paper's symbols in the help.
+"""`TeleportConfig`: all settings of teleportation, with the paper's symbols in the help.
 
-`TeleportConfig` is the single definition: `TeleportTrainingArguments` takes its fields from here, so
-the command line, a YAML file and plain Python all speak of the same settings.
+It is the single definition. `TeleportTrainingArguments` takes its fields from here, so the command line, a YAML file and plain
+Python have the same settings.
 """
 
 import difflib
@@ -25,14 +25,14 @@ from hf_teleport.settings.values import parse_epochs, parse_steps, read, require
 __all__ = ["SYMMETRIES", "TeleportConfig", "parse_epochs", "parse_steps"]
 
 
-# A dataclass has the fields of its last base first.
+# A dataclass puts the fields of its last base first.
 @dataclass
 class TeleportConfig(AutoSettings, BasisSettings, NullSpaceSettings, ScopeSettings, ClimbSettings, CommonSettings):
     """Settings of teleportation (arXiv 2502.11362, Algorithm 1).
 
     Raises:
-        ValueError: a value outside its allowed set, or a setting that is not at its default and that `method` does not read.
-            The message names the field, the value and what is allowed.
+        ValueError: a value is not allowed, or a setting was changed that `method` does not read. The message names the field,
+            the value and the allowed values.
     """
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class TeleportConfig(AutoSettings, BasisSettings, NullSpaceSettings, ScopeSettin
         """Build from a mapping, for instance one read from YAML.
 
         Raises:
-            ValueError: an unknown key, with the nearest known one, or a value that is not allowed.
+            ValueError: a key is unknown (the message gives the nearest known one), or a value is not allowed.
         """
         known = [f.name for f in fields(cls)]
         for key in settings:
@@ -66,7 +66,7 @@ class TeleportConfig(AutoSettings, BasisSettings, NullSpaceSettings, ScopeSettin
         return cls(**settings)
 
     def for_method(self, method: str) -> "TeleportConfig":
-        """The same settings for another method; those that it does not read go back to their defaults.
+        """The same settings for another method. Settings that it does not read go back to their defaults.
 
         Raises:
             ValueError: there is no such method.
@@ -83,11 +83,11 @@ class TeleportConfig(AutoSettings, BasisSettings, NullSpaceSettings, ScopeSettin
         return asdict(self)
 
     def as_python(self) -> str:
-        """The call that makes these settings, those that are the default left out."""
+        """The Python call that makes these settings. Defaults are left out."""
         return f"TeleportConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in self._changed())})"
 
     def allows(self, loss: float, reference: float) -> bool:
-        """Whether a loss is as near to a reference as `max_loss_change` asks."""
+        """Whether a loss differs from a reference by at most `max_loss_change`."""
         limit = self.max_loss_change
         return limit is None or abs(loss - reference) <= limit * abs(reference)
 
@@ -96,7 +96,7 @@ class TeleportConfig(AutoSettings, BasisSettings, NullSpaceSettings, ScopeSettin
         return [setting.name for setting in fields(self) if getattr(self, setting.name) != _default(setting)]
 
 
-# For help() and the reference: every setting has its text in one place.
+# help() and the reference show the help texts of the settings, so each text exists once.
 TeleportConfig.__doc__ = f"{cleandoc(TeleportConfig.__doc__ or '')}\n\nAttributes:\n" + "\n".join(
     f"    {setting.name}: {setting.metadata['help']}" for setting in fields(TeleportConfig)
 )

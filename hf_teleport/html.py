@@ -1,4 +1,4 @@
-"""A run or a comparison as one HTML file, which opens without a network and without scripts."""
+"""Write a run or a comparison as one HTML file. It needs no network and no scripts."""
 
 import base64
 import io
@@ -20,22 +20,22 @@ from hf_teleport.version import __version__
 
 REPORT = "report.html"
 
-# What `hf-teleport compare` writes.
+# Files that `hf-teleport compare` writes.
 _COMPARISON, _CURVES = "comparison.json", "comparison.png"
 
-# Events of a long run whose layers are told: so many of the first, and as many of the last.
+# A long run shows the layers of this many events at its start, and of as many at its end.
 _TOLD = 10
 
-# What XML, and HTML too, cannot hold.
+# Characters that neither XML nor HTML allows.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]")
 
 _LAYER_COLUMNS = ("layer", "role", "shape", "null dimensions", "moved by", "why it stayed")
 _SYMMETRY_COLUMNS = ("written by", "symmetry", "rotations", "weights", "misalignment", "turned by", "why it was left out")
 
 Draw = Callable[[Outcome], Any]
-"""From a run to a figure, or None."""
+"""Makes a figure from a run. None: there is nothing to draw."""
 
-# For each picture how it is drawn, what it shows, and what to say to who does not see it; the numbers are in the tables.
+# For each picture: the function that draws it, its caption, and the alternative text. The tables have the numbers.
 _PICTURES: list[tuple[Draw, str, str]] = [
     (
         lambda run: plots.training(run.log, run.events),
@@ -44,23 +44,23 @@ _PICTURES: list[tuple[Draw, str, str]] = [
     ),
     (
         lambda run: plots.null_dimensions(run.events),
-        "Share of each layer's input dimensions that its null space has: the room that it has to move.",
+        "Null space of each layer, as a share of its input dimensions: the room that the weight has to move.",
         "Heat map of layers by events: null dimensions as a share of input dimensions.",
     ),
     (
         lambda run: plots.captured(run.events),
-        "Share of each layer's input energy that its null space leaves out; at an energy threshold below 1 the rest may change.",
+        "Share of each layer's input energy outside its null space; at an energy threshold below 1 the rest may change.",
         "Heat map of layers by events: share of the input energy outside the null space.",
     ),
     (
         lambda run: plots.movement(run.events),
-        "How far each weight moved, in its own length; blank: it stayed.",
+        "How far each weight moved, relative to its norm; blank: it stayed.",
         "Heat map of layers by events: relative movement of each weight.",
     ),
     (
         lambda run: plots.misalignment_over_run(run.events),
-        "Misalignment over the run: it falls at each change of basis, and grows until the next. What has hardly grown is hardly "
-        "worth the next one.",
+        "Misalignment over the run: it falls at each change of basis, and grows until the next. If it has hardly grown, the next "
+        "one gains little.",
         "A curve for each kind of symmetry: misalignment before and after each change of basis, against steps.",
     ),
     (
@@ -72,21 +72,22 @@ _PICTURES: list[tuple[Draw, str, str]] = [
 
 
 def write(folder: str | Path, output: str | Path | None = None) -> Path:
-    """Write the report of a run's or a comparison's folder; returns its path.
+    """Write the report of a run or a comparison. Returns its path.
 
     Args:
         output: the file; default: `report.html` in the folder.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it is neither of the two, or none to put the file into.
-        ValueError: the output is a folder, or a file of the folder's is not what it should be.
+        FileNotFoundError: the folder does not exist, or holds neither a run nor a comparison, or the output's folder does not
+            exist.
+        ValueError: the output is a folder, or a file in the folder can't be read.
         ModuleNotFoundError: matplotlib is not installed, and there is something to draw.
     """
     path = Path(folder, REPORT) if output is None else Path(output)
     if path.is_dir():
         raise ValueError(f"output = {str(path)!r} is a folder; allowed: a file, for instance {str(path / REPORT)!r}.")
     if Path(folder).is_dir() and not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to put {path.name} into: make it, or give another.")
+        raise FileNotFoundError(f"there is no folder {str(path.parent)!r} for {path.name}: make it, or give another.")
     text = render(folder)
     new = path.with_name(f"{path.name}.new")
     new.write_text(text, encoding="utf-8")
@@ -95,7 +96,7 @@ def write(folder: str | Path, output: str | Path | None = None) -> Path:
 
 
 def render(folder: str | Path) -> str:
-    """The report as HTML that is well-formed XML too.
+    """The report as HTML. It is also well-formed XML.
 
     Raises:
         FileNotFoundError, ValueError, ModuleNotFoundError: as `write`.
@@ -162,11 +163,11 @@ def _notes(run: Outcome, told: list[Event]) -> list[str]:
     if not run.events:
         notes.append("No teleport was made.")
     elif not run.about:
-        notes.append(f"There is no {JOURNAL}: of the events only what was logged is known, and nothing of layers and settings.")
+        notes.append(f"There is no {JOURNAL}: this page has what was logged of the events, but no layers and no settings.")
     if not run.log:
-        notes.append(f"There is no {STATE}: a run leaves one with each checkpoint, and by trainer.save_state().")
+        notes.append(f"There is no {STATE}: a run writes one with each checkpoint, and trainer.save_state() writes one.")
     if len(told) < len(run.events):
-        notes.append(f"Layers are told of the first and the last {_TOLD} events; {JOURNAL} has those of all.")
+        notes.append(f"Layers are shown for the first and the last {_TOLD} events; {JOURNAL} has the layers of all.")
     return notes
 
 
@@ -197,7 +198,7 @@ def _changed(config: dict[str, Any]) -> list[str]:
 
 
 def _code(config: dict[str, Any]) -> str:
-    # Made of the values, for another version may have other settings.
+    # Text, and not a TeleportConfig: the version that wrote the file may have had other settings.
     return f"TeleportConfig({', '.join(f'{name}={config[name]!r}' for name in _changed(config))})"
 
 
@@ -245,7 +246,7 @@ def _listed(values: Iterable[Any]) -> str:
 
 
 def _drawn(draw: Draw, caption: str, alt: str, run: Outcome) -> dict[str, str] | None:
-    """A picture for light pages and for dark ones; None if there is nothing to draw."""
+    """A picture for light pages and one for dark pages. None: there is nothing to draw."""
     found = {"caption": caption, "alt": alt}
     for name in ("light", "dark"):
         with plots.style(dark=name == "dark"):

@@ -1,4 +1,4 @@
-"""What would move in a model, at which energy thresholds, and what the decompositions cost: without training it."""
+"""Find out, without training, which weights of a model would move, at which energy thresholds, and what that costs."""
 
 import time
 from collections import defaultdict
@@ -27,12 +27,12 @@ THRESHOLDS = (1.0, 0.999, 0.99)
 
 @dataclass
 class InspectedLayer(LayerReport):
-    """A layer's report with what a decomposition of its inputs says.
+    """A layer's report, with the results of a decomposition of its inputs.
 
     Attributes:
-        tokens: input rows on this batch: samples, tokens or patches; over all uses and regions.
-        null_dims: dimension of the null space at each threshold, by its number as text.
-        seconds: of the decomposition, which serves all thresholds.
+        tokens: input rows on this batch (samples, tokens or patches), over all uses and regions.
+        null_dims: dimension of the null space at each threshold. The keys are the thresholds as text.
+        seconds: time of the decomposition. One decomposition serves all thresholds.
     """
 
     tokens: int = 0
@@ -42,12 +42,12 @@ class InspectedLayer(LayerReport):
 
 @dataclass
 class Inspection:
-    """What an inspection found.
+    """The result of an inspection.
 
     Attributes:
-        layers: one for each parameter; biases that move with their layer are part of it.
-        loss: on the batch.
-        cost: what an event is likely to cost.
+        layers: one for each parameter. A bias that moves with its layer is part of that layer.
+        loss: the loss on the batch.
+        cost: the estimated cost of an event.
     """
 
     layers: list[InspectedLayer]
@@ -56,12 +56,12 @@ class Inspection:
 
     @property
     def moved_share(self) -> float:
-        """Elements that one step at tau = 1 moved, of those of all layers."""
+        """Share of the weights' elements that one step at tau = 1 moved."""
         return share(self.layers, lambda layer: layer.moved)
 
     @property
     def movable_share(self) -> float:
-        """Elements that may move, given a null space and a direction, of those of all layers."""
+        """Share of the weights' elements that may move if their layer has a null space and a direction."""
         return share(self.layers, lambda layer: layer.movable)
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,9 +76,9 @@ class Inspection:
 
 
 def inspect_model(model: nn.Module, batch: Any, loss_fn: LossFn, config: TeleportConfig | None = None) -> Inspection:
-    """Judge each weight of a model on one batch, decompose the inputs of those that may move, and try one step.
+    """Judge each weight of a model on one batch, decompose the inputs of the weights that may move, and try one step.
 
-    The step is made at tau = 1, and afterwards the weights are those before.
+    The step is made at tau = 1 and then undone.
 
     Raises:
         ValueError: as `Teleporter.teleport`.
@@ -110,16 +110,16 @@ def inspect_model(model: nn.Module, batch: Any, loss_fn: LossFn, config: Telepor
 
 @dataclass
 class RunCost:
-    """What the events of a run with method 'basis' are likely to cost in all.
+    """The estimated cost of all events of a run with method 'basis'.
 
     Attributes:
-        event: the cost of one event, and of one look at a training step's gradients.
+        event: the cost of one event, and of reading one training step's gradients.
         steps: the events come before these steps.
-        looks: how many training steps are looked at.
+        looks: number of training steps whose gradients are read.
         max_steps: optimizer steps of the run.
-        decompositions: of one event, each with the process that makes it.
-        device: where they are made.
-        moment_bytes: what is gathered between events.
+        decompositions: the decompositions of one event, each with the process that makes it.
+        device: the device of the decompositions.
+        moment_bytes: memory of the second moments that are gathered between events.
     """
 
     event: Cost
@@ -132,17 +132,17 @@ class RunCost:
 
     @property
     def seconds(self) -> float:
-        """Of all events and looks."""
+        """Time of all events, and of reading the gradients."""
         return self.event.of_run(len(self.steps), self.looks)
 
     @property
     def share(self) -> float:
-        """`seconds` as a share of the run, if a training step is one pass over such a batch."""
+        """`seconds` as a share of the run, if a training step takes one pass over such a batch."""
         return share_of_run(self.seconds, self.max_steps, self.event.pass_seconds)
 
     @property
     def by_process(self) -> dict[int, list[Decomposition]]:
-        """What each process decomposes, the longest first."""
+        """The decompositions of each process, the longest first."""
         found = defaultdict(list)
         for each in sorted(self.decompositions, key=lambda each: -each.seconds):
             found[each.process].append(each)
@@ -150,16 +150,16 @@ class RunCost:
 
 
 def run_cost(model: nn.Module, batch: Any, loss_fn: LossFn, max_steps: int, processes: int = 1) -> RunCost:
-    """Judge on one batch what a run with AdamW and the default settings of method 'basis' spends on its events.
+    """Estimate from one batch how long the events of a run take, with AdamW and the default settings of method 'basis'.
 
-    Nothing is moved. Several processes are not started: all but the decompositions is judged as if each did the same work.
+    Nothing moves. The estimate uses one process, even for several: these share the decompositions and nothing else.
 
     Args:
         max_steps: optimizer steps of the run, taken as one epoch.
-        processes: how many share the decompositions.
+        processes: number of processes that share the decompositions.
 
     Raises:
-        ValueError: as `Teleporter.check`, or a run without steps.
+        ValueError: as `Teleporter.check`, or the run has fewer than 2 steps.
     """
     if max_steps < 2:
         raise ValueError(f"max_steps = {max_steps} is not allowed; allowed: a whole number from 2.")

@@ -1,4 +1,4 @@
-"""What a run leaves of its teleports: `teleports.json` in its output folder, every event's whole report."""
+"""`teleports.json`: the full report of each teleport of a run, in its output folder."""
 
 import json
 import logging
@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 JOURNAL = "teleports.json"
 
 Event = dict[str, Any]
-"""`TeleportReport.to_dict()`, with the `step` before which it came and the `epoch`."""
+"""`TeleportReport.to_dict()`, with its `epoch` and the `step` that it came before."""
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets")
 
-# What of a run's arguments is told: what decides how it trains, and no path, name or token.
+# The training arguments that the file keeps: those that decide how a run trains, and no path, name or token.
 _TRAINING = (
     "learning_rate",
     "lr_scheduler_type",
@@ -42,20 +42,20 @@ _TRAINING = (
 
 
 def teleports(log_history: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The teleports among what Trainer logged, oldest first: `TeleportReport.metrics`, and `step`, the one they came before.
+    """The teleports in Trainer's log, oldest first. Each has `TeleportReport.metrics` and the `step` that it came before.
 
-    Trainer saves its log with every checkpoint, so that a resumed run has the teleports from before.
+    Trainer saves its log with every checkpoint, so a resumed run has its earlier teleports.
     """
-    # A callback may have written rows of its own there: without a step, or the same once more.
+    # A callback may have added rows: without a step, or a copy of another row.
     logged = [entry for entry in log_history if "teleport/loss_before" in entry and "step" in entry]
     events = [{key.removeprefix("teleport/"): value for key, value in entry.items()} for entry in logged]
     return list({identity(event): event for event in events}.values())
 
 
 class Journal:
-    """The events of a run, those before it was resumed included. It never stops a run: what fails is a warning.
+    """The events of a run, with those from before it was resumed. It never stops a run: errors become warnings.
 
-    The file is written whole at each event, through a second one, so that a kill or a full disk leaves the events before.
+    Each event writes a new file and renames it, so a kill or a full disk leaves the earlier events intact.
 
     Attributes:
         events: oldest first.
@@ -65,9 +65,9 @@ class Journal:
         self.events: list[Event] = []
 
     def begin(self, folder: str | Path, log_history: Iterable[dict[str, Any]]) -> None:
-        """A run begins or is resumed: go on from those events of the file in its folder that the run's log knows.
+        """Start a run or resume one: take over the events in the folder's file that the run's log also has.
 
-        The file itself stays as it is until the next event.
+        The file stays as it is until the next event.
         """
         known = {identity(event) for event in teleports(log_history)}
         self.events = []
@@ -76,20 +76,20 @@ class Journal:
         try:
             self.events = [event for event in read(folder)["events"] if identity(event) in known]
         except FileNotFoundError:
-            pass  # a run that is resumed in another folder
+            pass  # the run was resumed in another folder
         except (OSError, ValueError) as error:
             logger.warning(
-                "The teleports before this run was resumed are not kept in %s: %s. The run itself is not touched; to keep them, "
-                "mend the file and resume once more.",
+                "%s loses the teleports from before this run was resumed: %s. Training itself is not affected. To keep them, "
+                "repair the file and resume again.",
                 JOURNAL,
                 error,
             )
 
     def add(self, folder: str | Path, step: int, epoch: float | None, report: TeleportReport, about: dict[str, Any]) -> None:
-        """Keep an event, and write all of them.
+        """Add an event, and write all events.
 
         Args:
-            about: the run, as `about` returns it.
+            about: the description of the run, from the function `about`.
         """
         self.events.append({"step": step, "epoch": epoch, **report.to_dict()})
         path = Path(folder, JOURNAL)
@@ -100,7 +100,7 @@ class Journal:
             new.replace(path)
         except OSError as error:
             logger.warning(
-                "The teleport before step %d is not in %s, for it cannot be written: %s. Training goes on; make room there, and "
+                "The teleport before step %d is not in %s, which cannot be written: %s. Training goes on. Make room there, and "
                 "the next teleport writes this one too.",
                 step,
                 path,
@@ -111,28 +111,28 @@ class Journal:
 
 
 def about(model: Any, args: Any, config: TeleportConfig, settled: TeleportConfig | None = None) -> dict[str, Any]:
-    """What the file says of a run besides its events, as plain values.
+    """The description of a run in the file, as plain values: everything but its events.
 
     Args:
-        settled: what method 'auto' has come to, if it was that.
+        settled: the settings that method 'auto' chose, if the method was 'auto'.
     """
     training = {name: getattr(args, name, None) for name in _TRAINING}
     return {
-        "model": type(model).__name__.removeprefix("FSDP"),  # FSDP2 makes a class of its own of the model's
+        "model": type(model).__name__.removeprefix("FSDP"),  # FSDP2 adds the prefix to the class
         "versions": {"hf_teleport": __version__, "python": platform.python_version(), **_versions()},
         "config": config.to_dict(),
         "settled": None if settled is None else settled.to_dict(),
-        # Enumerations are told by their values.
+        # For an enumeration, its value.
         "training": {name: getattr(value, "value", value) for name, value in training.items()},
     }
 
 
 def read(folder: str | Path) -> dict[str, Any]:
-    """What a run has left: `model`, `versions`, `config`, `settled`, `training`, and `events`, a list of `Event`.
+    """Read a run's file: `model`, `versions`, `config`, `settled`, `training`, and `events`, a list of `Event`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not what a run writes.
+        ValueError: the file is not JSON, or has no events.
     """
     path = Path(folder, JOURNAL)
     try:
@@ -145,7 +145,7 @@ def read(folder: str | Path) -> dict[str, Any]:
 
 
 def identity(event: Event) -> tuple[Any, Any]:
-    """What tells an event from all others, in the file as in a run's log: no two take the same time."""
+    """A key that is unique to an event, in the file and in a run's log. No two events take exactly the same time."""
     return event["step"], event.get("seconds")
 
 

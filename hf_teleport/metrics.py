@@ -1,7 +1,8 @@
-"""The paper's measures with `evaluate`: accuracy, mean squared error and perplexity, for users' code and for a Trainer.
+"""The paper's metrics, made with `evaluate`: accuracy, mean squared error and perplexity, for your code and for a Trainer.
 
-`evaluate.load` fetches a script from the Hub for each of them; these need no network. They keep what they are given in memory,
-where `evaluate` would write it to a file that processes share. The package does not import this module: `evaluate` is an extra.
+`evaluate.load` fetches a script from the Hub for each metric, and these need no network. They keep their inputs in memory, while
+`evaluate` writes them to a file that processes share. The package itself does not import this module, because `evaluate` is an
+extra.
 
     Trainer(model, training, compute_metrics=accuracy)
     Trainer(model, training, **trainer_arguments("perplexity"))
@@ -21,12 +22,12 @@ from hf_teleport.reporting.extras import require_extra
 
 evaluate: Any = require_extra("evaluate")
 
-# Labels that are not counted, as everywhere in Transformers.
+# The label that losses and metrics ignore, as everywhere in Transformers.
 _IGNORED = -100
 
 
 class _InMemory(evaluate.Metric):
-    """A metric of numbers, one an example."""
+    """A metric that takes one number for each example."""
 
     summary: str
     inputs: dict[str, str]
@@ -40,7 +41,7 @@ class _InMemory(evaluate.Metric):
 
 
 class Accuracy(_InMemory):
-    """Share of the examples whose class (N,) is the reference (N,)."""
+    """Share of the examples whose predicted class (N,) equals the reference (N,)."""
 
     summary = "Share of right classes."
     inputs = {"predictions": "int64", "references": "int64"}  # noqa: RUF012 - a constant of the class
@@ -50,7 +51,7 @@ class Accuracy(_InMemory):
 
 
 class MeanSquaredError(_InMemory):
-    """Mean of the squared differences of numbers (N,) from their references (N,)."""
+    """Mean of the squared differences between predictions (N,) and references (N,)."""
 
     summary = "Mean of squared differences."
     inputs = {"predictions": "float64", "references": "float64"}  # noqa: RUF012
@@ -60,7 +61,7 @@ class MeanSquaredError(_InMemory):
 
 
 class Perplexity(_InMemory):
-    """Exponential of the mean of tokens' losses (N,), their negative log-likelihoods in nats."""
+    """Exponential of the mean loss per token. The losses (N,) are negative log-likelihoods in nats."""
 
     summary = "Exponential of the mean loss of a token."
     inputs = {"predictions": "float64"}  # noqa: RUF012
@@ -70,47 +71,50 @@ class Perplexity(_InMemory):
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of right classes, from logits (N, classes) or, after `classes`, from classes (N,)."""
+    """Accuracy from logits (N, classes), or from the classes (N,) that `classes` returns."""
     predicted = prediction.predictions
     predicted = predicted.argmax(-1) if predicted.ndim == 2 else predicted
     return Accuracy().compute(predictions=predicted, references=prediction.label_ids)
 
 
 def mean_squared_error(prediction: EvalPrediction) -> dict[str, float]:
-    """Mean squared error, from what `distances` has made of the forecasts (N,)."""
-    # Distances are root mean squares: the mean of their squares is that of all values, which `evaluate` would take one by one.
+    """Mean squared error, from the distances (N,) that `distances` returns."""
+    # Distances are root mean squares. The mean of their squares is the mean over all values, which are too many for `evaluate`.
     return MeanSquaredError().compute(predictions=prediction.predictions, references=np.zeros(len(prediction.predictions)))
 
 
 def perplexity(prediction: EvalPrediction) -> dict[str, float]:
-    """Perplexity, from what `token_losses` or `masked_token_losses` has made of the logits; labels of -100 are left out."""
+    """Perplexity, from the losses that `token_losses` or `masked_token_losses` returns. Labels of -100 are left out."""
     losses = np.asarray(prediction.predictions)
-    # Those of the next token have none for the first.
+    # `token_losses` gives no loss for the first token.
     counted = np.asarray(prediction.label_ids)[:, -losses.shape[1] :] != _IGNORED
     return Perplexity().compute(predictions=losses[counted])
 
 
 def classes(logits: Any, labels: Tensor) -> Tensor:
-    """The most likely class (N,) by logits (N, classes), or by a tuple of which they are the first."""
+    """The most likely class (N,) by logits (N, classes). Logits may also be a tuple that begins with them."""
     return _first(logits).argmax(-1)
 
 
 def distances(logits: Any, labels: Tensor) -> Tensor:
-    """Root mean square (N,) of the differences of each forecast from its labels, both (N, ...)."""
+    """Root mean square (N,) of the difference between each forecast (N, ...) and its labels (N, ...)."""
     return (_first(logits).float() - labels.float()).square().flatten(1).mean(1).sqrt()
 
 
 def token_losses(logits: Any, labels: Tensor) -> Tensor:
-    """Losses (N, length - 1) of the second to the last token by logits (N, length, vocabulary), each for the next token.
+    """Losses (N, length - 1) of a causal language model: logits (N, length, vocabulary) at each token predict the next.
 
-    The logits of a whole test set would not fit into memory; their losses do.
+    The logits of a whole test set would not fit into memory. Their losses do.
     """
     predicted = _first(logits)[:, :-1].float().flatten(0, 1)
     return F.cross_entropy(predicted, labels[:, 1:].flatten(), reduction="none").view(len(labels), -1)
 
 
 def masked_token_losses(logits: Any, labels: Tensor) -> Tensor:
-    """Losses (N, length) by logits (N, length, vocabulary), each for the token at its own place; 0 where the label is -100."""
+    """Losses (N, length) of a masked language model: logits (N, length, vocabulary) predict the token at their own position.
+
+    A label of -100 gives a loss of 0.
+    """
     return F.cross_entropy(_first(logits).float().mT, labels, reduction="none")
 
 
@@ -127,7 +131,10 @@ _ARGUMENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 
 def trainer_arguments(measure: str) -> dict[str, Callable[..., Any]]:
-    """A Trainer's `compute_metrics` and `preprocess_logits_for_metrics` for a measure, as `data.Pipeline` names it.
+    """A Trainer's `compute_metrics` and `preprocess_logits_for_metrics` for a metric.
+
+    Args:
+        measure: 'accuracy', 'mean_squared_error', 'perplexity' or 'masked_perplexity'.
 
     Raises:
         ValueError: an unknown measure.

@@ -1,4 +1,4 @@
-"""What a teleport did: for the user to read, the tracker to log, a file to keep."""
+"""Reports of what a teleport did. Users read them, trackers log them, and `teleports.json` keeps them."""
 
 import math
 from collections import Counter
@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_teleport.display.quantities import duration
 
-# What only a change of basis has.
+# Metrics that only a change of basis has.
 _OF_A_TURN = ("misalignment", "misalignment_after", "angle", "second_moment_moved")
 
 
@@ -17,19 +17,19 @@ class LayerReport:
     """One parameter of the model: moved, or not and why.
 
     Attributes:
-        name: the layer's dotted name; the parameter's where the layer owns several weights.
+        name: the layer's dotted name, or the parameter's name if the layer owns several weights.
         role: 'q', 'k', 'v', 'o', 'qkv', 'kv', 'mlp', 'conv', 'head', 'linear', 'embedding', 'norm' or 'other'.
-        shape: of the weight.
-        null_dim: dimension of the null space of its inputs (summed over groups), None if it was not determined.
-        input_dim: dimension of its inputs, a bias counting one more (summed over groups), None likewise.
-        captured: share of its inputs' energy that its null space leaves out, from the threshold to 1, None likewise; of several
-            inputs (experts) the least.
-        moved: whether its weight is another one after the teleport.
-        moved_by: how far it moved, ||W' - W|| / ||W||; None where that is unknown: before an event, or of a weight that was zero.
-        reason: why it did not move; empty if it did.
-        movable: whether nothing but its inputs or the outcome of the event kept it from moving.
-        second_moment_moved: for a change of basis how far the optimizer's averages v of this weight's squared gradients moved,
-            ||sqrt(v') - sqrt(v)|| / ||sqrt(v)||; None if it keeps none, or if the event was undone.
+        shape: the weight's shape.
+        null_dim: dimension of the null space of its inputs, summed over groups. None: it was not determined.
+        input_dim: dimension of its inputs, summed over groups. A bias counts as one more. None: it was not determined.
+        captured: share of its inputs' energy outside the null space, from the threshold to 1. With several inputs (experts) it
+            is the smallest. None: it was not determined.
+        moved: whether the teleport changed the weight.
+        moved_by: how far it moved, ||W' - W|| / ||W||. None: unknown, before an event or for a weight that was zero.
+        reason: why it did not move. Empty: it moved.
+        movable: whether the weight may move in principle. Then only its inputs or the outcome of the event can keep it in place.
+        second_moment_moved: how far a change of basis moved the optimizer's averages v of this weight's squared gradients,
+            ||sqrt(v') - sqrt(v)|| / ||sqrt(v)||. None: the optimizer keeps none, or the event was undone.
     """
 
     name: str
@@ -52,12 +52,12 @@ class SymmetryReport:
     Attributes:
         kind: 'stream', 'value_output', 'query_key', 'chain' or 'scaling'.
         name: the weight that writes its features.
-        blocks, size: that many rotations of that many features.
-        weights: how many parameters it turns.
-        misalignment, misalignment_after: share of the gradients' second moment, in squares, that lies off the diagonal, before
-            and after the turn; None if it was not measured.
-        angle: mean angle by which the turn moves a coordinate, in degrees; None likewise.
-        reason: why it was left out; empty if it was turned.
+        blocks, size: number of rotations, and number of features that each rotates.
+        weights: number of parameters that it turns.
+        misalignment, misalignment_after: off-diagonal share of the gradients' second moment, in squares, before and after the
+            turn. None: it was not measured.
+        angle: mean angle by which the turn moves a coordinate, in degrees. None: it was not measured.
+        reason: why it was left out. Empty: it was turned.
     """
 
     kind: str
@@ -73,19 +73,19 @@ class SymmetryReport:
 
 @dataclass
 class TeleportReport:
-    """One teleport event. Losses and gradient norms are those of the teleport data.
+    """One teleport event. Losses and gradient norms are measured on the teleport data.
 
     Attributes:
         loss_before, loss_after: mean loss over all teleport batches.
         grad_norm_before, grad_norm_after: norm of the mean gradient over all teleport batches, all trainable weights.
-        steps: ascent steps that were kept; a change of basis is one.
-        stopped_because: why most of the batches' turns ended. Limits: 'steps_done', 'grad_norm_cap', 'max_growth',
+        steps: ascent steps that were kept. A change of basis counts as one.
+        stopped_because: why the steps ended on most batches. Limits: 'steps_done', 'grad_norm_cap', 'max_growth',
             'max_loss_change', 'non_finite', 'not_a_symmetry'. Nothing to do: 'nothing_movable', 'aligned' (the basis
             is good as it is), 'no_gain' (no step raised the objective). Also 'no_direction' (no layer has both a null space and
-            a gradient in it). A control: 'matched_rate' (values after the event are then those of the undone event).
-        rolled_back: whether the whole event was undone, every weight being bit for bit what it was.
-        seconds: wall-clock of the whole event, measurements included.
-        symmetries: for a method that turns symmetries, each that was found.
+            a gradient in it). A control: 'matched_rate' (the values after the event were measured before it was undone).
+        rolled_back: whether the whole event was undone. Then every weight is bit for bit what it was.
+        seconds: wall-clock time of the whole event, with its measurements.
+        symmetries: the symmetries that were found, if the method turns symmetries.
     """
 
     method: str
@@ -102,22 +102,22 @@ class TeleportReport:
 
     @property
     def misalignment(self) -> float | None:
-        """Before the turn: the mean over the measured symmetries, each block counting once."""
+        """Misalignment before the turn: the mean over the measured symmetries. Each block counts once."""
         return self._mean("misalignment")
 
     @property
     def misalignment_after(self) -> float | None:
-        """After the turn, likewise."""
+        """Misalignment after the turn: the same mean."""
         return self._mean("misalignment_after")
 
     @property
     def angle(self) -> float | None:
-        """By how many degrees a coordinate turned, likewise."""
+        """The angle in degrees by which a coordinate turned: the same mean."""
         return self._mean("angle")
 
     @property
     def second_moment_moved(self) -> float | None:
-        """How far the optimizer's second moments moved: the mean over the weights that have one."""
+        """How far the optimizer's second moments moved: the mean over the weights that have second moments."""
         moved = [layer.second_moment_moved for layer in self.layers if layer.second_moment_moved is not None]
         return sum(moved) / len(moved) if moved else None
 
@@ -127,21 +127,21 @@ class TeleportReport:
 
     @property
     def matched_rate(self) -> float:
-        """What the learning rate is multiplied by until the next epoch: 1, but for the control 'matched_rate'."""
+        """A factor for the learning rate until the next epoch. It is 1, except with the control 'matched_rate'."""
         return self.grad_norm_after / self.grad_norm_before if self.stopped_because == "matched_rate" else 1.0
 
     @property
     def null_dim(self) -> int:
-        """Dimensions of the null spaces of all layers together."""
+        """Sum of the null space dimensions of all layers."""
         return sum(layer.null_dim or 0 for layer in self.layers)
 
     @property
     def moved_share(self) -> float:
-        """Weight elements that moved, of those of all reported weights."""
+        """Share of the reported weights' elements that moved."""
         return share(self.layers, lambda layer: layer.moved)
 
     def metrics(self) -> dict[str, float | str]:
-        """What a tracker and a model card are told, by plain names."""
+        """The values for a tracker and a model card, by name."""
         return {
             "method": self.method,
             "loss_before": self.loss_before,
@@ -179,7 +179,7 @@ class TeleportReport:
         return "".join(f"{each}, " for each in told)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values. A number that is not finite becomes None, for JSON has no NaN."""
+        """Everything as plain values. A number that is not finite becomes None, because JSON has no NaN."""
         derived = {name: getattr(self, name) for name in ("null_dim", "moved_share", *_OF_A_TURN)}
         return _json_safe({**asdict(self), **derived})
 
@@ -192,7 +192,7 @@ def why_immovable(layers: Iterable[LayerReport]) -> str:
 
 
 def share(layers: Iterable[LayerReport], counts: Callable[[LayerReport], bool]) -> float:
-    """The elements of the weights that count, of those of all the given weights."""
+    """The share of the elements that belong to weights for which `counts` is true."""
     sizes = [(math.prod(layer.shape), counts(layer)) for layer in layers]
     return sum(size for size, yes in sizes if yes) / max(1, sum(size for size, _ in sizes))
 

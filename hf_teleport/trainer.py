@@ -1,4 +1,4 @@
-"""When to teleport, and with which batches: the glue between Transformers' Trainer and the Teleporter.
+"""`TeleportTrainer` and `TeleportMixin`: a Transformers Trainer that teleports, by the schedule and batches chosen here.
 
 -trainer = Trainer(model, TrainingArguments("out"), train_dataset=rows)
 +trainer = TeleportTrainer(model, TeleportTrainingArguments("out"), train_dataset=rows)
@@ -48,19 +48,19 @@ logger = logging.getLogger(__name__)
 
 _WAYS_OUT = "Pass rows that data_collator takes as teleport_dataset, or override get_teleport_dataloader to return batches."
 
-# To a type checker the mixin is a Trainer; at run time it may be mixed into any subclass of one.
+# A type checker sees the mixin as a Trainer. At run time it can be mixed into any subclass of Trainer.
 _Base: Any = Trainer if TYPE_CHECKING else object
 
 
 class TeleportMixin(HomeMixin, _Base):
     """Teleportation for any `Trainer` subclass: `class MySFT(TeleportMixin, SFTTrainer): ...`.
 
-    Settings are read when training begins, and at a teleport by hand. They are those of `teleport_config`, if one was given or
-    assigned later, else the `teleport_...` training arguments as they are by then.
+    Settings are read when training begins, and when you call `teleport()`. They come from `teleport_config`, if you gave or
+    assigned one. Otherwise they come from the `teleport_...` training arguments, with their values at that time.
 
     Args:
-        teleport_config: the settings; default: those of `args` if it has any, else `TeleportConfig()`.
-        teleport_dataset: rows to draw teleport batches from; default: what training loads.
+        teleport_config: the settings. Default: those of `args` if it has any, else `TeleportConfig()`.
+        teleport_dataset: rows to draw teleport batches from. Default: the rows that training loads.
 
     Attributes:
         teleport_reports: one for each teleport since training last began, oldest first.
@@ -89,10 +89,10 @@ class TeleportMixin(HomeMixin, _Base):
 
     @property
     def teleport_config(self) -> TeleportConfig:
-        """The settings as they are now. To assign None is to go by those of the training arguments.
+        """The current settings. Assign None to use those of the training arguments.
 
         Raises:
-            ValueError: those of the training arguments were changed after others had been given here.
+            ValueError: settings were given here, and afterwards the training arguments were changed too.
         """
         return self._settings.read()
 
@@ -111,14 +111,14 @@ class TeleportMixin(HomeMixin, _Base):
 
     @property
     def _plan(self) -> Plan:
-        """That of the run; between runs it is one of the settings as they are now."""
+        """The plan of the run. Between runs: a plan with the current settings."""
         if not self._training and self._teleports.plan.config != self.teleport_config:
             last, self._teleports.plan = self._teleports.plan, Plan(replace(self.teleport_config))
             self._teleports.plan.journal, self._teleports.plan.tracker.way = last.journal, last.tracker.way
         return self._teleports.plan
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; an empty data set to teleport on is refused at once."""
+        """Train as Trainer does. Raises `EmptyError` at once if the teleport data set is empty."""
         scheduled = self.teleport_config.epochs if self.teleport_config.steps is None else self.teleport_config.steps
         rows = None if self._loads_its_own_way else self.teleport_dataset
         if scheduled and isinstance(rows, Sized) and not len(rows):
@@ -129,18 +129,19 @@ class TeleportMixin(HomeMixin, _Base):
             self._training = False
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """A training step; before the first micro-batch of a scheduled step, a teleport."""
+        """A training step. Teleports first if it is the first micro-batch of a scheduled step."""
         if self._plan.due(self.state.global_step):
             if callable(getattr(self.optimizer, "train", None)):
-                self.optimizer.train()  # schedule-free ones move the weights; Trainer asks for it after the event, too late
+                # In its train mode a schedule-free optimizer moves the weights. Trainer calls this only after the event.
+                self.optimizer.train()
             try:
                 self.teleport()
-            except EmptyError as error:  # a stream of rows to teleport on that has come to its end
+            except EmptyError as error:  # a streaming data set to teleport on has ended
                 self._tell(f"No teleport before step {self.state.global_step}: {error}", logging.WARNING)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def teleport(self) -> TeleportReport:
-        """Teleport the model now, log what came of it, and return the report: that of the last method, if there are several.
+        """Teleport the model now, log the result, and return the report. With several methods it is the report of the last.
 
         Raises:
             ValueError: there is nothing to draw batches from.
@@ -163,14 +164,14 @@ class TeleportMixin(HomeMixin, _Base):
                 run = about(teleporter.model, self.args, plan.config, plan.settled)
                 plan.journal.add(self._teleport_folder, step, self.state.epoch, report, run)
             should_log = self.control.should_log
-            # Trainer's own: a `log` that a subclass overrides may count on what training's rows have, and clear what it gathers.
+            # Not `self.log`: a subclass's own may expect the keys of training rows, and clear values that it gathers for them.
             Trainer.log(self, {f"teleport/{name}": value for name, value in report.metrics().items()})
-            self.control.should_log = should_log  # which a log clears: this one is not the one that was asked for
+            self.control.should_log = should_log  # logging clears it, but training's own row is still to be logged
             self._tell(f"Teleport before step {step}: {report.summary()}")
         return report
 
     def _teleport_on(self, teleporter: Teleporter, batches: list[Any], held_back: Any) -> TeleportReport:
-        """An event, and if some batches have no loss while others do, once more without them."""
+        """Run an event. If the loss of some batches is not a number, run it again without these batches."""
         report = teleporter.teleport(batches, self._teleport_loss, held_back)
         if report.stopped_because != "non_finite" or not math.isnan(report.loss_before):
             return report
@@ -182,7 +183,7 @@ class TeleportMixin(HomeMixin, _Base):
         return teleporter.teleport(sound, self._teleport_loss, held_back)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, with a section on the teleports of this run, those before it was resumed included."""
+        """Write Trainer's model card, with a section on all teleports of this run, also those from before it was resumed."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             add_to_card(Path(self.args.output_dir, "README.md"), self._plan.config, teleports(self.state.log_history))
@@ -193,14 +194,14 @@ class TeleportMixin(HomeMixin, _Base):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        self._resumed_from = checkpoint  # before the run has a plan
+        self._resumed_from = checkpoint  # noted here, because the plan is made later
 
     def get_teleport_dataloader(self, event: int) -> Iterable[Any]:
-        """Batches for the teleport before step `event`: drawn at random by a generator of their own.
+        """Batches for the teleport before step `event`, drawn at random with a generator of their own.
 
-        They are of `teleport_dataset`, else of what training loads: a `get_train_dataloader` or `_get_train_sampler` that is
-        overridden says which rows there are. Every process draws the same batches, and takes its share of each. A stream gives
-        its first rows. Override this to choose batches otherwise.
+        They come from `teleport_dataset`, or else from the rows that training loads. An overridden `get_train_dataloader` or
+        `_get_train_sampler` decides which rows these are. Every process draws the same batches, and takes its share of each. A
+        stream gives its first rows. Override this method to choose other batches.
 
         Raises:
             ValueError: there is no data set, or training reads one that can be read only once.
@@ -222,18 +223,18 @@ class TeleportMixin(HomeMixin, _Base):
 
     @property
     def _loads_its_own_way(self) -> bool:
-        """Whether batches are those of a loader or sampler of the user's own."""
+        """Whether batches come from the user's own loader or sampler."""
         own = overrides(self, Trainer, "get_train_dataloader") or overrides(self, Trainer, "_get_train_sampler")
         return own and self._own_teleport_dataset is None
 
     def _train_loader(self) -> Any:
-        """The one that training goes through now, for a user's own may be dear to make or count its calls."""
+        """The loader that training uses now. A user's own loader may be slow to make, or may count how often it is made."""
         return self.callback_handler.train_dataloader if self._training else self.get_train_dataloader()
 
     def _draw(self, count: int, event: int) -> Drawn:
-        """This process's share of so many batches, and of one more to hold back."""
+        """This process's share of `count` batches, and of one more that is held back."""
         shifted = getattr(self, "_loss_shifts_labels", False)
-        # Collators that draw random numbers (masked language modelling) draw the same for the same event.
+        # A collator that draws random numbers (masked language modelling) draws the same ones for the same event.
         torch.manual_seed(self._plan.config.seed + event)
         with preserved_generators(self):
             try:
@@ -247,12 +248,12 @@ class TeleportMixin(HomeMixin, _Base):
         return drawn
 
     def _num_items(self, batch: Any) -> Any:
-        # Trainer's own: a method that a subclass overrides may count its calls.
+        # Not the subclass's own method, which may count its calls.
         return Trainer.get_batch_samples(self, iter([batch]), 1, self.args.device)[1]
 
     def _teleport_loss(self, model: nn.Module, batch: Any) -> Tensor:
         batch = self._prepare_inputs(batch)  # here, so that one batch at a time is on the device
-        # As in training: a loss that is divided by a number of items counts each item of an event alike, in whichever batch.
+        # As in training, a loss divided by the number of items gives each item of an event the same weight, in every batch.
         count, samples = self._num_items(batch), num_samples(batch)
         if count is not None and self._items_per_sample is not None and samples is not None:
             count = torch.full_like(count, self._items_per_sample * samples, dtype=torch.float32)
@@ -271,7 +272,7 @@ class TeleportMixin(HomeMixin, _Base):
             yield progress
 
     def _tell(self, line: str, level: int = logging.INFO) -> None:
-        """Say something once: beside the bars, or to the log if it is a warning or no bars are shown."""
+        """Print a line on the first process: above the progress bars, or to the log if it is a warning or bars are disabled."""
         if not self.is_world_process_zero():
             return
         if level > logging.INFO or self.args.disable_tqdm:
@@ -281,21 +282,21 @@ class TeleportMixin(HomeMixin, _Base):
 
     @property
     def _teleport_folder(self) -> str:
-        """Where the run's files are; each trial of a hyperparameter search has a folder of its own."""
+        """The folder of the run's files. Each trial of a hyperparameter search has its own."""
         return self._get_output_dir(getattr(self, "_trial", None))
 
     def _make_plan(self, train_dataloader: Any) -> Plan:
-        """The plan of a run that begins, or goes on: its schedule, and what can be found out before the first step.
+        """The plan of a run that starts or resumes: its schedule, and what can be checked before the first step.
 
         Raises:
-            ValueError: as `Plan` and `Plan.judge`; or batches that are generated.
+            ValueError: as `Plan` and `Plan.judge`, or the trainer generates its batches.
         """
         _, steps_per_epoch, *_, max_steps = self.set_initial_training_values(self.args, train_dataloader)
         samples = self.args.train_batch_size * self.args.world_size
         course = Course(
             steps_per_epoch, max_steps, self.state.global_step, samples * self.args.gradient_accumulation_steps, samples
         )
-        # Made anew, so that a setting that was changed in place is looked at too.
+        # A new config checks its values again, so it also checks a setting that was changed in place.
         plan = Plan(replace(self.teleport_config), course, self.state.log_history, self._settings.prefix)
         plan.journal.begin(self._teleport_folder, self.state.log_history)
         loaded = bool(getattr(self.model, "name_or_path", "")) or plan.config.frozen_weights == "turn"
@@ -321,11 +322,11 @@ class TeleportMixin(HomeMixin, _Base):
         return plan
 
     def _candidates(self, plan: Plan) -> Iterator[Any]:
-        """Batches to judge the first event by; more than one is drawn only if the first is of no use."""
+        """Batches to judge the first event by. More than one is drawn only if the first can't be used."""
         event = plan.upcoming[0]
         yield from self._draw(1, event).batches
         yield from self._draw(plan.config.num_batches, event).batches[1:]
 
 
 class TeleportTrainer(TeleportMixin, Trainer):
-    """`Trainer` that teleports before scheduled epochs. All of Trainer's arguments, and those of `TeleportMixin`."""
+    """A `Trainer` that teleports before scheduled steps. It takes the arguments of Trainer and of `TeleportMixin`."""

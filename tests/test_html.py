@@ -393,7 +393,7 @@ def test_what_is_wrong_is_said(run, tmp_path, capsys):
         (["nowhere"], "there is no folder 'nowhere': give the output_dir"),
         ([str(tmp_path / "empty")], f"it has no {JOURNAL}, no {STATE} (there or in a checkpoint) and no comparison.json. Give"),
         ([str(run), "--output", str(tmp_path)], "is a folder; allowed: a file"),
-        ([str(run), "--output", str(tmp_path / "no" / "x.html")], "to put x.html into: make it"),
+        ([str(run), "--output", str(tmp_path / "no" / "x.html")], "for x.html: make it"),
     ):
         assert main(["report", *words]) == 2
         assert said in capsys.readouterr().err

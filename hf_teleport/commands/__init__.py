@@ -1,5 +1,5 @@
-"""One file a subcommand of `hf-teleport`: its parser (`add_to`) and its work (`run`).
+"""The subcommands of `hf-teleport`, one file each: its parser (`add_to`) and its work (`run`).
 
-A parser imports neither torch nor Transformers, which take seconds, so `run` imports what it needs. `parser.py` and
-`yaml_file.py` have what several of them share.
+A parser must not import torch or Transformers, because `hf-teleport --help` would then take seconds. So `run` imports what it
+needs. Several subcommands share `parser.py` and `yaml_file.py`.
 """

@@ -1,4 +1,4 @@
-"""`hf-teleport compare`: whether teleports help, against the same optimizer at its best learning rate."""
+"""`hf-teleport compare`: test whether teleports help, against the same optimizer at its best learning rate."""
 
 import argparse
 
@@ -12,7 +12,7 @@ def add_to(subparsers: Subparsers) -> None:
         subparsers,
         "compare",
         run,
-        help="whether the teleports of a YAML file help against its baseline at its best learning rate",
+        help="test whether the teleports of a YAML file help, against the baseline at its best learning rate",
         description="Searches the best learning rate of each arm with the first seed. Then trains the arms and their controls "
         "with all seeds, and judges each at equal time and at equal samples. A finished run is not trained again, so an "
         "interrupted comparison goes on when it is started again. Prints a table and sentences, and writes comparison.csv, "
@@ -25,7 +25,7 @@ def add_to(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train what is not finished, judge, print and write."""
+    """Train the unfinished runs, judge, print and write."""
     from hf_teleport.lab.compare import compare, protocol
     from hf_teleport.lab.report import sentences, table, write
     from hf_teleport.lab.settings import read

@@ -1,7 +1,7 @@
-"""`hf-teleport doctor`: whether all that is needed is here, and what a teleport would do to a model.
+"""`hf-teleport doctor`: check that everything needed is installed, and tell what a teleport would do to a model.
 
-It looks at libraries, devices, distributed backends and the Hub. Those that take seconds to import are imported where they are
-looked at.
+It checks libraries, devices, distributed backends and the Hub. Libraries that take seconds to import are imported in the
+functions that check them.
 """
 
 import argparse
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 
 _PACKAGE = "hf_teleport"
 
-# For those who work on the package.
+# The extra for developers of the package, which users don't need.
 _NOT_FOR_USERS = "dev"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        subject: what.
-        found: its version, or what is there; empty: nothing.
-        wanted: the versions that are supported; empty: any.
-        ok: whether it is there and supported.
-        required: whether nothing works without it.
-        advice: the way out, if it is not ok.
+        subject: what was checked, for instance a library.
+        found: its version, or a description. Empty: it is missing.
+        wanted: the supported versions. Empty: any.
+        ok: whether it is present and supported.
+        required: whether the package needs it.
+        advice: what to do if it is not ok.
     """
 
     subject: str
@@ -62,8 +62,8 @@ class Prognosis:
 
     Attributes:
         roles: a line for each role of weights: how many move on this batch, and why the others do not.
-        method: what method 'auto' comes to with AdamW.
-        why: why not 'basis', if it is not.
+        method: the method that 'auto' chooses with AdamW.
+        why: why 'auto' does not choose 'basis'. Empty: it does.
     """
 
     roles: list[str]
@@ -77,18 +77,18 @@ def add_to(subparsers: Subparsers) -> None:
         subparsers,
         "doctor",
         run,
-        help="whether everything needed is here, and what a teleport would do to a model",
-        description="Looks at libraries, devices, distributed backends and the Hub, and prints a line for each, with the way out "
-        "where it is not as it should be. Exit code 0: all that is required is here, in supported versions; 1: it is not.",
+        help="check that everything needed is installed, and tell what a teleport would do to a model",
+        description="Checks libraries, devices, distributed backends and the Hub. Prints a line for each, and what to do if "
+        "something is wrong. Exit code 0: everything required is installed, in supported versions; 1: something is not.",
         epilog="For instance:\n  hf-teleport doctor --model path/to/model",
     )
-    command.add_argument("--model", help=f"also what would move in it, and what method 'auto' comes to: {MODEL}")
+    command.add_argument("--model", help=f"tell what would move in this model, and what method 'auto' would choose: {MODEL}")
     add_inputs(command)
     command.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Look and print; returns the exit code."""
+    """Make all checks and print them. Returns the exit code."""
     findings, prognosis = examine(), None
     if arguments.model:
         from hf_teleport.inputs.models import model_and_batch
@@ -101,17 +101,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def healthy(findings: Iterable[Finding]) -> bool:
-    """Whether all that is required is there and supported."""
+    """Whether everything required is present and supported."""
     return all(finding.ok for finding in findings if finding.required)
 
 
 def examine() -> list[Finding]:
-    """All that can be found out about this machine and its Python."""
+    """Check everything about this machine and its Python."""
     return [*libraries(), *devices(), *backends(), hub()]
 
 
 def libraries() -> list[Finding]:
-    """Python, this package, and the libraries that its own metadata asks for; those of extras are optional."""
+    """Check Python, this package, and the libraries in its metadata. Libraries of an extra are optional."""
     try:
         about = metadata.metadata(_PACKAGE).json
     except metadata.PackageNotFoundError:
@@ -149,7 +149,7 @@ def _library(requirement: Requirement, optional: bool) -> Finding:
 
 
 def devices() -> list[Finding]:
-    """Cores and memory, and accelerators with theirs."""
+    """Cores and memory of this machine, and its accelerators with their memory."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -169,7 +169,7 @@ def devices() -> list[Finding]:
 
 
 def backends() -> list[Finding]:
-    """What several processes can talk by."""
+    """The backends by which several processes can communicate."""
     import torch
     import torch.distributed as dist
 
@@ -178,12 +178,12 @@ def backends() -> list[Finding]:
     there = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
     text = ", ".join(name for name, available in there.items() if available)
     lacking = torch.cuda.device_count() > 1 and not there["nccl"]
-    advice = "several CUDA devices want nccl: install a build of torch that has it" if lacking else ""
+    advice = "several CUDA devices need nccl: install a build of torch that has it" if lacking else ""
     return [Finding("distributed", text, ok=bool(text) and not lacking, advice=advice)]
 
 
 def hub(timeout: float = 5.0) -> Finding:
-    """Whether models and data can be fetched.
+    """Whether models and data can be downloaded.
 
     Args:
         timeout: seconds to wait for an answer.
@@ -195,18 +195,18 @@ def hub(timeout: float = 5.0) -> Finding:
         return Finding("Hub", "offline mode (HF_HUB_OFFLINE): only what is cached, and local files")
     try:
         huggingface_hub.get_session().head(constants.ENDPOINT, timeout=timeout)
-    except Exception as error:  # of whatever client library
-        advice = "local files and what is cached will do; HF_HUB_OFFLINE=1 saves waiting for it, HF_ENDPOINT names a mirror"
+    except Exception as error:  # the client library decides on the type
+        advice = "local and cached files still work; HF_HUB_OFFLINE=1 saves waiting for the Hub, HF_ENDPOINT names a mirror"
         return Finding("Hub", f"{constants.ENDPOINT} does not answer ({type(error).__name__})", ok=False, advice=advice)
     return Finding("Hub", f"{constants.ENDPOINT} answers")
 
 
 def foretell(model: "nn.Module", batch: Any, loss_fn: "LossFn") -> Prognosis:
-    """What teleportation would do to a model; its weights are afterwards what they were.
+    """What teleportation would do to a model. The weights stay as they are.
 
     Args:
         batch: whatever `loss_fn` takes.
-        loss_fn: gives the mean loss of a batch.
+        loss_fn: returns the mean loss of a batch.
 
     Raises:
         ValueError: as `Teleporter.teleport`.
@@ -223,7 +223,7 @@ def foretell(model: "nn.Module", batch: Any, loss_fn: "LossFn") -> Prognosis:
 
 
 def _roles(inspection: "Inspection") -> list[str]:
-    """Of a reason what stands before its colon; `hf-teleport inspect` tells it whole, for each layer."""
+    """A line for each role. It shortens a reason to the part before the colon; `hf-teleport inspect` prints all of it."""
     lines = []
     for role in dict.fromkeys(layer.role for layer in inspection.layers):
         layers = [layer for layer in inspection.layers if layer.role == role]
@@ -241,7 +241,7 @@ def to_dict(findings: list[Finding], prognosis: Prognosis | None = None) -> dict
 
 
 def sentences(findings: list[Finding], prognosis: Prognosis | None = None) -> list[str]:
-    """What to say of it, a line for each finding and each role."""
+    """The lines to print: one for each finding and each role."""
     subjects, founds = (max((len(text) for text in column), default=0) for column in _columns(findings))
     lines = []
     for finding in findings:
@@ -253,9 +253,9 @@ def sentences(findings: list[Finding], prognosis: Prognosis | None = None) -> li
         turn = "" if prognosis.method == "basis" else f" ({prognosis.why.rstrip('.')})"
         lines += ["", *prognosis.roles, "", f"Method 'auto' with AdamW: {prognosis.method}{turn}."]
     bad = [finding.subject for finding in findings if finding.required and not finding.ok]
-    return [*lines, "", f"Not as it should be: {', '.join(bad)}." if bad else "All that is required is here."]
+    return [*lines, "", f"Missing or unsupported: {', '.join(bad)}." if bad else "Everything required is installed."]
 
 
 def _columns(findings: list[Finding]) -> tuple[list[str], list[str]]:
-    # Facts about devices are long, and would push every version's range to the right.
+    # The widths leave out descriptions of devices. They are long, and would push all version ranges to the right.
     return [finding.subject for finding in findings], [finding.found for finding in findings if len(finding.found) < 20]

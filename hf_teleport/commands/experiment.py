@@ -1,4 +1,4 @@
-"""`hf-teleport experiment`: every arm of a YAML file at every learning rate with every seed."""
+"""`hf-teleport experiment`: train every arm of a YAML file at every learning rate with every seed."""
 
 import argparse
 
@@ -13,8 +13,8 @@ def add_to(subparsers: Subparsers) -> None:
         "experiment",
         run,
         help="train every arm of a YAML file at every learning rate with every seed",
-        description="Every arm sees the same data, and starts from the same weights. What is finished is not trained again: "
-        "interrupted, it goes on when it is started again. Each run's history is kept in a folder of its own in output_dir; "
+        description="Every arm sees the same data and starts from the same weights. A finished run is not trained again, so an "
+        "interrupted experiment goes on when it is started again. Each run has its own folder in output_dir for its history; "
         "hf-teleport plot shows them.",
         epilog="For instance:\n  hf-teleport experiment configs/paper/cpu/mnist_sgd.yaml --seeds 0",
     )
@@ -22,7 +22,7 @@ def add_to(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train what is not finished."""
+    """Train the unfinished runs."""
     from hf_teleport.lab.runs import execute
     from hf_teleport.lab.settings import plan, read
 
@@ -31,4 +31,4 @@ def run(arguments: argparse.Namespace) -> None:
     is_main = quieten(experiment.runs[0].training)
     done = execute(experiment)
     if is_main:
-        print(f"{done} of {len(experiment.runs)} runs were left to do; look at them with: hf-teleport plot {experiment.output}")
+        print(f"{done} of {len(experiment.runs)} runs were trained now. To see them: hf-teleport plot {experiment.output}")

@@ -1,4 +1,4 @@
-"""`hf-teleport inspect`: what would move in a model, and what would not and why."""
+"""`hf-teleport inspect`: list which weights of a model would move, and why the others would not."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from hf_teleport.report import LayerReport, SymmetryReport
 if TYPE_CHECKING:
     from hf_teleport.inspection import Inspection, RunCost
 
-# 'auto' comes to one of them, and '+' joins two.
+# 'auto' chooses one of these, and a name with '+' joins two of them.
 METHODS = [name for name in get_args(get_type_hints(TeleportConfig)["method"]) if name != "auto" and "+" not in name]
 
 
@@ -25,18 +25,18 @@ def add_to(subparsers: Subparsers) -> None:
         subparsers,
         "inspect",
         run,
-        help="what would move in a model, and what would not and why",
+        help="list which weights of a model would move, and why the others would not",
         description="Judges every weight of a model on one batch: its role, the dimension of its inputs' null space, whether "
-        "it moves, and if not, why. With --method basis: its exact symmetries, and why one does not turn. With another method: "
-        "which weights it may move. Nothing is trained. Prints a table, and nothing is written.",
+        "it moves, and if not, why. With --method basis: the model's exact symmetries, and why one does not turn. With another "
+        "method: which weights it may move. Prints a table. Trains nothing and writes no file.",
         epilog="For instance:\n  hf-teleport inspect llama --set hidden_size=64 num_hidden_layers=2\n"
         "  hf-teleport inspect path/to/model --data rows.parquet --json",
     )
     command.add_argument("model", help=MODEL)
     add_inputs(command)
-    command.add_argument("--method", choices=METHODS, default="null_space", help="of teleportation")
-    command.add_argument("--max_steps", type=positive, default=1000, help="of the run whose cost --method basis tells")
-    command.add_argument("--processes", type=positive, default=1, help="that share the work in that run")
+    command.add_argument("--method", choices=METHODS, default="null_space", help="method of teleportation")
+    command.add_argument("--max_steps", type=positive, default=1000, help="steps of a run; --method basis estimates its cost")
+    command.add_argument("--processes", type=positive, default=1, help="processes of that run")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -84,8 +84,8 @@ def _print_symmetries(name: str, symmetries: list[SymmetryReport]) -> None:
     _print(f"{name}: symmetries that a change of basis can turn", columns, rows)
     if any("not uniform and cannot be folded" in symmetry.reason for symmetry in symmetries):
         _say(
-            "Such gains are uniform before training. In a run from scratch method 'auto', or teleport_blocking_gains='hold', "
-            "keeps them so until the turn; in a trained model 'round' makes them so, if the loss allows it."
+            "Such gains are uniform before training. In a run from scratch, method 'auto' or teleport_blocking_gains='hold' "
+            "keeps them uniform until the turn. In a trained model, 'round' makes them uniform, if the loss allows it."
         )
 
 
@@ -96,12 +96,12 @@ def _say_cost(run: "RunCost") -> None:
     _say(
         f"An event takes about {duration(event.event_seconds)} on batches like this one, with AdamW: "
         f"{', '.join(f'{duration(seconds)} for {name}' for name, seconds in parts.items())}. "
-        f"It holds {size(event.event_bytes)} beside a batch's activations."
+        f"It needs {size(event.event_bytes)} beside a batch's activations."
     )
     _say(
-        f"A run of {count(run.max_steps)} steps has {len(run.steps)} events, before steps {steps}, and looks at the gradients of "
+        f"A run of {count(run.max_steps)} steps has {len(run.steps)} events, before steps {steps}, and reads the gradients of "
         f"{count(run.looks)} steps, {duration(event.look_seconds)} each. That is {duration(run.seconds)} in all, {run.share:.1%} "
-        f"of {count(run.max_steps)} passes over such a batch. What is gathered takes {size(run.moment_bytes)}."
+        f"of {count(run.max_steps)} passes over such a batch. The second moments take {size(run.moment_bytes)}."
     )
     for process, planned in run.by_process.items():
         sizes: Counter[int] = Counter()
@@ -132,8 +132,8 @@ def _print_inspection(arguments: argparse.Namespace, inspection: "Inspection") -
     )
     _say(f"An event at the default settings, on batches like this one, may take {inspection.cost}.")
     _say(
-        f"The null spaces are those of {count(arguments.batch_size)} {'rows' if arguments.data else 'random samples'}. A "
-        "teleport reads num_batches x batch_size samples, and more of them leave less free: try --batch_size"
+        f"These are null spaces of {count(arguments.batch_size)} {'rows' if arguments.data else 'random samples'}. A teleport "
+        "reads num_batches x batch_size samples, and more samples leave smaller null spaces: try --batch_size"
         f"{'' if arguments.data else ' and --data'}."
     )
 
@@ -141,13 +141,14 @@ def _print_inspection(arguments: argparse.Namespace, inspection: "Inspection") -
 def _print_layers(
     title: str, layers: Sequence[LayerReport], columns: Sequence[str] = (), numbers: dict[str, list[str]] | None = None
 ) -> None:
-    """A row for each weight; the reasons why some stay are numbered, and stand below the table.
+    """Print a row for each weight. The reasons why weights stay are numbered, and follow below the table.
 
     Args:
-        columns, numbers: what else is told of each layer, by its name.
+        columns: names of more columns.
+        numbers: their cells, by the layer's name.
     """
     notes: dict[str, int] = {}
-    # Elementwise weights are many, and say little if they stay.
+    # Elementwise weights are many, and a row that says one stays tells little.
     shown = [layer for layer in layers if len(layer.shape) > 1 or layer.movable]
     rows = [
         [
@@ -174,7 +175,7 @@ def _print(title: str, columns: Sequence[str], rows: list[list[str]]) -> None:
 
     table = Table(title=title, box=box.SIMPLE)
     for column in columns:
-        # Names and reasons may be long; numbers are not cut.
+        # Long names and reasons are wrapped. Numbers stay on one line.
         table.add_column(column, overflow="fold", no_wrap=column not in ("layer", "written by", "turns"))
     for row in rows:
         table.add_row(*row)

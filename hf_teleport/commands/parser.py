@@ -1,4 +1,4 @@
-"""What the parsers of the subcommands share."""
+"""Shared parts of the subcommands' parsers."""
 
 import argparse
 import textwrap
@@ -9,11 +9,11 @@ from typing import Any
 MODEL = "a Hub id, a local folder, or a config name (llama, bert, vit, ...) for random weights"
 
 Subparsers = Any
-"""What `ArgumentParser.add_subparsers` returns; argparse has no public name for it."""
+"""The type that `ArgumentParser.add_subparsers` returns. argparse has no public name for it."""
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Wraps each paragraph of a description or an epilog by itself; lines that begin with a blank stay as they are."""
+    """Wraps each paragraph of a description or epilog separately. Lines that begin with a blank stay as they are."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines = [line if line.startswith(" ") else textwrap.fill(line, width) for line in text.splitlines()]
@@ -23,12 +23,12 @@ class Help(argparse.RawDescriptionHelpFormatter):
 def add_command(
     subparsers: Subparsers, name: str, run: Callable[[argparse.Namespace], int | None], help: str, description: str, epilog: str
 ) -> argparse.ArgumentParser:
-    """A subcommand's parser, without arguments.
+    """Add a subcommand's parser, without arguments.
 
     Args:
-        run: does the work, and returns the exit code; None is 0.
-        help: its line in `hf-teleport --help`.
-        description, epilog: of its own help.
+        run: does the work and returns the exit code. None means 0.
+        help: the line in `hf-teleport --help`.
+        description, epilog: the texts around the options in the subcommand's own help.
     """
     command = subparsers.add_parser(name, help=help, description=description, epilog=epilog, formatter_class=Help)
     command.set_defaults(run=run)
@@ -36,7 +36,7 @@ def add_command(
 
 
 def add_inputs(command: argparse.ArgumentParser) -> None:
-    """The arguments that say what a model is tried on: --set, --data, --batch_size, --length."""
+    """Add the arguments that choose a model's sizes and its batch: --set, --data, --batch_size, --length."""
     command.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="sizes for a config name, e.g. hidden_size=64")
     command.add_argument(
         "--data", type=Path, help="parquet, JSON or CSV file of rows with the model's inputs; default: random ones"

@@ -1,4 +1,4 @@
-"""`hf-teleport plot`: picture, numbers and table of an experiment."""
+"""`hf-teleport plot`: draw an experiment's training losses, and write them as numbers and a table."""
 
 import argparse
 from pathlib import Path
@@ -12,8 +12,8 @@ def add_to(subparsers: Subparsers) -> None:
         subparsers,
         "plot",
         run,
-        help="picture, numbers and table of an experiment's training losses",
-        description="Draws the training losses of the runs that are finished, prints a table of the final values, and writes "
+        help="draw the training losses of an experiment, and print a table of the final values",
+        description="Draws the training losses of the finished runs, prints a table of the final values, and writes "
         "training_loss.png and training_loss.csv into the folder.",
         epilog="For instance:\n  hf-teleport plot runs/cpu/mnist_sgd",
     )

@@ -1,4 +1,4 @@
-"""`hf-teleport report`: a run or a comparison as one HTML file."""
+"""`hf-teleport report`: write a run or a comparison as one HTML file."""
 
 import argparse
 from pathlib import Path
@@ -12,9 +12,9 @@ def add_to(subparsers: Subparsers) -> None:
         subparsers,
         "report",
         run,
-        help="one HTML file of a run, or of a comparison",
+        help="write a run or a comparison as one HTML file",
         description="Writes one HTML file about a TeleportTrainer's run (its teleports, layer by layer, with pictures), or about "
-        "a comparison (its verdicts). It opens in any browser without a network.",
+        "a comparison (its verdicts). The file opens in any browser without a network.",
         epilog="For instance:\n  hf-teleport report runs/cnn --output cnn.html",
     )
     command.add_argument("folder", type=Path, help="the output_dir of a run, or of hf-teleport compare")
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     from hf_teleport.reporting.outcome import outcome
     from hf_teleport.training.summary import console, table
 
-    # First, for it needs no matplotlib.
+    # The table comes first, because it needs no matplotlib.
     if (found := outcome(arguments.folder)) and found.events:
         console().print(table(found.events))
     print(f"Written: {write(arguments.folder, arguments.output)}")

@@ -1,4 +1,4 @@
-"""`hf-teleport train`: the Transformers examples with teleportation."""
+"""`hf-teleport train`: run a Transformers example with teleportation."""
 
 import argparse
 import textwrap
@@ -24,17 +24,17 @@ def add_to(subparsers: Subparsers) -> None:
         subparsers,
         "train",
         run,
-        help="train a model with teleportation: the well-known Transformers examples",
-        description="Trains with the arguments of the Transformers examples and of teleportation, evaluates, and saves. Then "
-        "output_dir has the model, its card, the metrics as JSON, and teleports.json for hf-teleport report.",
+        help="train a model with teleportation, in one of the well-known Transformers examples",
+        description="Trains, evaluates and saves. Takes the arguments of the Transformers examples and of teleportation. "
+        "Afterwards output_dir has the model, its card, the metrics as JSON, and teleports.json for hf-teleport report.",
         epilog=_EPILOG,
     )
-    command.add_argument("task", metavar="TASK", choices=list(TASKS), help="one of those below")
+    command.add_argument("task", metavar="TASK", choices=list(TASKS), help="one of the tasks below")
     command.add_argument(
         "words",
         nargs=argparse.REMAINDER,
         metavar="[CONFIG.yaml] [--ARGUMENT VALUE ...]",
-        help="a YAML file of arguments, and arguments that win over the file's",
+        help="a YAML file of arguments, and arguments that override it",
     )
 
 

@@ -1,4 +1,4 @@
-"""`hf-teleport turn-back`: a saved model that changes of basis have turned, in the coordinates in which its run began."""
+"""`hf-teleport turn-back`: undo the changes of basis in a saved model."""
 
 import argparse
 import shutil
@@ -6,9 +6,9 @@ from pathlib import Path
 
 from hf_teleport.commands.parser import Subparsers, add_command
 
-# What a model needs beside its weights and its config: tokenizers, processors, templates, the model card.
+# Other files that a model needs: tokenizers, processors, templates, the model card.
 _BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.md")
-# Of training alone, or about other weights.
+# Files among them that only training needs, or that describe the weights from before.
 _OF_TRAINING = ("trainer_state.json", "teleports.json", "*.index.json")
 
 
@@ -19,13 +19,13 @@ def add_to(subparsers: Subparsers) -> None:
         "turn-back",
         run,
         help="turn a saved model back into the coordinates in which its run began",
-        description="Undoes the changes of basis of a run in a model that it has saved: the model of an output_dir, or of a "
-        "checkpoint. What training has learned stays, and so do all outputs; then the model can be merged and averaged with what "
-        "it came from. The folder itself stays as it is.",
+        description="Undoes a run's changes of basis in a model that it saved, in output_dir or in a checkpoint. The model keeps "
+        "what it has learned, and all its outputs. Afterwards it can be merged or averaged with the model that the run started "
+        "from. The result goes to another folder.",
         epilog="For instance:\n  hf-teleport turn-back runs/llama/checkpoint-500 --output llama-500",
     )
     command.add_argument("folder", type=Path, help="a folder with a model that a run with teleports has saved")
-    command.add_argument("--output", type=Path, metavar="FOLDER", help="default: turned_back in the folder")
+    command.add_argument("--output", type=Path, metavar="FOLDER", help="for the result; default: turned_back in that folder")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     found = teleporter.turn_back()
     for symmetry in found:
         what = f"{symmetry.kind} of {symmetry.name}, {symmetry.blocks} x {symmetry.size}"
-        print(f"{what}: " + (f"stays turned, for {symmetry.reason}" if symmetry.reason else "turned back"))
+        print(f"{what}: " + (f"stays turned: {symmetry.reason}" if symmetry.reason else "turned back"))
     model.save_pretrained(output)  # type: ignore[operator]
     for path in [path for pattern in _BESIDE for path in folder.glob(pattern)]:
         if not any(path.match(pattern) for pattern in _OF_TRAINING) and not (output / path.name).exists():

@@ -1,4 +1,4 @@
-"""What the subcommands share that run a YAML file of arms: experiment and compare."""
+"""Shared parts of `experiment` and `compare`, the subcommands that run a YAML file of arms."""
 
 import argparse
 from collections.abc import Iterator
@@ -7,14 +7,14 @@ from typing import Any
 
 
 def add_config(command: argparse.ArgumentParser, example: str) -> None:
-    """The file, and the settings that win over it."""
+    """Add the arguments: the YAML file, and settings that override it."""
     command.add_argument("config", help=f"YAML file, for instance {example}")
-    command.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--KEY VALUE", help="settings that win over the file's")
+    command.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--KEY VALUE", help="settings that override the file")
 
 
 @contextmanager
 def named(file: str) -> Iterator[None]:
-    """Errors about settings name the file that they are from."""
+    """Add the file's name to errors about its settings."""
     try:
         yield
     except ValueError as error:
@@ -22,7 +22,7 @@ def named(file: str) -> Iterator[None]:
 
 
 def quieten(training: Any) -> bool:
-    """Show no progress bar but the one over the runs.
+    """Hide all progress bars except the one over the runs.
 
     Args:
         training: the training arguments of a run.
@@ -33,7 +33,7 @@ def quieten(training: Any) -> bool:
     import datasets
     import transformers
 
-    # Every checkpoint would show one.
+    # Otherwise loading a checkpoint shows a bar each time.
     transformers.utils.logging.disable_progress_bar()
     is_main = training.process_index == 0
     if training.disable_tqdm or not is_main:

@@ -1,1 +1,1 @@
-"""The parts of a teleport event around its method: its cost, its steps, the guard that undoes them, and measurements."""
+"""One teleport event, except its method: batches, estimated cost, steps, the guard that rejects steps, measurements, reasons."""

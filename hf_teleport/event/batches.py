@@ -31,11 +31,10 @@ def _sizes(batch: Any) -> Iterator[int | None]:
 
 
 def num_items(batch: Any, shifted: bool = False) -> int | None:
-    """How many labels of a batch a loss can learn from: the labels that are not -100. None: the batch does not
-    tell.
+    """How many labels of a batch count in a loss: all except -100. None: it can't be read from the batch.
 
     Args:
-        shifted: the loss compares each position with the label of the next, so that the first label counts for nothing.
+        shifted: the loss compares each position with the label of the next, so it never uses the first label.
     """
     if not isinstance(batch, Mapping):
         return None
@@ -69,7 +68,7 @@ def check_given(trainer_class: Any) -> None:
     evaluation.
 
     Raises:
-        ValueError: it is a trainer of TRL that makes its batches.
+        ValueError: the trainer is TRL's and generates its batches.
     """
     if trainer_class._prepare_inputs.__module__.startswith("trl."):
         raise ValueError(

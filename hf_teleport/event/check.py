@@ -13,12 +13,12 @@ class Check:
     """What a teleport could do, found without moving anything.
 
     Attributes:
-        loss: on the batch, which may not be finite.
-        problem: why nothing could be judged; empty if it could.
-        layers: a report for every weight; empty if there is a problem.
-        symmetries: for a method that turns symmetries, each that was found.
+        loss: the loss on the batch. It may not be finite.
+        problem: why nothing could be judged. Empty: there was no problem.
+        layers: a report for every weight. Empty if there is a problem.
+        symmetries: the symmetries that were found, if the method turns symmetries.
         blocking: norm gains that must stay uniform if the residual stream is to turn.
-        cost: what an event will cost; not a number if there is a problem.
+        cost: the estimated cost of an event. Its times are NaN if there is a problem.
     """
 
     loss: float
@@ -30,14 +30,14 @@ class Check:
 
     @property
     def immovable(self) -> str:
-        """The most frequent reasons why no weight may move; empty if one may, or if nothing could be judged."""
+        """The most frequent reasons why no weight may move. Empty: one may, or nothing could be judged."""
         return why_immovable(self.layers) if self.layers and not any(layer.movable for layer in self.layers) else ""
 
     def require_movable(self) -> None:
-        """Raise if the batch was judged, and no weight may move.
+        """Make sure that a weight may move, if the batch could be judged.
 
         Raises:
-            ValueError: with the most frequent reasons.
+            ValueError: no weight may move. The message has the most frequent reasons.
         """
         if self.immovable:
             raise ValueError(

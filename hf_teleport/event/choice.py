@@ -14,7 +14,7 @@ from hf_teleport.event.check import Check
 from hf_teleport.event.cost import event_passes
 from hf_teleport.optimizers.state import check_optimizer
 
-# The first gradients say little about the basis. After ten steps they say nearly all that they ever will.
+# The very first gradients say little about the basis. After ten steps, waiting longer hardly improves the choice.
 BASIS_STEP = 10
 
 # How many optimizer steps are rehearsed before a null space event is kept.
@@ -24,25 +24,26 @@ _REHEARSED = 8
 def choose(
     config: TeleportConfig, optimizer: Any, check: Callable[[TeleportConfig], Check], basis_step: int = BASIS_STEP
 ) -> tuple[TeleportConfig, str]:
-    """Settings with method 'basis' if something turns, else with 'null_space', kept only if a rehearsal ends lower with
-    it. Without an optimizer it is the paper's method.
+    """Choose method 'basis' if the model has something to turn, else 'null_space' with a rehearsal.
+
+    An event of 'null_space' is then kept only if the rehearsal ends lower with it. Without an optimizer the choice is the
+    paper's method, without a rehearsal.
 
     Args:
         config: the settings to start from.
-        optimizer: the one that trains the model.
-        check: what a teleport with other settings could do; `Teleporter.check` on a batch.
-        basis_step: before which step a basis is turned at the earliest.
+        optimizer: the optimizer that trains the model.
+        check: tells what a teleport with other settings could do: `Teleporter.check` on a batch.
+        basis_step: the earliest step before which a basis is turned.
 
     Returns:
-        The settings, and why not 'basis'; empty: it is.
+        The settings, and the reason against 'basis'. An empty reason: 'basis' was chosen.
 
     Raises:
         ValueError: as `check`.
     """
     if optimizer is None:
         return config.for_method("null_space"), "no optimizer is known"
-    # With tied embeddings the residual stream turns only while the last norm's gain is even. Holding the gain costs
-    # nothing.
+    # With tied embeddings the residual stream turns only while the last norm's gain is uniform. Holding the gain costs nothing.
     gains: Any = "hold" if config.blocking_gains == "leave" else config.blocking_gains
     warmup = max(config.warmup_steps, basis_step)
     basis = replace(config.for_method("basis"), warmup_steps=warmup, blocking_gains=gains)
@@ -56,7 +57,7 @@ def choose(
             return basis, ""
         why = found.problem or "the model has no features to turn"
     rehearsed = config.rehearsal_steps or _REHEARSED
-    # The user's own settings stay.
+    # Settings that the user has changed stay as they are.
     unset = config.energy_threshold == 1 and config.scope == "joint" and config.step_size == "relative"
     tau = None if unset else config.energy_threshold
     objective: Any = "lookahead" if config.objective == "grad_norm" else config.objective
@@ -65,16 +66,16 @@ def choose(
 
 
 def afford(config: TeleportConfig, budget: float | None, events: int, training_passes: float) -> TeleportConfig | None:
-    """Settings with so few steps and batches that all events stay within a budget.
+    """Reduce steps and batches until all events stay within a budget.
 
-    The budget counts passes over a teleport batch and not seconds, so a run and its resumption choose the same. A
-    change of basis is not cut, because with fewer batches it would know less.
+    The budget counts passes over a teleport batch and not seconds, so a resumed run makes the same choice. A change of basis is
+    not reduced, because fewer batches would tell it too little.
 
     Args:
-        config: as `choose` returns it.
-        budget: share of the run that teleports may take; None: no limit.
-        events: how many the run has.
-        training_passes: what training takes, in passes over a teleport batch.
+        config: the settings, as `choose` returns them.
+        budget: share of the run that teleports may take. None: no limit.
+        events: number of events in the run.
+        training_passes: length of the training, in passes over a teleport batch.
 
     Returns:
         None if not even the smallest event can be paid for.

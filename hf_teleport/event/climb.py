@@ -1,6 +1,6 @@
-"""The steps of an event: a climb on every batch in turn, each step under the guard, or a single turn.
+"""The steps of an event: a climb on each batch in turn, or a single turn. The guard judges each step of a climb.
 
-This module knows only the family of a method.
+This module depends on the family of a method, and not on the method itself.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ HALVINGS = 4
 
 
 def turn(method: TurningMethod, progress: Callable[[int, int], None]) -> tuple[int, str]:
-    """Carry a turn out. Returns how many steps were made, and why they ended."""
+    """Carry out a turn. Returns how many steps were made, and why they ended."""
     if method.aligned:
         return 0, "aligned"
     method.ranks.together(method.carry_out)
@@ -44,13 +44,14 @@ class Climb:
         self._trusting = False
 
     def run(self, batches: list[Any], before: Measurement, snapshot: Snapshot) -> tuple[int, str]:
-        """Returns how many steps were kept, and why the steps on most batches ended.
+        """Climb on all batches. Returns how many steps were kept, and why the steps on most batches ended.
 
-        If the method trusted its moves and they changed a loss, they are undone and made again without trust.
+        A method may trust that its moves change no loss, and then checks the loss only at the end. If the loss did change, the
+        moves are undone and made again with a check of each.
 
         Args:
-            before: of the batches, before the event.
-            snapshot: of the weights, before the event.
+            before: the measurement of the batches before the event.
+            snapshot: the weights before the event.
         """
         steps, reason = self._ascend(batches, before)
         if self._trusting and reason == "max_loss_change":
@@ -76,12 +77,12 @@ class Climb:
         return steps, endings.most_common(1)[0][0]
 
     def _climb_on(self, batch: Any, seed: int, loss: float, grad_norm: float, steps: int, batches: int) -> tuple[int, str]:
-        """The steps on one batch. It is a function of its own, so that its tensors are freed before the next batch
-        begins.
+        """Climb on one batch. It is a separate function, so that its tensors are freed before the next batch begins.
 
         Args:
             loss, grad_norm: of the batch before the event.
-            steps: taken on those before, of so many batches.
+            steps: number of steps taken on the earlier batches.
+            batches: number of batches.
         """
         point = self._method.begin(batch, seed)
         self._trusting = point.graph is not None
@@ -98,9 +99,7 @@ class Climb:
         return taken, ending or "steps_done"
 
     def _step(self, point: Point, loss: float, grad_norm: float) -> tuple[Point | None, str]:
-        """Make a move, and shorten it until there is no objection. None, with the reason: there is no move, or it was
-        undone.
-        """
+        """Make a move, and shorten it until the guard accepts it. None with a reason: there is no move, or it was undone."""
         method = self._method
         move = method.propose(point)
         if move is None:

@@ -1,4 +1,4 @@
-"""What an event will cost, estimated before it runs from a pass over one teleport batch."""
+"""The estimated cost of an event, before it runs. It is measured by a pass over one teleport batch."""
 
 import math
 import time
@@ -10,25 +10,25 @@ from hf_teleport.display.quantities import duration, size
 from hf_teleport.layers.point import Point
 from hf_teleport.methods import METHODS, Method, TurningMethod
 
-# Teleports that take a larger share of the run's time are worth a warning.
+# The log warns if teleports may take a larger share of the run's time.
 LARGE_SHARE = 0.05
 
 
 def event_passes(config: TeleportConfig) -> int:
-    """The most forward and backward passes over a teleport batch in one event: the method's, and two rehearsals'."""
+    """Upper limit of forward and backward passes over a teleport batch in one event. Includes the two rehearsals."""
     return METHODS[config.method].passes(config) + 2 * config.rehearsal_steps
 
 
 @dataclass(frozen=True)
 class Cost:
-    """An upper estimate.
+    """An upper estimate of an event's cost.
 
     Attributes:
-        pass_seconds: of a forward and backward over a teleport batch.
-        event_seconds: of an event: its passes, decompositions and turn.
-        event_bytes: what an event holds beside the weights, the optimizer's state and a batch's activations.
-        decomposition_seconds, turn_seconds: what of an event are its decompositions, and the turn of a change of basis.
-        look_seconds: of looking at the gradients of one training step, for a change of basis that follows training.
+        pass_seconds: time of a forward and backward over a teleport batch.
+        event_seconds: time of an event: its passes, decompositions and turn.
+        event_bytes: memory of an event, beside the weights, the optimizer's state and a batch's activations.
+        decomposition_seconds, turn_seconds: the parts of `event_seconds` for decompositions, and for the turn of a basis.
+        look_seconds: time of reading the gradients of one training step, for a basis that follows training.
     """
 
     pass_seconds: float = math.nan
@@ -40,12 +40,13 @@ class Cost:
 
     @classmethod
     def of(cls, method: Method, batch: Any, point: Point) -> "Cost":
-        """The cost of a method's event.
+        """Estimate the cost of a method's event.
 
         Args:
-            method: has surveyed the batch, which came to this point.
+            method: the method, which has surveyed the batch.
+            point: the result of that evaluation.
         """
-        # The batch was evaluated before, because the first forward of a run takes longer than the next ones.
+        # This is not the first evaluation of the batch, because the first forward of a run takes longer.
         start = time.perf_counter()
         method.evaluate(batch, point.seed)
         seconds = time.perf_counter() - start
@@ -58,7 +59,7 @@ class Cost:
         return cls(seconds, event, method.event_bytes(), decompositions, turn, look)
 
     def of_run(self, events: int, looks: int) -> float:
-        """The seconds of so many events, and of looking at the gradients of so many training steps."""
+        """The seconds of this many events, and of reading the gradients of this many training steps."""
         return events * self.event_seconds + looks * self.look_seconds
 
     def __str__(self) -> str:
@@ -66,5 +67,5 @@ class Cost:
 
 
 def share_of_run(event_seconds: float, training_passes: float, pass_seconds: float) -> float:
-    """The time of all events as a share of training, which takes this many passes; infinite if no training is left."""
+    """The time of all events as a share of training, which takes this many passes. Infinite if no training is left."""
     return event_seconds / (training_passes * pass_seconds) if training_passes else math.inf

@@ -8,13 +8,13 @@ _OVERSHOOT = 1.1
 
 
 class Guard:
-    """Judges points of an event by the limits of its settings."""
+    """Judges the points of an event by the limits in the settings."""
 
     def __init__(self, config: TeleportConfig):
         self._config = config
 
     def objection(self, point: Point, loss: float, grad_norm: float) -> str:
-        """Why the weights must not stay at a point; empty: they may.
+        """Why the weights must not stay at a point. Empty: they may.
 
         Args:
             loss, grad_norm: of the point's batch before the event.
@@ -29,7 +29,7 @@ class Guard:
         return ""
 
     def limit(self, point: Point, grad_norm: float) -> str:
-        """Why to end a batch's turn before another step; empty: go on.
+        """Why no further step is made on a batch. Empty: go on.
 
         Args:
             grad_norm: of the point's batch before the event.

@@ -1,4 +1,4 @@
-"""The way home: all changes of basis since a run began are undone, in the weights, in averages, and in the optimizer's state."""
+"""The way home: undo all changes of basis since a run began, in the weights, in averages and in the optimizer's state."""
 
 from collections.abc import MutableMapping
 from typing import Any
@@ -24,14 +24,16 @@ def turn_back(
     states: MutableMapping[Any, Any],
     ranks: Ranks,
 ) -> list[SymmetryReport]:
-    """Bring the weights back; what can't come back stays turned, and whatever goes wrong, all is bit for bit what it was.
+    """Turn the weights back. What can't be turned back stays turned.
+
+    If an error occurs, all weights are bit for bit what they were.
 
     Args:
-        tracker: knows the way; what it gathered turns too.
-        states: what the optimizer keeps for each parameter.
+        tracker: has the changes of basis to undo. The second moments that it gathered turn too.
+        states: the optimizer's state of each parameter.
 
     Returns:
-        What had been turned, each symmetry with a reason if it stays so.
+        The symmetries that had been turned. A symmetry that stays turned has a reason.
     """
     way = tracker.way
     if not way:
@@ -48,7 +50,7 @@ def turn_back(
         snapshot = Snapshot(turned, None if state is None else state.state)
         moments = tracker.moments_back(staying)
         reports = [leg.report(staying.get(leg, "")) for leg in way.legs]
-        # What was loaded is put back, and need not be turned.
+        # Frozen weights are restored from their copies, so only the others are turned.
         only = set(way.parameters) - set(way.frozen.originals) if way.frozen.originals else None
         try:
             ranks.together(lambda: way.turn_back(staying, state, weights.stand_in, only))

@@ -1,4 +1,4 @@
-"""The teleport data at one setting of the weights. The guard compares them before and after an event."""
+"""Measure loss and gradient on the teleport batches, before an event and after it."""
 
 import math
 from collections.abc import Callable, Collection
@@ -14,7 +14,7 @@ from hf_teleport.methods import Method
 
 @dataclass
 class Measurement:
-    """Loss and gradient norm of each batch, and the norm of the mean gradient of all."""
+    """Loss and gradient norm of each batch, and the norm of the mean gradient over all batches."""
 
     losses: list[float]
     grad_norms: list[float]
@@ -22,7 +22,7 @@ class Measurement:
 
     @property
     def loss(self) -> float:
-        """The mean of all batches."""
+        """The mean loss of all batches."""
         return sum(self.losses) / len(self.losses)
 
     @property
@@ -32,7 +32,7 @@ class Measurement:
 
 
 def measure(method: Method, batches: list[Any], see: Callable[[Point], None] | None = None) -> Measurement:
-    """Evaluate a method on each batch in turn, and pass each point to `see`. Ends at a batch that is not finite."""
+    """Evaluate each batch in turn, and pass each point to `see`. Stops after a batch whose loss or gradient is not finite."""
     losses, grad_norms = [], []
     total: list[Tensor | None] = []
     for i, batch in enumerate(batches):
@@ -48,14 +48,13 @@ def measure(method: Method, batches: list[Any], see: Callable[[Point], None] | N
 
 
 def landing(method: Method, batches: list[Any], held_back: Any, forgotten: Collection[nn.Parameter] = ()) -> float | None:
-    """The loss on the batch held back after the optimizer's next `rehearsal_steps` steps, on the teleport batches in
-    turn.
+    """Rehearse the optimizer's next `rehearsal_steps` steps on the teleport batches, and return the loss on the batch held back.
 
     Args:
-        forgotten: parameters of which the optimizer will remember nothing.
+        forgotten: parameters whose optimizer state will be reset.
 
     Returns:
-        None if that is not to be looked at, or cannot be: without an optimizer or such a batch.
+        The loss. None: there is nothing to rehearse, no optimizer, or no batch held back.
     """
     rehearsal, config = method.rehearsal, method.config
     if not config.rehearsal_steps or rehearsal is None or held_back is None:
@@ -72,7 +71,7 @@ def landing(method: Method, batches: list[Any], held_back: Any, forgotten: Colle
 
 
 def _add(total: list[Tensor | None], gradients: list[Tensor | None]) -> None:
-    """Add gradients to a total, parameter by parameter, so that no third list is in memory. None counts as zero."""
+    """Add gradients to a total, one parameter at a time, to save memory. None counts as zero."""
     total.extend([None] * (len(gradients) - len(total)))
     for i, gradient in enumerate(gradients):
         known = total[i]

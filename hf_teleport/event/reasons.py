@@ -1,4 +1,4 @@
-"""Why an event or a weight did not move, with the way out."""
+"""Why an event moved nothing, or a weight stayed, and what to do about it."""
 
 from collections import Counter
 
@@ -30,11 +30,11 @@ def explain(
     reason: str,
     at_rest: str,
 ) -> None:
-    """Note in each report whether its weight moved and how far, or why it did not.
+    """Note in each report whether its weight moved and how far, or why it stayed.
 
     Args:
-        changed: as `Snapshot.changed`; empty if nothing moved.
-        at_rest: why a weight that may move did not, though the event made a step.
+        changed: the result of `Snapshot.changed`. Empty: nothing moved.
+        at_rest: the reason for a movable weight that stayed although the event made a step.
     """
     for parameter, report in reports.items():
         report.moved, report.moved_by = parameter in changed, changed.get(parameter, 0.0)
@@ -45,7 +45,7 @@ def explain(
 
 
 def why_unmoved(report: TeleportReport) -> str:
-    """Why a whole event changed nothing."""
+    """Why an event changed nothing."""
     reason = report.stopped_because
     if reason == "nothing_movable":
         return why_immovable(report.layers)

@@ -1,1 +1,1 @@
-"""Files of rows and saved models that a user names on a command line: read, or refused in one line with the way out."""
+"""Read what a user names on a command line (files of rows, saved models), or refuse it in one line that says what to do."""

@@ -40,7 +40,7 @@ def model_and_batch(
     try:
         with torch.no_grad():
             synthetic_loss(model, batch)
-    except Exception as error:  # whatever a model says to inputs that do not suit it
+    except Exception as error:  # models raise all kinds of errors for inputs that do not suit them
         raise ValueError(
             f"{type(model).__name__} cannot take these inputs ({', '.join(batch)}): {shortened(error)}. Give rows that suit it "
             f"with --data, as training sees them (tokenised, for instance): {model.main_input_name}, and labels for the model's "
@@ -103,9 +103,9 @@ def from_saved(load: Callable[..., _T], argument: str, name: str, **settings: An
         raise FileNotFoundError(f"{given} has no config.json or other JSON file; {_WAYS}.")
     try:
         return load(str(path) if path.exists() else name, **settings)
-    except Exception as error:  # of whatever library reads the files
+    except Exception as error:  # the type depends on the library that reads the files
         broken = _broken(path) if path.is_dir() else ""
-        raise ValueError(f"{given} could not be loaded: {broken}{shortened(error).rstrip('.')}. To mend it, {_WAYS}.") from error
+        raise ValueError(f"{given} could not be loaded: {broken}{shortened(error).rstrip('.')}. To fix it, {_WAYS}.") from error
 
 
 def _broken(folder: Path) -> str:
@@ -141,7 +141,7 @@ def new_config(name: str, overrides: dict[str, Any], argument: str, **settings: 
         # Sizes are not set on a finished configuration: sizes that follow from others (Llama's head_dim) would be
         # stale.
         return kind(**{**settings, **overrides})
-    except Exception as error:  # of whatever kind a configuration raises
+    except Exception as error:  # configurations raise several types
         raise ValueError(f"{argument} = {overrides} is not allowed for {name!r}: {shortened(error)}") from error
 
 
@@ -160,7 +160,7 @@ def new_model(auto: Any, config: Any, argument: str) -> Any:
         raise ValueError(f"{kind!r} is not allowed; allowed: a model type that {auto.__name__} can make.")
     try:
         return auto.from_config(config) if hasattr(auto, "from_config") else auto(config)
-    except Exception as error:  # of whatever layer does not like its sizes
+    except Exception as error:  # the type depends on the layer that refuses its sizes
         raise ValueError(f"{argument} makes no {kind!r} model, correct its sizes: {shortened(error)}") from error
 
 
@@ -200,7 +200,7 @@ def _first_rows(file: Path, number: int) -> dict[str, Any]:
     rows = read_rows("--data", file)
     try:
         batch = default_data_collator([rows[i] for i in range(min(number, len(rows)))])
-    except Exception as error:  # of whatever makes tensors of values that are none
+    except Exception as error:  # the type depends on the values that make no tensor
         raise ValueError(
             f"--data = {str(file)!r}: rows that make one batch must be numbers, and equally long, so tokenise and pad them: "
             f"{shortened(error)}"

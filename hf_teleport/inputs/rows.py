@@ -44,7 +44,7 @@ def read_rows(argument: str, path: str | Path) -> Any:
     try:
         with _silent():
             rows = load_dataset(kind, data_files=str(file), split="train")
-    except Exception as error:  # of whatever library reads the file
+    except Exception as error:  # the type depends on the library that reads the file
         raise ValueError(f"{given} {_problem(file, kind, error)}") from error
     if not len(rows):
         raise ValueError(f"{given} has no rows; give a file with some.")

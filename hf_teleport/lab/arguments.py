@@ -1,4 +1,4 @@
-"""The training arguments of an experiment: Trainer's, the teleports', and its optimizer's."""
+"""The training arguments of an experiment: Trainer's arguments, the teleport settings, and settings of the optimizer."""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -14,10 +14,10 @@ _ADAM = {f.name: f.default for f in fields(TrainingArguments) if f.name in ("ada
 
 @dataclass
 class ExperimentArguments(TeleportTrainingArguments):
-    """`TeleportTrainingArguments` with an optimizer by its name, and learning rates by groups of parameters.
+    """`TeleportTrainingArguments`, with an optimizer by name and learning rates for groups of parameters.
 
     Raises:
-        ValueError: an optimizer that there is not, one that does not take its settings, or a rate that is not positive.
+        ValueError: the optimizer is unknown or does not take its settings, or a learning rate is not positive.
     """
 
     optimizer: str | None = field(
@@ -28,15 +28,15 @@ class ExperimentArguments(TeleportTrainingArguments):
         },
     )
     optimizer_settings: dict | str | None = field(
-        default=None, metadata={"help": "Keyword settings of `optimizer`; of 'muon+adamw', those of Muon."}
+        default=None, metadata={"help": "Keyword settings of `optimizer`. With 'muon+adamw' they are settings of Muon."}
     )
     embedding_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of embeddings and output head. Default: the learning rate."}
+        default=None, metadata={"help": "Learning rate of embeddings and output head. Default: `learning_rate`."}
     )
     parameter_learning_rates: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Learning rates by regular expressions, looked for in the names of parameters; the first that fits counts."
+            "help": "Learning rates by regular expression. The first expression that is found in a parameter's name counts."
         },
     )
     adam_beta1: float | None = field(default=None, metadata={"help": "Default: the optimizer's own, 0.9 for AdamW."})
@@ -62,7 +62,7 @@ class ExperimentArguments(TeleportTrainingArguments):
         if self.optimizer is None:
             if settings:
                 raise ValueError(
-                    f"optimizer_settings = {settings!r} is not allowed without `optimizer`; those of `optim` are `optim_args`."
+                    f"optimizer_settings = {settings!r} is not allowed without `optimizer`; for `optim` give `optim_args`."
                 )
             return
         known = accepted(optimizer_class(self.optimizer))
@@ -90,5 +90,5 @@ def _positive(name: str, value: Any) -> float:
 
 
 def given(arguments: Any) -> bool:
-    """Whether the optimizer is one that Trainer can't make by itself."""
+    """Whether the settings need an optimizer that Trainer can't make by itself."""
     return bool(arguments.optimizer or arguments.embedding_learning_rate or arguments.parameter_learning_rates)

@@ -1,17 +1,17 @@
-"""Does a teleport help, against the same optimizer at its best learning rate? The protocol that answers it, docs/compare.md.
+"""Compare teleports with the same optimizer at its best learning rate. docs/compare.md has the protocol.
 
-Of an experiment's settings with an arm `baseline` that does not teleport:
+It takes the settings of an experiment whose arm `baseline` does not teleport, and has two stages:
 
-1. every arm at every learning rate with the first seed; an arm's best rate has the lowest final training loss;
-2. with all seeds the baseline at its best rate, every other arm at that rate and at its own best one, and the controls.
+1. Train every arm at every learning rate with the first seed. An arm's best rate has the lowest final training loss.
+2. Train with all seeds: the baseline at its best rate, every other arm at that rate and at its own best rate, and the controls.
 
-With the key `tune` (tuning.py) the first stage searches more settings than the learning rate. The second one compares each arm,
-and the controls made of it, at its own best settings.
+With the key `tune` (tuning.py) the first stage searches more settings than the learning rate. The second stage then compares
+each arm, with its controls, at its own best settings.
 
-Two keys are this module's own:
+Two keys belong to this module:
 
     controls: some of 'warmup', 'random_move', 'identity' and 'matched_rate'; default: all that suit the arms; []: none
-    clock: 'seconds' or 'cpu_seconds', by which time is compared; CPU time is for one process on a CPU that has other work
+    clock: 'seconds' or 'cpu_seconds', the time that is compared; CPU time suits one process on a CPU that has other work
 """
 
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ CONTROLS = ("warmup", "random_move", "identity", "matched_rate")
 AT_BASELINES, AT_OWN = "the baseline's best learning rate", "each arm's best learning rate"
 AT_TUNED = "each arm's best settings"
 
-# Schedules without a warm-up, and the schedules that replace them.
+# Learning rate schedules without a warm-up, and the schedules that replace them.
 _WITH_WARMUP = {"constant": "constant_with_warmup", "reduce_lr_on_plateau": None}
 
 
@@ -41,9 +41,9 @@ class Protocol:
 
     Attributes:
         whole: every arm and every control at every learning rate with every seed.
-        arms: without the controls, the baseline first.
-        rates, seeds: of the grid.
-        clock: the name of the column that time is read from.
+        arms: names of the arms without the controls, the baseline first.
+        rates, seeds: learning rates and seeds of the grid.
+        clock: name of the column with the time.
     """
 
     whole: Experiment
@@ -53,20 +53,20 @@ class Protocol:
     clock: str
 
     def grid(self) -> Experiment:
-        """The first stage."""
+        """The runs of the first stage."""
         return replace(self.whole, runs=[r for r in self.whole.runs if r.arm in self.arms and r.seed == self.seeds[0]])
 
     def best(self, frame: Any) -> dict[str, float | None]:
-        """For each arm the learning rate with the lowest final training loss of the first seed; None: it diverged at all of them.
+        """For each arm, the learning rate with the lowest final training loss of the first seed. None: it always diverged.
 
         Args:
-            frame: as `results.evaluations`.
+            frame: the result of `results.evaluations`.
         """
         found = best_rates(_of(frame, self.grid()))
         return {arm: found.get(arm) for arm in self.arms}
 
     def second(self, best: dict[str, float | None]) -> Experiment:
-        """Both stages, so that a progress bar over the runs counts all of them."""
+        """The runs of both stages, so that a progress bar counts all of them."""
         chosen = {pair for rates in self.choices(best).values() for pair in rates.items()}
         first = {(r.arm, r.learning_rate, r.seed) for r in self.grid().runs}
         runs = [r for r in self.whole.runs if (r.arm, r.learning_rate) in chosen or (r.arm, r.learning_rate, r.seed) in first]
@@ -76,7 +76,7 @@ class Protocol:
         """The learning rates at which arms are compared.
 
         Args:
-            best: each arm's best rate, None for one that always diverged.
+            best: each arm's best rate. None: it always diverged.
         """
         rate = best[BASELINE]
         if rate is None:
@@ -89,7 +89,7 @@ class Protocol:
         }
 
     def remarks(self, best: dict[str, float | None]) -> list[str]:
-        """Doubts that the grid of learning rates leaves."""
+        """Warnings about the grid of learning rates, for arms whose best rate may lie outside."""
         return [f"{arm}: {remark}" for arm in self.arms if (remark := _remark(best[arm], self.rates))]
 
 
@@ -98,11 +98,11 @@ class Comparison:
     """The outcome of a protocol.
 
     Attributes:
-        frame: as `results.evaluations`, of its runs alone.
-        best: each arm's best learning rate, None for one that always diverged.
+        frame: the result of `results.evaluations`, for its own runs only.
+        best: each arm's best learning rate. None: it always diverged.
         choices: the learning rates at which arms are compared.
         verdicts: one for each arm and rate, the baseline's own first.
-        remarks: what the grid of learning rates leaves open.
+        remarks: warnings about the grid of learning rates, or a line about each search.
     """
 
     protocol: Protocol
@@ -114,12 +114,12 @@ class Comparison:
 
 
 def protocol(settings: Settings) -> Protocol:
-    """Checks all settings, those of the controls too.
+    """Check all settings, also those of the controls, and plan the runs.
 
     Raises:
-        ValueError: as `settings.plan`; no baseline, or one that teleports; no other arm; runs that are not evaluated as they
-            go on; a control or a clock that there is not.
-        FileNotFoundError: as `Task`.
+        ValueError: as `settings.plan`. Or: there is no baseline, it teleports, or there is no other arm; runs are not evaluated
+            during training; a control or the clock is unknown.
+        FileNotFoundError: as `Workload`.
     """
     settings = {"eval_on_start": True, **settings}
     arms = {run.arm: run.training for run in plan(settings).runs}
@@ -148,10 +148,10 @@ def protocol(settings: Settings) -> Protocol:
 
 
 def compare(made: Protocol) -> Comparison:
-    """Carry out the rest of a protocol, and judge the arms.
+    """Carry out the unfinished runs of a protocol, and judge the arms.
 
     Raises:
-        FileNotFoundError, ValueError: as `runs.execute`; or the baseline diverges at every learning rate.
+        FileNotFoundError, ValueError: as `runs.execute`. ValueError also if the baseline diverges at every learning rate.
         ModuleNotFoundError: a library of the experiments is not installed.
     """
     if made.whole.settings.get("tune") is not None:
@@ -169,7 +169,7 @@ def compare(made: Protocol) -> Comparison:
 
 
 def _compare_tuned(made: Protocol) -> Comparison:
-    """Each arm at its own best settings, and each control at the best ones of the arm that it is made of."""
+    """Compare each arm at its own best settings, and each control at the best settings of its arm."""
     found = tune(made.whole, made.arms)
     setups = {arm: setup for arm, (setup, _) in found.items()}
     training = {run.arm: run.training for run in experiment(made.whole, list(setups.values()), made.seeds[:1]).runs}
@@ -188,7 +188,7 @@ def _compare_tuned(made: Protocol) -> Comparison:
 
 
 def _of(frame: Any, experiment: Experiment) -> Any:
-    """The rows of an experiment's runs, without those of others in the same folder."""
+    """The rows of an experiment's runs, without other runs in the same folder."""
     kept = {(run.arm, run.learning_rate, run.seed) for run in experiment.runs}
     return frame[[row in kept for row in zip(frame["arm"], frame["learning_rate"], frame["seed"], strict=True)]]
 
@@ -227,7 +227,7 @@ def _teleports(training: TeleportTrainingArguments) -> bool:
 
 
 def _controls(wanted: Any, arms: dict[str, TeleportTrainingArguments]) -> dict[str, tuple[str, Settings]]:
-    """For each control the arm that it starts from, and the settings in which it differs from that arm."""
+    """For each control: the arm that it starts from, and the settings that it changes."""
     chosen = list(CONTROLS) if wanted is None else [wanted] if isinstance(wanted, str) else wanted
     if not isinstance(chosen, list) or any(name not in CONTROLS for name in chosen):
         raise ValueError(f"controls = {wanted!r} is not allowed; allowed: some of {list(CONTROLS)}.")
@@ -244,12 +244,12 @@ def _controls(wanted: Any, arms: dict[str, TeleportTrainingArguments]) -> dict[s
 
 
 def _warmup(baseline: TeleportTrainingArguments) -> Settings:
-    """A warm-up of a tenth of the run, or twice the present one."""
+    """The settings of the control 'warmup': a warm-up of a tenth of the run, or twice the present warm-up."""
     schedule = baseline.lr_scheduler_type.value
     steps = 0 if schedule in _WITH_WARMUP else baseline.warmup_steps
     schedule = _WITH_WARMUP.get(schedule, schedule)
     longer = 2 * steps or 0.1
-    # Below 1 it is a share of the run, and twice a half is the whole run.
+    # A value below 1 is a share of the run. Doubling must not turn a share into a number of steps.
     if schedule is None or steps < 1 <= longer:
         return {}
     return {"warmup_steps": longer, "lr_scheduler_type": schedule}
@@ -262,17 +262,17 @@ def _random_move(training: TeleportTrainingArguments) -> Settings:
 
 
 def _identity(training: TeleportTrainingArguments) -> Settings:
-    """The second moments are rebuilt, and nothing turns."""
+    """The settings of the control 'identity': the second moments are rebuilt, but nothing turns."""
     rebuilds = training.teleport_method == "basis" and training.teleport_second_moment in ("factors", "measure")
     return {"teleport_basis": "identity"} if rebuilds and training.teleport_basis != "identity" else {}
 
 
 def _matched_rate(training: TeleportTrainingArguments) -> Settings:
-    # A change of basis leaves the norm of the gradient as it is.
+    # A change of basis does not change the gradient norm, so there is no rate to match.
     return {"teleport_control": "matched_rate"} if _has_controls(training) else {}
 
 
 def _has_controls(training: TeleportTrainingArguments) -> bool:
-    """Whether `teleport_control` suits these settings, and is not what the arm itself tests."""
+    """Whether `teleport_control` suits these settings, and the arm does not set it itself."""
     joint = training.teleport_method == "null_space" and training.teleport_scope == "joint"
     return joint and not training.teleport_control

@@ -1,4 +1,4 @@
-"""A run's log with the time that training has taken."""
+"""A callback that keeps a run's log with the time spent on training."""
 
 import time
 from typing import Any
@@ -8,26 +8,26 @@ from transformers.trainer_callback import ExportableState
 
 
 class History(TrainerCallback, ExportableState):
-    """The run's log with the time that training has taken, teleports included, evaluation and checkpoints left out.
+    """Keeps the run's log with the time spent on training. Teleports count; evaluations and checkpoints do not.
 
-    A checkpoint holds its state: `History.from_state` of it goes on where the checkpoint was written.
+    Checkpoints save its state. `History.from_state` continues from there.
 
     Args:
         rows: the log so far.
         spent: seconds and CPU seconds so far.
 
     Attributes:
-        rows: what was logged, each with its `step`, `seconds` and `cpu_seconds`.
+        rows: the rows of the log, each with its `step`, `seconds` and `cpu_seconds`.
     """
 
     def __init__(self, rows: list[dict[str, Any]] | None = None, spent: list[float] | None = None) -> None:
         self.rows: list[dict[str, Any]] = list(rows or [])
         self._spent = list(spent or [0.0, 0.0])
-        # When the clocks were started; None while they are stopped.
+        # The clocks' values when they were started. None: they are stopped.
         self._since: list[float] | None = None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state for a checkpoint."""
         return {"args": {"rows": self.rows, "spent": self._elapsed()}, "attributes": {}}
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Names and values that a user writes: duplicates, the nearest known name, and the right kind of value."""
+"""Checks of keys and values in a user's YAML: duplicate keys, unknown keys with the nearest known one, wrong types."""
 
 import difflib
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ _CALLED = {bool: "true or false", int: "a whole number", float: "a number", str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML wants the keys of a mapping to be unique; the library would take the last of several without a word."""
+    """Refuses duplicate keys in a mapping. YAML forbids them, but the library silently takes the last one."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -24,35 +24,35 @@ class _Loader(yaml.SafeLoader):
             if (key.tag, key.value) in first:
                 raise ValueError(
                     f"{self.name}, line {line}: key {key.value!r} is given twice in one mapping, first in line "
-                    f"{first[key.tag, key.value]}; take one of the two out."
+                    f"{first[key.tag, key.value]}; remove one of the two."
                 )
             first[key.tag, key.value] = line
         return node
 
 
 def from_yaml(text: str, source: str) -> Any:
-    """What a YAML text holds.
+    """Parse a YAML text.
 
     Args:
-        source: what it is called in errors: a file's path, or the name of an argument.
+        source: its name in errors: a file's path, or the name of an argument.
 
     Raises:
-        ValueError: it is not YAML, or has a key twice in one mapping; the message names the source and the line.
+        ValueError: it is not YAML, or has a key twice in one mapping. The message names the source and the line.
     """
     try:
         loader = _Loader(text)
         loader.name = source
         return loader.get_single_data()
     except yaml.YAMLError as error:
-        tab = "; YAML wants blanks instead of tabs" if "'\\t'" in str(error) else ""
+        tab = "; YAML needs blanks instead of tabs" if "'\\t'" in str(error) else ""
         raise ValueError(f"{source} is not YAML, correct it where this says: {error}{tab}") from error
 
 
 def require_known(key: str, known: Iterable[str], where: str) -> None:
-    """Checks that a key is one of those there are.
+    """Check that a key is known.
 
     Raises:
-        ValueError: it is not; the message names it and the nearest one.
+        ValueError: it is not. The message names it and the nearest known key.
     """
     names = list(known)
     if key not in names:
@@ -62,13 +62,13 @@ def require_known(key: str, known: Iterable[str], where: str) -> None:
 
 
 def require_fit(key: str, value: Any, kind: type) -> None:
-    """Checks that a value read from YAML is of the kind that a dataclass wants. Texts are read later, as on a command line.
+    """Check that a value from YAML has the type of a dataclass's field. Strings are parsed later, as on a command line.
 
     Args:
         key: a field of the dataclass `kind`.
 
     Raises:
-        ValueError: it is not; the message names the kinds that are allowed.
+        ValueError: the type is wrong. The message names the types that are allowed.
     """
     wanted = _kinds(get_type_hints(kind)[key])
     if value is None or isinstance(value, str):
@@ -86,7 +86,7 @@ def require_fit(key: str, value: Any, kind: type) -> None:
 
 
 def _kinds(hint: Any) -> set[type]:
-    """The alternatives of a type that YAML can tell apart; a choice among texts is a text."""
+    """The alternatives of a type, as far as YAML distinguishes them. A choice among strings counts as a string."""
     origin = get_origin(hint)
     if origin in (Union, UnionType):
         return set().union(*(_kinds(part) for part in get_args(hint)))

@@ -1,4 +1,4 @@
-"""The networks of experiments by their names, and the parts of their configs that depend on the data."""
+"""The networks of experiments by name, and the settings of their configs that depend on the data."""
 
 import inspect
 from collections.abc import Callable
@@ -23,13 +23,13 @@ from hf_teleport.lab.data import Pipeline
 
 @dataclass(frozen=True)
 class Network:
-    """A model of Transformers or one of the paper's, which are registered there.
+    """A model of Transformers, or one of the paper's networks, which are registered with Transformers.
 
     Attributes:
-        kind: of the data that it takes.
+        kind: the kind of data that it takes.
         model_type: the name of its config.
-        auto: the class that makes or loads it, by its config.
-        from_data: the settings of its config that the data decide.
+        auto: the Auto class that makes or loads it.
+        from_data: returns the config settings that the data decide.
     """
 
     kind: str
@@ -39,16 +39,16 @@ class Network:
 
     @property
     def classifies(self) -> bool:
-        """Whether its rows have one class each."""
+        """Whether it predicts a class for each row."""
         return self.auto in (AutoModelForImageClassification, AutoModelForSequenceClassification)
 
     @property
     def is_masked(self) -> bool:
-        """Whether it is trained to find masked words."""
+        """Whether it is a masked language model."""
         return self.auto is AutoModelForMaskedLM
 
     def sizes(self) -> list[str]:
-        """Names of the settings of its config, from the inputs' to the labels'."""
+        """Names of its config's own settings."""
         bases = [base for base in CONFIG_MAPPING[self.model_type].__mro__ if issubclass(base, PreTrainedConfig)]
         of_all = inspect.signature(PreTrainedConfig).parameters
         names = dict.fromkeys(name for base in bases for name in inspect.signature(base).parameters)
@@ -60,7 +60,7 @@ class Network:
         Raises:
             ValueError: a value that is not allowed.
         """
-        # One setting has several names in Transformers, and the last one given would win.
+        # Transformers has several names for some settings. Without this the name that is given last would win.
         names = CONFIG_MAPPING[self.model_type].attribute_map
         try:
             return AutoConfig.for_model(self.model_type, **{names.get(name, name): value for name, value in settings.items()})

@@ -1,4 +1,4 @@
-"""Optimizers of experiments: any by its name, several behind one object, learning rates by groups of parameters."""
+"""Optimizers of experiments: chosen by name, combined into one object, with learning rates for groups of parameters."""
 
 import difflib
 import inspect
@@ -18,17 +18,17 @@ from hf_teleport.reporting.extras import require_extra
 
 MUON_ADAMW = "muon+adamw"
 
-# Other settings give these, or nobody does.
+# Parameters of an optimizer's constructor that `optimizer_settings` must not give.
 _NO_SETTINGS = {"self", "params", "lr", "weight_decay", "args", "kwargs"}
 
-# Arguments for Trainer's optimizers that make groups of their own.
+# Arguments of Trainer's optimizers that make their own groups of parameters.
 _OWN_GROUPS = {"params", "model", "optimizer_dict"}
 
 Group = dict[str, Any]
 
 
 class _InFloat32(TorchFunctionMode):
-    """What torch would compute in bfloat16 is computed in float32."""
+    """Inside, `Tensor.bfloat16` returns float32, so torch computes in float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.bfloat16:
@@ -37,63 +37,63 @@ class _InFloat32(TorchFunctionMode):
 
 
 class CPUMuon(torch.optim.Muon):
-    """Muon with its Newton-Schulz iterations in float32: in bfloat16 many CPUs need ten times as long for them."""
+    """Muon with its Newton-Schulz iterations in float32. In bfloat16 they take ten times as long on many CPUs."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """A step of Muon."""
+        """Take a step of Muon."""
         with _InFloat32():
             return super().step(closure)
 
 
 class CombinedOptimizer(Optimizer):
-    """Several optimizers behind one object, each for parameters of its own.
+    """Several optimizers in one object. Each has its own parameters.
 
-    `param_groups` and `state` are those of all `parts`, so that a scheduler changes all learning rates, and `state_dict` and
+    `param_groups` and `state` contain those of all `parts`. So a scheduler changes all learning rates, and `state_dict` and
     `load_state_dict` are complete.
 
         CombinedOptimizer(torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=3e-4))
 
     Raises:
-        ValueError: no parts, or a parameter in two of them.
+        ValueError: there are no parts, or two parts have the same parameter.
     """
 
     def __init__(self, *parts: Optimizer):
         if not parts:
             raise ValueError("parts = () is not allowed; allowed: one optimizer or more.")
         self.parts = parts
-        # The groups are the parts' own objects, not copies, and so is the state of each parameter.
+        # Groups and states are the parts' own objects and not copies.
         super().__init__([group for part in parts for group in part.param_groups], {})
 
     @property
     def state(self) -> Any:
-        """The parts' state of each parameter."""
+        """The state of each parameter, from all parts."""
         return {parameter: kept for part in self.parts for parameter, kept in part.state.items()}
 
     @state.setter
     def state(self, value: Any) -> None:
-        """Optimizer's constructor sets an empty state."""
+        """Ignored. The constructor of `Optimizer` sets an empty state."""
 
     def add_param_group(self, param_group: Group) -> None:
-        """Refused but for the groups of the parts.
+        """Add a group of one of the parts. Other groups are refused.
 
         Raises:
-            ValueError: it is no part's.
+            ValueError: the group belongs to no part.
         """
         if not any(param_group is group for part in self.parts for group in part.param_groups):
             raise ValueError("a group of parameters is not allowed here; add it to an optimizer before it is combined.")
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Each part gets its groups, in the order of the parts, and what is kept for their parameters.
+        """Load each part's groups, in the order of the parts, and the states of their parameters.
 
         Raises:
-            ValueError: other groups than there are.
+            ValueError: the number of groups differs.
         """
         saved, groups = state_dict["state"], list(state_dict["param_groups"])
         if len(groups) != len(self.param_groups):
             raise ValueError(
-                f"{len(groups)} groups of parameters are not allowed; allowed: {len(self.param_groups)}, as there are."
+                f"{len(groups)} groups of parameters are not allowed; allowed: {len(self.param_groups)}, as this optimizer has."
             )
         for part in self.parts:
             own = [groups.pop(0) for _ in part.param_groups]
@@ -103,7 +103,7 @@ class CombinedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """A step of every part; returns what the closure does."""
+        """Take a step of every part. Returns the closure's result."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -117,11 +117,11 @@ class CombinedOptimizer(Optimizer):
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
-    """A class of torch.optim or, if there is none, of pytorch_optimizer; of 'muon+adamw' Muon's.
+    """The class of this name in torch.optim, or else in pytorch_optimizer. For 'muon+adamw' it is Muon.
 
     Raises:
         ValueError: there is no such class.
-        ModuleNotFoundError: it is none of torch.optim, and pytorch_optimizer is not installed.
+        ModuleNotFoundError: torch.optim has no such class, and pytorch_optimizer is not installed.
     """
     if name == MUON_ADAMW:
         return torch.optim.Muon
@@ -143,14 +143,12 @@ def _optimizers(module: Any) -> dict[str, type[Optimizer]]:
 
 
 def accepted(kind: type[Optimizer]) -> list[str]:
-    """Keyword settings of an optimizer, without the learning rate and weight decay, which groups of parameters have."""
+    """The keyword settings of an optimizer, without learning rate and weight decay, which belong to groups of parameters."""
     return sorted(inspect.signature(kind).parameters.keys() - _NO_SETTINGS)
 
 
 def outer_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of embeddings and of the output head. The head is the one that the model names, or layers with a
-    head's name.
-    """
+    """The parameters of embeddings and output head. The head is the model's own, or all layers with a head's name."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -165,22 +163,22 @@ def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
 
 
 def parameter_groups(model: nn.Module, arguments: Any) -> list[Group]:
-    """Groups of equal learning rate and weight decay, hidden matrices apart (`hidden`) and those at the learning rate first.
+    """Groups of parameters with equal learning rate and weight decay. Hidden matrices have their own groups (`hidden`).
 
-    As in Trainer, biases and the gains of norms have no weight decay.
+    As in Trainer, biases and the gains of norms have no weight decay. Groups with the plain learning rate come first.
 
     Args:
         arguments: the settings, `ExperimentArguments`.
 
     Raises:
-        ValueError: a pattern that no parameter's name has.
+        ValueError: a pattern is found in no parameter's name.
     """
     outer, hidden = outer_parameters(model), hidden_matrices(model)
     patterns: dict[str, float] = arguments.parameter_learning_rates or {}
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in names):
-            raise ValueError(f"parameter_learning_rates has {pattern!r}, which is in no parameter's name; there are {names}.")
+            raise ValueError(f"parameter_learning_rates has {pattern!r}, which is in no parameter's name; the names are {names}.")
     decayed = set(Trainer.get_decay_parameter_names(None, model))
     found: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -191,15 +189,15 @@ def parameter_groups(model: nn.Module, arguments: Any) -> list[Group]:
         key = parameter in hidden, rate, arguments.weight_decay if name in decayed else 0.0
         found.setdefault(key, []).append(parameter)
     groups = [{"params": params, "lr": r, "weight_decay": d, "hidden": h} for (h, r, d), params in found.items()]
-    # Trainer logs the rate of the first group.
+    # Trainer logs the learning rate of the first group.
     return sorted(groups, key=lambda group: group["lr"] != arguments.learning_rate)
 
 
 def make_optimizer(model: nn.Module, arguments: Any) -> Optimizer:
-    """The optimizer of the settings, `ExperimentArguments`, for the parameters of a model that are trained.
+    """Make the optimizer that the settings (`ExperimentArguments`) name, for a model's trainable parameters.
 
     Raises:
-        ValueError: an optimizer that does not take its settings, or that does not suit the model.
+        ValueError: the optimizer does not take its settings, or does not suit the model.
     """
     groups = parameter_groups(model, arguments)
     hidden = [_without_mark(group) for group in groups if group["hidden"]]
@@ -216,8 +214,8 @@ def make_optimizer(model: nn.Module, arguments: Any) -> Optimizer:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
         if not isinstance(kind, type) or settings.keys() & _OWN_GROUPS:
             raise ValueError(
-                f"optim = {arguments.optim!r} makes its own groups of parameters: leave embedding_learning_rate and "
-                "parameter_learning_rates out."
+                f"optim = {arguments.optim!r} makes its own groups of parameters: leave out embedding_learning_rate and "
+                "parameter_learning_rates."
             )
     else:
         kind = optimizer_class(arguments.optimizer)
@@ -233,7 +231,7 @@ def _without_mark(group: Group) -> Group:
 
 
 def _adam_settings(kind: type[Optimizer], arguments: Any) -> dict[str, Any]:
-    """Betas and epsilon if the settings have them; else the optimizer's own."""
+    """Betas and epsilon, as far as the settings give them. What is missing keeps the optimizer's default."""
     taken = inspect.signature(kind).parameters
     found: dict[str, Any] = {}
     given = [arguments.adam_beta1, arguments.adam_beta2]

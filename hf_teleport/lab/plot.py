@@ -1,4 +1,4 @@
-"""Pictures, numbers and a table of an experiment."""
+"""Draw an experiment's training losses, and write them as numbers and a table."""
 
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ FIGURE, NUMBERS = "training_loss.png", "training_loss.csv"
 
 Choices = dict[str, dict[str, float]]
 
-# The horizontal axes of the training loss: columns of `results.curves`, and their names.
+# The horizontal axes: columns of `results.curves`, and their labels.
 ALONG = {"step": "step", "seconds": "seconds, teleports included"}
 
 
 def plot(output: str | Path) -> Any:
-    """Write the training loss of an experiment's finished runs as a figure and a CSV file into its folder.
+    """Write the training losses of an experiment's finished runs into its folder, as a figure and a CSV file.
 
     Returns:
         A rich table of the final values.
@@ -34,19 +34,19 @@ def plot(output: str | Path) -> Any:
 
 
 def figure(lines: Any, chosen: Choices, along: dict[str, str] | None = None) -> Any:
-    """Training loss against steps, seconds and others, side by side, for each way to choose the learning rate.
+    """Draw training loss against steps, time and others. There is a row for each way to choose the learning rate.
 
     Args:
-        lines: as `results.curves`; a band is a standard deviation to either side.
-        chosen: as `results.choices`.
-        along: columns and their names; default: `ALONG`.
+        lines: the result of `results.curves`. A band shows one standard deviation to either side.
+        chosen: the result of `results.choices`.
+        along: columns for the horizontal axes, and their labels. Default: `ALONG`.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
     figures = require_extra("matplotlib.figure")
     along = along or ALONG
-    # Made without pyplot, which would keep it in memory and may want a display.
+    # Not by pyplot, which keeps figures in memory and may need a display.
     drawing = figures.Figure(figsize=(5 * len(along), 3.6 * len(chosen)), layout="constrained")
     panels = drawing.subplots(len(chosen), len(along), squeeze=False, sharey="row")
     for (title, rates), row in zip(chosen.items(), panels, strict=True):
@@ -68,9 +68,9 @@ def table(frame: Any, chosen: Choices, name: str) -> Any:
     """Final values of each arm at its learning rates: mean ± standard deviation over the seeds.
 
     Args:
-        frame: as `results.evaluations`.
-        chosen: as `results.choices`.
-        name: of the experiment.
+        frame: the result of `results.evaluations`.
+        chosen: the result of `results.choices`.
+        name: the experiment's name.
     """
     from rich import box
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""A comparison as files, as a table, and in words."""
+"""The results of a comparison as files, as a table, and as sentences."""
 
 import json
 import math
@@ -18,7 +18,7 @@ _CLOCK_NAMES = {"seconds": "seconds", "cpu_seconds": "CPU seconds"}
 
 
 def write(comparison: Comparison) -> list[Path]:
-    """Write numbers, verdicts and picture into the output folder; returns their paths.
+    """Write numbers, verdicts and picture into the output folder. Returns their paths.
 
     Raises:
         ModuleNotFoundError: matplotlib or pandas is not installed.
@@ -33,7 +33,7 @@ def write(comparison: Comparison) -> list[Path]:
 
 
 def numbers(comparison: Comparison) -> Any:
-    """A `DataFrame` with a row for each `Verdict`: its values, with half the width of an interval in `..._half`."""
+    """A `DataFrame` with a row for each `Verdict`. Half the width of an interval is in the column `..._half`."""
     rows = []
     for verdict in comparison.verdicts:
         row: dict[str, Any] = {}
@@ -44,7 +44,7 @@ def numbers(comparison: Comparison) -> Any:
 
 
 def record(comparison: Comparison) -> dict[str, Any]:
-    """The whole outcome as plain values; a number that is not finite is None."""
+    """The whole outcome as plain values. A number that is not finite becomes None."""
     made = comparison.protocol
     return {
         "clock": made.clock,
@@ -58,7 +58,7 @@ def record(comparison: Comparison) -> dict[str, Any]:
 
 
 def verdicts(found: dict[str, Any]) -> list[Verdict]:
-    """The verdicts of a `record`; a number that was not finite is NaN."""
+    """The verdicts of a `record`. A number that was not finite is NaN."""
     return [Verdict(**{name: _interval(value) for name, value in row.items()}) for row in found["verdicts"]]
 
 
@@ -75,7 +75,7 @@ def _plain(value: Any) -> Any:
 
 
 def table(comparison: Comparison) -> Any:
-    """A rich table: mean ± half the 95 % interval over the seeds, differences from the baseline at its best learning rate."""
+    """A rich table of differences from the baseline at its best learning rate: mean ± half the 95 % interval over the seeds."""
     from rich import box
     from rich.table import Table
 
@@ -98,14 +98,14 @@ def columns(measure: str = "metric") -> list[str]:
     """The names of the columns of `cells`.
 
     Args:
-        measure: the name of that of the test set.
+        measure: the name of the test set's metric.
     """
     times = ["final loss", "time", "steps to its loss", "time to its loss", "at equal time", "at equal samples"]
     return ["arm", "rate", *times, "test loss", f"test {measure}", "verdict"]
 
 
 def cells(verdict: Verdict) -> list[str]:
-    """A verdict as a row of a table; the baseline's differences from itself are blank."""
+    """A verdict as a row of a table. The differences are blank for the baseline itself."""
     differences = (verdict.equal_time, verdict.equal_samples, verdict.test_loss, verdict.metric)
     compared = [
         _passing(verdict, "steps_to_loss"),
@@ -123,7 +123,7 @@ def cells(verdict: Verdict) -> list[str]:
 
 
 def _passing(verdict: Verdict, name: str) -> str:
-    """When an arm reaches the baseline's final training loss, in units of the baseline's own time or steps."""
+    """When an arm reaches the baseline's final training loss, as a multiple of the baseline's own time or steps."""
     reached = getattr(verdict, name)
     never = f"never {verdict.never} of {verdict.seeds}"
     if verdict.never == verdict.seeds:
@@ -137,7 +137,7 @@ def _signed(difference: Interval) -> str:
 
 
 def sentences(comparison: Comparison) -> list[str]:
-    """The verdicts in words, then doubts from a control or the grid of learning rates."""
+    """The verdicts as sentences, followed by doubts that controls or the grid of learning rates raise."""
     own = {verdict.arm: verdict for verdict in comparison.verdicts if verdict.word == BETTER}
     doubts = [
         f"{arm} is better, but so is its control {control}: the gain may not be the teleport's."

@@ -1,4 +1,4 @@
-"""The outcome of an experiment's runs, as tables: mean and standard deviation over the seeds."""
+"""Read an experiment's finished runs into tables, and take means and standard deviations over the seeds."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from hf_teleport.reporting.extras import require_extra
 # Defaults of settings that a file does not name.
 _DEFAULTS = {setting.name: setting.default for setting in fields(TeleportTrainingArguments)}
 
-# Measures of the test set besides its loss, one for each kind of data.
+# Metrics of the test set besides its loss. Each kind of data has one.
 MEASURES = ("accuracy", "mse", "perplexity")
 
 
@@ -24,9 +24,12 @@ def evaluations(output: str | Path) -> Any:
     """A `DataFrame` with a row for each evaluation of each finished run.
 
     Its columns are arm, learning_rate, seed, step, samples, seconds, cpu_seconds, train_loss, test_loss, measure and metric.
-    Samples are of the training batches and of all teleports so far. Times are of training, teleports included. The training loss
-    is in eval mode, on the rows that the settings name. The metric is the measure's value on the test set. The loss of a run that
-    diverged is infinite, so that means do not skip it.
+
+    - samples: used so far by training batches and by teleports.
+    - seconds, cpu_seconds: time of training so far, with its teleports.
+    - train_loss: measured in eval mode, on the rows that the settings name. It is infinite if the run diverged, so that means
+      do not skip the run.
+    - measure, metric: name and value of the test set's metric.
 
     Raises:
         FileNotFoundError: there is no finished run.
@@ -48,7 +51,7 @@ def evaluations(output: str | Path) -> Any:
 
 
 def _by_step(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The evaluations in a run's log: each is several rows of it, one for each data set."""
+    """The evaluations in a run's log. The log has a row for each data set of an evaluation."""
     steps: dict[int, dict[str, Any]] = {}
     for row in log:
         if any(name in row for name in ("eval_train_loss", "eval_test_loss")):
@@ -63,10 +66,10 @@ def _by_step(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _samples(settings: dict[str, Any], log: list[dict[str, Any]]) -> Callable[[int], int]:
-    """How many samples a run has used after this many steps.
+    """Returns a function: how many samples a run has used after this many steps.
 
-    A teleport uses those of its batches and of the one held back, however often it passes over them. It comes before the step
-    that it is named after, and after an evaluation there.
+    A teleport uses the samples of its batches and of the batch held back, and each counts once. A teleport before step N comes
+    after an evaluation at step N.
     """
 
     def value(name: str) -> Any:
@@ -75,7 +78,7 @@ def _samples(settings: dict[str, Any], log: list[dict[str, Any]]) -> Callable[[i
     batch = value("per_device_train_batch_size") * settings.get("processes", 1)
     of_a_turn: Any = SimpleNamespace(**{name: value(f"teleport_{name}") for name in ("basis", "second_moment", "track_every")})
     told = value("teleport_method") == "basis" and BasisTurn.is_told(of_a_turn)
-    # An event that training's gradients have told all takes one batch, to check on, and the one that is held back.
+    # A basis that follows training's gradients takes two batches an event: one for its check, and one that is held back.
     drawn = ((1 if told else value("teleport_num_batches")) + 1) * (value("teleport_batch_size") or batch)
     event = min(drawn, settings.get("train_rows") or drawn)
     events = {row["step"] for row in log if any(name.startswith("teleport/") for name in row)}
@@ -83,10 +86,10 @@ def _samples(settings: dict[str, Any], log: list[dict[str, Any]]) -> Callable[[i
 
 
 def curves(frame: Any) -> Any:
-    """Over the seeds of `evaluations`, for each arm, learning rate and step.
+    """Means over the seeds, with a row for each arm, learning rate and step of `evaluations`.
 
     The columns are arm, learning_rate, step, seconds, cpu_seconds, samples, train_loss, train_loss_sd, test_loss, measure, metric
-    and seeds (how many). All numbers are means, except the standard deviation, which has one degree of freedom less than seeds.
+    and seeds (their number). All numbers are means, except the standard deviation, which has seeds - 1 degrees of freedom.
     """
     groups = frame.groupby(["arm", "learning_rate", "step"], sort=False)
     table = groups.agg(
@@ -109,9 +112,9 @@ def final(frame: Any) -> Any:
 
 
 def best_rates(frame: Any) -> dict[str, float]:
-    """For each arm the learning rate with the lowest final training loss, mean over the seeds.
+    """For each arm, the learning rate with the lowest mean of final training losses over the seeds.
 
-    A rate with fewer seeds than another is left out: it was only tried. An arm that diverged at all of its rates is left out too.
+    A rate with fewer seeds than another was only tried, and is left out. An arm that diverged at all of its rates is left out.
     """
     runs = final(frame).groupby(["arm", "learning_rate"])["train_loss"].agg(["mean", "size"])
     best = {}
@@ -123,7 +126,7 @@ def best_rates(frame: Any) -> dict[str, float]:
 
 
 def choices(frame: Any, paper_learning_rate: float | None) -> dict[str, dict[str, float]]:
-    """For each way to choose a learning rate: the rate of each arm that has it."""
+    """For each way to choose a learning rate: the rate of each arm that was run at it."""
     best = {"best learning rate": best_rates(frame)}
     if paper_learning_rate is None:
         return best

@@ -1,7 +1,7 @@
-"""Runs, one after the other in one process, each kept in a folder. A finished run is not run again.
+"""Train the runs of an experiment one after the other. Each has a folder, and a finished run is not trained again.
 
-A run's folder has `settings.json`, and its Trainer checkpoints while it lasts. In the end it has `history.json`, `done`
-and, if the settings say so, its trained model in `model`.
+During a run its folder has `settings.json` and Trainer's checkpoints. A finished run has `history.json`, `done` and, if the
+settings ask for it, its trained model in `model`.
 """
 
 import json
@@ -30,17 +30,17 @@ SETTINGS, HISTORY, DONE, ALL_SETTINGS, MODEL = "settings.json", "history.json", 
 
 
 def execute(experiment: Experiment) -> int:
-    """Carry out the runs that are not finished, and return how many there were.
+    """Train the unfinished runs, and return their number.
 
     Several processes (`accelerate launch`) train each run together, and the first one writes.
 
     Raises:
-        FileNotFoundError, ValueError: no such data, or a run's folder was made with other settings, or a run cannot be done.
+        FileNotFoundError, ValueError: the data can't be loaded, a run's folder was made with other settings, or a run fails.
         ModuleNotFoundError: a library of the experiments is not installed.
     """
     processes = PartialState()
     metrics = require_extra("hf_teleport.metrics")
-    # One process decides, because another might see a folder that has changed in the meantime.
+    # One process decides, because the folder may change before another process looks.
     pending = from_first(lambda: _pending(experiment))
     if not pending:
         return 0
@@ -64,7 +64,7 @@ def execute(experiment: Experiment) -> int:
 
 
 def from_first(read: Callable[[], Any]) -> Any:
-    """A value that the first process reads, for all of them: not every process may see its files."""
+    """Read a value on the first process and send it to all, because the others may not see the same files."""
     processes = PartialState()
     found = [read() if processes.is_main_process else None]
     broadcast_object_list(found)
@@ -72,7 +72,7 @@ def from_first(read: Callable[[], Any]) -> Any:
 
 
 def _pending(experiment: Experiment) -> list[int]:
-    """Which runs are not finished.
+    """The indices of the unfinished runs.
 
     Raises:
         ValueError: a folder was made with other settings.
@@ -96,7 +96,7 @@ def _require_same(run: Run, old: dict[str, Any]) -> None:
 
 
 def _carry_out(run: Run, workload: Workload, data: Pipeline, measures: dict[str, Any], bar: Any) -> None:
-    """Train, from the last checkpoint if the run was interrupted, and keep the history."""
+    """Train a run and write its history. An interrupted run goes on from its last checkpoint."""
     processes = PartialState()
     if processes.is_main_process:
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def _carry_out(run: Run, workload: Workload, data: Pipeline, measures: dict[str,
 
 
 def make_trainer(run: Run, workload: Workload, data: Pipeline, measures: dict[str, Any]) -> TeleportTrainer:
-    """A run's trainer; the seed decides the weights of its fresh model.
+    """Make a run's trainer. The seed decides the initial weights.
 
     Args:
         measures: a Trainer's `compute_metrics` and `preprocess_logits_for_metrics`.
@@ -132,7 +132,7 @@ def make_trainer(run: Run, workload: Workload, data: Pipeline, measures: dict[st
     set_seed(run.seed)
     model = workload.make_model(data)
     train = evenly(data.train, workload.train_rows)
-    # The bar over the runs stands for theirs. A copy, for whoever runs more of the experiment wants to know what was given.
+    # The bar over the runs replaces Trainer's own. The change is made in a copy, because callers read the original.
     training = copy(run.training)
     training.disable_tqdm = True
     trainer = TeleportTrainer(
@@ -144,7 +144,7 @@ def make_trainer(run: Run, workload: Workload, data: Pipeline, measures: dict[st
             "test": data.fixed(evenly(data.test, workload.test_rows)),
         },
         data_collator=data.collator(run.seed),
-        # A function that makes the optimizer, which Trainer calls without arguments.
+        # Trainer calls the function without arguments, and gets the function that makes the optimizer.
         optimizer_cls_and_kwargs=(lambda: make_optimizer, {"arguments": training}) if given(training) else None,
         **measures,
     )
@@ -176,7 +176,7 @@ def _state(checkpoint: Path) -> TrainerState:
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Remove checkpoints that an interrupt has cut short. Trainer writes its state last, so they lack it."""
+    """Remove incomplete checkpoints. They lack the trainer state, which Trainer writes last."""
     for path in _checkpoints(folder):
         try:
             _state(path)
@@ -185,7 +185,7 @@ def _remove_unfinished(folder: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a second file first, so that an interrupt leaves the old one or the new one."""
+    """Write a new file and rename it, so that an interrupt leaves either the old or the new one."""
     new = path.with_name(path.name + ".new")
     new.write_text(text)
     new.replace(path)

@@ -1,10 +1,10 @@
-"""Equal tuning: every arm gets the same number of trials over the same settings, by coordinate search from the same start.
+"""Tune all arms equally: coordinate search over the same settings, from the same start, with the same number of trials.
 
 Keys of a comparison's settings, docs/compare.md:
 
-    tune: for each setting its values, for instance {learning_rate: [0.001, 0.002], adam_beta2: [0.95, 0.999]}. The search starts
-        at the values that the settings have outside of `arms`. An arm that gives one of them itself keeps it.
-    trials: runs of each arm, with the first seed
+    tune: the values of each setting, for instance {learning_rate: [0.001, 0.002], adam_beta2: [0.95, 0.999]}. The search starts
+        at the values that the settings have outside of `arms`. If an arm gives a setting itself, it keeps that value.
+    trials: number of runs for each arm, with the first seed
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from hf_teleport.lab.settings import Experiment, Settings, plan
 RATE = "learning_rate"
 TRIALS = 12
 
-# Values beyond a list's ends are tried for these, at the ratio of its last two.
+# For these settings the search may go beyond the ends of their lists. It repeats the ratio of the last two values.
 _EXTENDED = (RATE, "embedding_learning_rate")
 
-# A learning rate is as good as the best one if its final loss is at most this much larger, relative to it.
+# A learning rate counts as good if its final loss exceeds the best one by at most this share.
 TOLERANCE = 0.02
 
 Point = tuple[float, ...]
@@ -29,11 +29,12 @@ Point = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Search:
-    """What a search has tried.
+    """The trials of a search.
 
     Attributes:
-        losses: for each point the final training loss, in the order of the trials.
-        ended: whether no neighbour of the best point is left untried; False: the trials ran out before.
+        names: the settings.
+        losses: the final training loss of each point, in the order of the trials.
+        ended: whether all neighbours of the best point were tried. False: the trials ran out before.
     """
 
     names: tuple[str, ...]
@@ -48,12 +49,15 @@ class Search:
 
     @property
     def loss(self) -> float:
-        """The lowest one."""
+        """The lowest loss."""
         return min(self.losses.values())
 
     @property
     def good_rates(self) -> list[float]:
-        """The learning rates, with all else at its best, that end within `TOLERANCE` of the best; empty if none was tuned."""
+        """Learning rates that end within `TOLERANCE` of the best, with the other settings at their best values.
+
+        Empty if the learning rate was not tuned.
+        """
         if RATE not in self.names:
             return []
         at, best = self.names.index(RATE), tuple(self.best.values())
@@ -73,21 +77,21 @@ class Search:
 def coordinate_search(
     loss_of: Callable[[dict[str, float]], float], axes: dict[str, list[float]], start: dict[str, float], trials: int
 ) -> Search:
-    """Go to the better neighbour along one setting after the other until none is better.
+    """Coordinate search: move to a better neighbour along one setting after the other, until there is none.
 
-    Trials that are left then go along the learning rates, away from the best one to both sides, as long as they end within
-    `TOLERANCE` of it.
+    The remaining trials explore learning rates on both sides of the best, as long as they end within `TOLERANCE` of it.
 
     Args:
-        loss_of: the final loss at a point; infinite if it diverged.
-        axes: for each setting its values in ascending order, `start` among them.
-        trials: how many points may be asked for.
+        loss_of: returns the final loss at a point. Infinite: it diverged.
+        axes: the values of each setting, in ascending order. They contain `start`.
+        start: where the search begins.
+        trials: the largest number of points to try.
     """
     axes = {name: list(axes[name]) for name in axes}
     best, losses = tuple(start[name] for name in axes), dict[Point, float]()
 
     def ask(point: Point) -> bool:
-        """Whether its loss is known now."""
+        """Try a point if trials are left. Returns whether its loss is known now."""
         if point not in losses and len(losses) < trials:
             losses[point] = loss_of(dict(zip(axes, point, strict=True)))
         return point in losses
@@ -118,7 +122,7 @@ def coordinate_search(
 
 
 def _neighbour(axes: dict[str, list[float]], point: Point, name: str, direction: int) -> Point | None:
-    """The point beside another along one setting; None beyond the ends. Lists of learning rates grow."""
+    """The next point along one setting. None: there is none beyond the end. Lists of learning rates grow instead."""
     values, at = axes[name], list(axes).index(name)
     index = values.index(point[at]) + direction
     if not 0 <= index < len(values):
@@ -134,12 +138,13 @@ def _neighbour(axes: dict[str, list[float]], point: Point, name: str, direction:
 
 @dataclass(frozen=True)
 class Setup:
-    """An arm at some settings.
+    """An arm with certain settings.
 
     Attributes:
         arm: its name in the settings.
-        name: what its runs are kept by: the arm, and what differs from the start.
-        own: its settings without the learning rate, those of the arm and those that were searched.
+        name: the name of its runs: the arm, and the settings that differ from the start.
+        learning_rate: its learning rate.
+        own: its other settings: those of the arm, and those that were searched.
     """
 
     arm: str
@@ -149,10 +154,10 @@ class Setup:
 
 
 def check(settings: Settings) -> None:
-    """Checks `tune` and `trials`.
+    """Check the keys `tune` and `trials`.
 
     Raises:
-        ValueError: a value that is not allowed, a start that is not among the values, or several learning rates.
+        ValueError: a value is not allowed, the start is not among the values, or there are several learning rates.
     """
     trials = settings.get("trials", TRIALS)
     if not isinstance(trials, int) or isinstance(trials, bool) or trials < 1:
@@ -190,14 +195,14 @@ def _number(value: Any) -> Any:
 
 
 def tune(whole: Experiment, arms: list[str]) -> dict[str, tuple[Setup, Search]]:
-    """The best settings of every arm; trials that are finished are not run again.
+    """Find the best settings of every arm. Finished trials are not run again.
 
     Args:
         whole: the comparison's experiment, checked by `check`.
         arms: names of its arms.
 
     Raises:
-        ValueError: an arm diverges in all of its trials; or as `runs.execute`.
+        ValueError: an arm diverges in all of its trials. Also as `runs.execute`.
     """
     settings, seed = whole.settings, whole.runs[0].seed
     start = _start(settings)
@@ -229,12 +234,12 @@ def _setup(whole: Experiment, arm: str, point: dict[str, float]) -> Setup:
 
 
 def _whole(value: float) -> float | int:
-    """A number of steps is a whole one."""
+    """A whole number as an int, because settings such as numbers of steps need one."""
     return int(value) if value >= 1 and value.is_integer() else value
 
 
 def experiment(whole: Experiment, setups: list[Setup], seeds: list[int]) -> Experiment:
-    """The runs of arms, each at its own settings, in the folder of a whole one, with its data."""
+    """The runs of arms, each with its own settings, in the folder of the whole experiment and with its data."""
     given = ({"arms": {s.name: s.own}, "learning_rates": [s.learning_rate], "seeds": seeds} for s in setups)
     runs = [run for own in given for run in plan({**whole.settings, **own}).runs]
     return replace(whole, runs=sorted(runs, key=lambda run: seeds.index(run.seed)))

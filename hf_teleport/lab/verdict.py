@@ -1,7 +1,7 @@
-"""Is an arm better than the baseline? Pure functions on the rows of `results.evaluations`, paired by seed.
+"""Judge whether an arm is better than the baseline. Pure functions on the rows of `results.evaluations`, paired by seed.
 
-Both are read where they have used the same: when the arm has taken as much time, or as many samples, as the baseline's whole
-run. An arm that is slower is read before its end, one that is faster at its end. Intervals are 95 % (Student's t).
+The two are compared at equal time or equal samples: the arm is read when it has used as much as the baseline's whole run. A
+slower arm is read before its end, and a faster one at its end. Intervals are 95 % (Student's t).
 """
 
 import math
@@ -26,8 +26,8 @@ class Interval:
     """A mean over seeds, and half the width of its 95 % interval.
 
     Attributes:
-        half: None for one seed, or where a value is not finite.
-        seeds: how many there are.
+        half: half the width. None: there is one seed, or a value is not finite.
+        seeds: number of seeds.
     """
 
     mean: float
@@ -39,13 +39,13 @@ class Interval:
             return "-"
         if not self.half:
             return f"{self.mean:.4g}"
-        # A few seeds say no more than two digits of the width.
+        # With few seeds no more than two digits of the width are meaningful.
         digits = max(0, 1 - math.floor(math.log10(self.half)))
         return f"{self.mean:.{digits}f} ± {self.half:.{digits}f}"
 
     @property
     def sign(self) -> int:
-        """-1 or 1 if all of it is below or above zero, else 0."""
+        """-1 if the whole interval is below zero, 1 if it is above zero, else 0."""
         return 0 if self.half is None or abs(self.mean) <= self.half else int(math.copysign(1, self.mean))
 
 
@@ -54,19 +54,19 @@ class Verdict:
     """An arm at a learning rate against the baseline at its best one. Differences are the arm's value minus the baseline's.
 
     Attributes:
-        seeds: that both were run with.
-        train_loss: of the arm at its end.
-        time: of the arm's whole run, in that of the baseline's.
-        time_to_loss: time until the training loss is down at the baseline's final one, in the time that the baseline itself
-            takes; of the seeds that get there. Its mean is NaN if none does, or if the baseline ends no lower than it starts.
-        never: how many seeds do not get there.
+        seeds: number of seeds that both were run with.
+        train_loss: the arm's training loss at its end.
+        time: time of the arm's whole run, as a multiple of the baseline's.
+        time_to_loss: time until the arm reaches the baseline's final training loss, as a multiple of the time that the baseline
+            needs for it. Mean over the seeds that reach it. NaN: none does, or the baseline ends no lower than it starts.
+        never: number of seeds that never reach it.
         steps_to_loss: as `time_to_loss`, in steps.
-        equal_time, equal_samples: difference of training loss where the arm has used the baseline's time, or its samples
-            (each teleport counts those of its batches), minus the baseline's final training loss.
-        test_loss, metric: difference of the test loss and of the test set's measure at equal time.
-        diverged: how many seeds end with a loss that is not finite.
-        word: 'better', 'worse' or 'no difference that the seeds show', by `equal_time`; or why there is no verdict. That of the
-            baseline itself is 'reference'.
+        equal_time, equal_samples: the arm's training loss minus the baseline's final one, when the arm has used the baseline's
+            time or its samples. The batches of teleports count as samples.
+        test_loss, metric: difference of the test loss and of the test set's metric at equal time.
+        diverged: number of seeds that end with a loss that is not finite.
+        word: 'better', 'worse' or 'no difference that the seeds show', by `equal_time`, or why there is no verdict. For the
+            baseline itself it is 'reference'.
     """
 
     arm: str
@@ -86,7 +86,7 @@ class Verdict:
 
 
 def interval(values: Iterable[float]) -> Interval:
-    """The mean of some values, and its 95 % interval."""
+    """The mean of values, with its 95 % interval."""
     numbers = np.array(list(values), dtype=float)
     if not len(numbers):
         return Interval(math.nan, None, 0)
@@ -99,15 +99,17 @@ def interval(values: Iterable[float]) -> Interval:
 
 
 def value_at(run: Any, column: str, place: float, along: str) -> float:
-    """A run's value at the point where it has used this much time or this many samples.
+    """A run's value when it has used this much time or this many samples.
 
     Args:
         run: its evaluations, by step.
-        along: the column that `place` is a value of.
+        column: the column of the value.
+        place: the time or the number of samples.
+        along: the column of `place`.
 
     Returns:
-        On a straight line between evaluations; from the last one on, the last value; before the first one, NaN. Beside an
-        infinite value it is infinite.
+        The value, by linear interpolation between evaluations. NaN before the first evaluation; the last value after the last;
+        infinite next to an infinite value.
     """
     places, values = (run[name].to_numpy(dtype=float) for name in (along, column))
     after = int(np.searchsorted(places, place))
@@ -125,13 +127,13 @@ def value_at(run: Any, column: str, place: float, along: str) -> float:
 
 
 def passage(run: Any, loss: float, along: str) -> float:
-    """Where a run's training loss first is at a loss or below, on a straight line between evaluations; infinite: never."""
+    """Where a run first reaches a training loss, by linear interpolation between evaluations. Infinite: never."""
     places, losses = (run[name].to_numpy(dtype=float) for name in (along, "train_loss"))
     reached = np.flatnonzero(losses <= loss)
     if not len(reached):
         return math.inf
     after = reached[0]
-    # Before the first evaluation nothing is known, and from an infinite loss there is no straight line.
+    # Before the first evaluation and after an infinite loss there is nothing to interpolate.
     if after == 0 or not np.isfinite(losses[after - 1]):
         return float(places[after])
     share = (losses[after - 1] - loss) / (losses[after - 1] - losses[after])
@@ -139,16 +141,16 @@ def passage(run: Any, loss: float, along: str) -> float:
 
 
 def verdict(frame: Any, reference: Contestant, contestant: Contestant, clock: str = "seconds") -> Verdict:
-    """What the seeds say of an arm at a learning rate.
+    """Judge an arm at a learning rate over the seeds.
 
     Args:
-        frame: as `results.evaluations`.
+        frame: the result of `results.evaluations`.
         reference: the baseline and its best learning rate.
         contestant: the arm and its learning rate.
-        clock: the column that time is read from, one of `CLOCKS`.
+        clock: the column of the time, one of `CLOCKS`.
 
     Raises:
-        ValueError: there is no seed that both were run with.
+        ValueError: the two have no seed in common.
     """
     bases, runs = _by_seed(frame, reference), _by_seed(frame, contestant)
     seeds = sorted(bases.keys() & runs.keys())
@@ -186,7 +188,7 @@ def _by_seed(frame: Any, contestant: Contestant) -> dict[int, Any]:
 
 
 def _compared(run: Any, base: Any, clock: str) -> dict[str, float]:
-    """One seed's numbers."""
+    """The numbers of one seed."""
     end = base.iloc[-1]
 
     def difference(column: str, along: str) -> float:

@@ -14,7 +14,7 @@ from hf_teleport.lab.data.catalogue import KINDS, find
 from hf_teleport.lab.keys import require_known
 from hf_teleport.lab.networks import NETWORKS, Network
 
-# The options of `data.load` for each kind of data.
+# Options of `data.load`, by the kind of data.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "image": ("image_size", "image_column", "label_column"),
     "sequence": ("length", "image_column", "label_column"),
@@ -25,39 +25,37 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# Of a saved model: these must be at least what the data need, those exactly.
+# Sizes of a saved model: the first must be at least what the data need, the second exactly that.
 _ROOM = ("vocab_size", "max_position_embeddings", "length")
 _EXACT = ("image_size", "num_channels", "input_size", "channels", "context", "horizon")
 
-# Of the words, as for BERT.
+# Share of the words that are masked by default, as for BERT.
 _MASKED_SHARE = 0.15
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A data set, a network for it, and how much of both.
+    """A data set, a network for it, and the sizes of both.
 
     Args:
         dataset: a name of the catalogue, a Hub id, or a local folder, as for `data.load`.
-        model: a name. The paper's are 'mlp', 'cnn', 'residual_cnn', 'transformer_classifier', 'transformer_regressor' and
-            'transformer_lm'. Those of Transformers are 'llama', 'qwen3', 'gemma', 'gpt2', 'bert' (which classifies), 'bert_mlm'
-            (which finds masked words) and 'vit'. 'forecaster' is a small transformer that forecasts the next `horizon` steps of
-            series.
-        folder: a local copy of what `dataset` names.
-        kind: of the data; default: the catalogue's.
-        options: of `data.load`, those in `OPTIONS`.
-        sizes: settings of the network's config, whose defaults are the paper's, and those of Transformers (large ones) for its
-            models. Image size, classes, length, channels, vocabulary and special tokens come from the data. A BERT far narrower
-            than 768 wants a larger `initializer_range` than 0.02, 0.02 * (768 / hidden_size) ** 0.5: else it does not learn.
-        pretrained: a folder with a saved model, `model` in that of a run with `save_model`: start from its weights and sizes, and
-            for text with its tokenizer. A classifier for another number of classes is made anew.
-        train_rows: train on this many rows, evenly spread over the training set; default: all.
-        test_rows: test on this many rows, evenly spread; default: all.
+        model: the network's name. The paper has 'mlp', 'cnn', 'residual_cnn', 'transformer_classifier', 'transformer_regressor'
+            and 'transformer_lm'. Transformers has 'llama', 'qwen3', 'gemma', 'gpt2', 'bert' (a classifier), 'bert_mlm' (a masked
+            language model) and 'vit'. 'forecaster' is a small transformer that forecasts the next `horizon` steps of series.
+        folder: a local copy of the data set.
+        kind: the kind of data. Default: the catalogue's.
+        options: options of `data.load`, see `OPTIONS`.
+        sizes: settings of the network's config. The defaults are the paper's, or for models of Transformers its own (large)
+            ones. Image size, classes, length, channels, vocabulary and special tokens come from the data. A BERT far narrower
+            than 768 does not learn with an `initializer_range` of 0.02: give 0.02 * (768 / hidden_size) ** 0.5.
+        pretrained: a folder with a saved model, such as `model` in the folder of a run with `save_model`. Training starts from
+            its weights and sizes, and uses its tokenizer. A classifier for another number of classes gets a new head.
+        train_rows: train on this many rows, evenly spread over the training set. Default: all.
+        test_rows: test on this many rows, evenly spread. Default: all.
         train_loss_rows: measure the training loss on this many of the training rows, evenly spread.
 
     Raises:
-        ValueError: an unknown model, one that does not take such data, or one that differs from the saved model. An unknown
-            option or size.
+        ValueError: the model is unknown, does not take such data, or differs from the saved model. An option or size is unknown.
         FileNotFoundError: `pretrained` has no saved model.
     """
 
@@ -81,8 +79,8 @@ class Workload:
         if kind != network.kind:
             suited = [name for name, other in NETWORKS.items() if other.kind == kind]
             raise ValueError(
-                f"model = {self.model!r} takes data of kind {network.kind!r}, but those of dataset = {self.dataset!r} are of "
-                f"kind {kind!r}; allowed: {suited or f'a kind, one of {list(KINDS)}'}."
+                f"model = {self.model!r} takes data of kind {network.kind!r}, but dataset = {self.dataset!r} is of kind "
+                f"{kind!r}; allowed: {suited or f'a kind, one of {list(KINDS)}'}."
             )
         for name in self.options:
             require_known(name, OPTIONS[kind], f"data of kind {kind!r}")
@@ -119,23 +117,23 @@ class Workload:
         folder = Path(str(self.pretrained))
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
-                f"pretrained = {self.pretrained!r} has no saved model: a run with save_model: true leaves one in the folder "
-                "'model' of its own."
+                f"pretrained = {self.pretrained!r} has no saved model: a run with save_model: true saves one in its folder "
+                "'model'."
             )
         found = AutoConfig.from_pretrained(folder).model_type
         if found != self.network.model_type:
             raise ValueError(
-                f"model = {self.model!r} is not allowed; allowed: a {found!r}, which pretrained = {self.pretrained!r} is."
+                f"model = {self.model!r} is not allowed; allowed: a {found!r}, as in pretrained = {self.pretrained!r}."
             )
         if self.network.kind == "text" and "tokenizer" not in self.options and not (folder / "tokenizer_config.json").is_file():
             raise ValueError(
-                f"pretrained = {self.pretrained!r} has no tokenizer, without which its embeddings mean nothing: save the one of "
-                "pretraining there, or name it as tokenizer."
+                f"pretrained = {self.pretrained!r} has no tokenizer, and its embeddings are useless without it: save the "
+                "tokenizer of pretraining there, or name it as tokenizer."
             )
 
     @property
     def network(self) -> Network:
-        """Of `model`."""
+        """The network that `model` names."""
         return NETWORKS[self.model]
 
     @cached_property
@@ -144,7 +142,7 @@ class Workload:
         return self.load()
 
     def load(self) -> Pipeline:
-        """The data, all rows of them.
+        """Load all rows of the data.
 
         Raises:
             FileNotFoundError, ValueError: as `data.load`.
@@ -155,7 +153,7 @@ class Workload:
         return load(self.dataset, self.folder, self.kind, **{**own, **self.options})
 
     def make_model(self, data: Pipeline) -> PreTrainedModel:
-        """A fresh model, with random weights from torch's generator; or the saved one, with a head that fits the data.
+        """Make a new model with random weights from torch's generator, or load the saved one with a head that fits the data.
 
         Raises:
             ValueError: the saved model does not suit the data or the sizes.
@@ -167,7 +165,7 @@ class Workload:
         for name in decided:
             has, needed = getattr(config, name), decided[name]
             if (name in _ROOM and has < needed) or (name in _EXACT and has != needed):
-                raise ValueError(f"{name} = {needed} of the data is not allowed; allowed: {has}, that of {self.pretrained!r}.")
+                raise ValueError(f"{name} = {needed} of the data is not allowed; allowed: {has}, as in {self.pretrained!r}.")
         before = config.num_labels
         for name, value in self.sizes.items():
             setattr(config, name, value)
@@ -180,13 +178,13 @@ class Workload:
             if (saved[0], *fresh) != (before, config.num_labels, *saved[1:]):
                 raise ValueError(
                     f"{name} has the shape {list(fresh)} by sizes = {self.sizes}, which is not allowed; allowed: "
-                    f"{list(saved)}, that of {self.pretrained!r}. Leave such sizes out."
+                    f"{list(saved)}, as in {self.pretrained!r}. Leave out such sizes."
                 )
         return model
 
 
 def evenly(rows: Any, count: int | None) -> Dataset:
-    """This many rows, evenly spread over the set; all of them if the set is smaller, or without a count."""
+    """This many rows, evenly spread over the set. All rows if the set is smaller or there is no count."""
     if count is None or count >= len(rows):
         return rows
     return Subset(rows, [i * len(rows) // count for i in range(count)])

@@ -1,1 +1,1 @@
-"""Layers on one batch: which weights read which inputs, the loss and its gradients there, and what may move."""
+"""A model's layers on one batch: which weight reads which input, the loss and its gradients, and which weights may move."""

@@ -1,8 +1,7 @@
-"""Which weights may move, checked instead of assumed; for the others the reason.
+"""Decide which weights may move, by a check, and give a reason for the others.
 
-A weight may move only if every use of it is the one that was followed. The check: `Dᵀ X` from the followed uses must equal
-autograd's own gradient of the weight. It catches tied weights, weights used functionally, custom scaling, and anything
-unforeseen.
+A weight may move only if the trace has seen every use of it. The check: `Dᵀ X`, summed over the uses in the trace, must equal
+autograd's own gradient of the weight. This catches tied weights, weights used functionally, custom scaling, and anything else.
 """
 
 import difflib
@@ -21,10 +20,10 @@ from hf_teleport.report import LayerReport
 from hf_teleport.weights.region import Region
 from hf_teleport.weights.shards import whole_of
 
-# Relative difference up to which two ways to compute one gradient in float32 agree.
+# Two ways to compute a gradient in float32 agree if they differ by at most this, relatively.
 _AGREEMENT = 1e-3
 
-# What PEFT puts behind the name of a layer that it adapts: `q_proj.lora_A.default`, `q_proj.base_layer`.
+# The suffix that PEFT adds to the name of a layer that it adapts: `q_proj.lora_A.default`, `q_proj.base_layer`.
 _ADAPTER = re.compile(r"\.(lora_\w+(\.\w+)?|base_layer)$")
 
 UNUSED = "the loss does not depend on it on the teleport data"
@@ -35,9 +34,9 @@ def audit(model: nn.Module, point: Point, config: TeleportConfig) -> tuple[list[
     """Decide for each weight of the model whether it may move.
 
     Args:
-        model: its parameters are named and judged.
-        point: a forward and backward of the model, traced.
-        config: `target_modules` and `exclude_modules` are read.
+        model: the model that has the weights.
+        point: a traced forward and backward of the model.
+        config: its `target_modules` and `exclude_modules` are used.
 
     Returns:
         The layers that may move, in the order in which the forward uses them, and a report for every parameter, in the model's
@@ -69,10 +68,10 @@ def audit(model: nn.Module, point: Point, config: TeleportConfig) -> tuple[list[
 def describe(
     model: nn.Module, point: Point, config: TeleportConfig, *, with_frozen: bool = False
 ) -> dict[nn.Parameter, LayerReport]:
-    """A report for each parameter, in the model's order: its name, its role, and what keeps it from moving by any method.
+    """A report for each parameter, in the model's order: its name, its role, and any reason that holds for all methods.
 
     Args:
-        with_frozen: frozen weights may move too.
+        with_frozen: whether frozen weights may move too.
 
     Raises:
         ValueError: as `audit`.
@@ -104,7 +103,7 @@ def describe(
 
 
 def _owners(model: nn.Module) -> dict[nn.Parameter, tuple[str, nn.Module, bool]]:
-    """For each parameter its name, its module, and whether it is the module's main weight, which bears the module's name."""
+    """For each parameter: its name, its module, and whether it is the module's main weight, which has the module's name."""
     owners: dict[nn.Parameter, tuple[str, nn.Module, bool]] = {}
     for path, module in model.named_modules():
         module_name = plain_name(path)
@@ -132,12 +131,12 @@ def _role_of_other(module: nn.Module, name: str) -> str:
 
 
 def _why_not(parameter: nn.Parameter, parts: dict[Region, list[Use]], point: Point) -> str:
-    """Why a weight must not move by the null space of its inputs; empty if it may."""
+    """Why a weight must not move inside the null space of its inputs. Empty: it may."""
     others = sorted(point.trace.other_uses.get(parameter, ()))
     if parameter.dim() < 2:
         return "elementwise: it scales or shifts features and multiplies no input, so it has no null space"
     if others == ["embedding"] and not parts:
-        return "embedding: rows are looked up, not multiplied; a token that is absent has a free row with zero gradient"
+        return "embedding: rows are looked up, not multiplied; the row of an absent token is free, but its gradient is zero"
     if others and parts:
         return f"tied: also used by {', '.join(others)}, which sees other inputs"
     if not point.reaches(parameter):
@@ -157,7 +156,7 @@ def _why_not(parameter: nn.Parameter, parts: dict[Region, list[Use]], point: Poi
 
 
 def overlap(parameter: nn.Parameter, regions: list[Region]) -> bool:
-    """Whether some element lies in two of the regions, or twice in one."""
+    """Whether an element lies in two of the regions, or twice in one."""
     if any(size > 1 and stride == 0 for region in regions for size, stride in zip(region.shape, region.stride, strict=True)):
         return True
     if len(regions) == 1:
@@ -169,7 +168,7 @@ def overlap(parameter: nn.Parameter, regions: list[Region]) -> bool:
 
 
 def _movable_bias(uses: list[Use], point: Point) -> nn.Parameter | None:
-    """The bias that every use of the weight adds, if it has no other use and its gradient proves it."""
+    """The bias that every use of the weight adds. None if it has another use, or if its gradient shows one."""
     bias = uses[0].call.bias
     if not isinstance(bias, nn.Parameter) or any(use.call.bias is not bias for use in uses):
         return None
@@ -179,7 +178,7 @@ def _movable_bias(uses: list[Use], point: Point) -> nn.Parameter | None:
 
 
 def selected(name: str, role: str, config: TeleportConfig) -> bool:
-    """Whether the settings let a layer move, by PEFT's conventions."""
+    """Whether the settings let a layer move. They follow PEFT's conventions."""
     target, exclude = config.target_modules, config.exclude_modules
     if exclude is not None and _matches(name, exclude):
         return False
@@ -189,7 +188,9 @@ def selected(name: str, role: str, config: TeleportConfig) -> bool:
 
 
 def _matches(name: str, pattern: list[str] | str) -> bool:
-    """By the layer's name, or for an adapter of PEFT by its name without the adapter's, or by that of the adapted layer."""
+    """Whether a pattern matches a layer's name. For a PEFT adapter it may also match the name without the adapter's own name
+    ('default'), or the name of the adapted layer.
+    """
     names = {name, re.sub(r"(\.lora_\w+)\.\w+$", r"\1", name), re.sub(_ADAPTER, "", name)}
     if isinstance(pattern, str):
         return any(re.fullmatch(pattern, name) for name in names)
@@ -200,7 +201,7 @@ def check_targets(config: TeleportConfig, names: list[str]) -> None:
     """Make sure that each entry of `target_modules` and `exclude_modules` matches a layer.
 
     Raises:
-        ValueError: an entry matches nothing; the message gives the nearest names.
+        ValueError: an entry matches nothing. The message gives the nearest names.
     """
     for setting in ("target_modules", "exclude_modules"):
         value = getattr(config, setting)

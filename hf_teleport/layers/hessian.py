@@ -1,4 +1,4 @@
-"""The Hessian times a direction, exactly: a backward through the backward that made a point."""
+"""The exact product of the Hessian with a direction, by a backward through a backward."""
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,15 @@ from hf_teleport.layers.point import Point
 def hessian_vector_product(
     point: Point, direction: list[Tensor | None], wanted: list[nn.Parameter] | None = None
 ) -> list[Tensor | None]:
-    """`H u`, H being the Hessian of the loss on this process's share of the batch.
+    """`H u`. H is the Hessian of the loss on this process's share of the batch.
 
     Args:
         point: made with `differentiable_gradients=True`.
-        direction: u, a tensor or None (zeros) for each of the point's parameters.
-        wanted: the parameters whose part of `H u` is returned, None for zeros; default: all of the point's.
+        direction: u: a tensor for each of the point's parameters, or None for zeros.
+        wanted: the parameters whose part of `H u` is returned. Default: all of the point's parameters.
+
+    Returns:
+        A tensor for each parameter in `wanted`, or None for zeros.
 
     Raises:
         ValueError: an operation of the model cannot be differentiated twice.
@@ -26,7 +29,7 @@ def hessian_vector_product(
         if g is not None and u is not None and g.requires_grad
     ]
     wanted = point.parameters if wanted is None else wanted
-    if not pairs or not wanted:  # without a pair the loss is linear
+    if not pairs or not wanted:  # no gradient depends on the weights, so H u is zero
         return [None] * len(wanted)
     inner = sum(((g * u).sum() for g, u in pairs), start=torch.zeros((), device=pairs[0][0].device))
     try:

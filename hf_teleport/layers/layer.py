@@ -1,4 +1,4 @@
-"""A layer that may move: a weight, its bias, and the matrix view that its projector gives of both."""
+"""A layer that may move: a weight and its bias, seen as one matrix by a projector."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ from hf_teleport.weights.shards import whole_of
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One weight of the model as matrices W (G, o, d), with its bias as one more column if it has a trainable one.
+    """One weight of the model as matrices W (G, o, d). A trainable bias is one more column.
 
     The weight is a parameter, or a region of one. The bias takes part by appending a 1 to the input: `[X 1] [W b]ᵀ`. The
-    projector is that of one use; how many rows each expert gets is another in each use.
+    projector comes from one use of the weight. Another use may give each expert another number of rows.
     """
 
     name: str
@@ -43,11 +43,11 @@ class Layer:
         return torch.cat([rows, rows.new_ones((*rows.shape[:-1], 1))], dim=-1)
 
     def reads(self, uses: list[Use]) -> Hashable:
-        """What the rows of its uses are made of: layers for which it is equal have equal rows, as long as the inputs live."""
+        """A key for the rows of some uses: layers with equal keys have equal rows, as long as the inputs exist."""
         return self.bias is None, tuple((id(use.call.input), use.call.projector) for use in uses)
 
     def represent(self, uses: list[Use], representation: Representation) -> None:
-        """Add the inputs of all uses to a representation, in slices of the batch to bound the memory of patches."""
+        """Add the inputs of all uses to a representation. Slices of the batch limit the memory for a convolution's patches."""
         for use in uses:
             input = use.call.input.detach()
             batched = input.dim() == len(self.region.shape)
@@ -58,12 +58,12 @@ class Layer:
     def tangent(
         self, use: Use, shift: Tensor, subspace: Subspace | None = None, known: dict[Any, Tensor] | None = None
     ) -> Tensor:
-        """`Dᵀ Ẋ` for a use whose input shifts by Ẋ, or `Dᵀ Ẋ P`: (G, o, d or d + 1).
+        """`Dᵀ Ẋ` for a use whose input shifts by Ẋ, or `Dᵀ Ẋ P` with a subspace: (G, o, d or d + 1).
 
         The ones that are appended for a bias do not shift.
 
         Args:
-            known: where what is made of this shift alone is found, or left for other layers that read the same.
+            known: a cache of results that depend on this shift only, shared with layers that read the same input.
 
         Raises:
             ValueError: the use has no D.
@@ -73,7 +73,7 @@ class Layer:
         projector = use.call.projector
         if subspace is not None and projector.role != "conv":
             gradients = projector.output_rows(use.output_gradient)
-            # A projection takes the longer the more rows it has.
+            # Project whichever has fewer rows: the shift, or (below) its product with D.
             if gradients.shape[-2] < gradients.shape[-1]:
                 known = {} if known is None else known
                 key = id(subspace), projector, self.bias is None
@@ -88,11 +88,11 @@ class Layer:
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """That of the matrix, (G, o, d or d + 1)."""
+        """The shape of the matrix, (G, o, d or d + 1)."""
         return tuple(self.matrix({p: laid_out_like(p, None, device="meta") for p in self.parameters}).shape)
 
     def matrix(self, tensors: dict[nn.Parameter, Tensor | None]) -> Tensor:
-        """Values given for weight and bias (gradients, for instance) as one matrix (G, o, d or d + 1)."""
+        """Values for weight and bias, such as gradients, as one matrix (G, o, d or d + 1)."""
         weight = laid_out_like(self.weight, tensors[self.weight])
         matrix = self.projector.to_matrix(self.region.view(weight))
         if self.bias is None:
@@ -103,7 +103,7 @@ class Layer:
 
     @torch.no_grad()
     def add_(self, move: Tensor, scale: float, to: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter) -> None:
-        """Add `scale * move`, (G, o, d or d + 1), to weight and bias in place, or to other tensors that stand for them."""
+        """Add `scale * move`, (G, o, d or d + 1), to weight and bias in place, or to the tensors that `to` returns for them."""
         if self.bias is not None:
             bias = to(self.bias)
             bias.add_(move[..., -1].reshape(bias.shape), alpha=scale)
@@ -114,7 +114,7 @@ class Layer:
 def laid_out_like(
     parameter: Tensor, values: Tensor | None, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> Tensor:
-    """The values, or zeros for None, with the strides of the whole parameter, so that its regions are found in them."""
+    """The values (None: zeros) in the memory layout of the whole parameter, so that its regions apply to them."""
     whole = whole_of(parameter)
     if values is not None and values.stride() == whole.stride():
         return values
@@ -124,7 +124,7 @@ def laid_out_like(
 
 
 def weight_error(parameter: nn.Parameter, parts: dict[Region, list[Use]], gradient: Tensor) -> float:
-    """How far `Dᵀ X`, summed over the followed uses of a weight, is from its gradient, as a share of that."""
+    """The relative difference between a weight's gradient and `Dᵀ X`, summed over its followed uses."""
     followed = laid_out_like(parameter, None)
     for region, calls in parts.items():
         for use in calls:
@@ -136,7 +136,7 @@ def weight_error(parameter: nn.Parameter, parts: dict[Region, list[Use]], gradie
 
 
 def bias_error(uses: list[Use], gradient: Tensor) -> float:
-    """Likewise for the bias that these uses of its weight add: `Dᵀ 1`."""
+    """The relative difference between a bias's gradient and `Dᵀ 1`, summed over the uses of its weight."""
     followed = torch.zeros_like(gradient)
     for use in uses:
         if use.output_gradient is not None:

@@ -1,7 +1,7 @@
-"""The loss and its gradient on a batch, where the weights are: by a forward and backward, or by a backward alone.
+"""The loss and its gradient on a batch at the current weights, by a forward and backward, or by a backward alone.
 
-After a move that changes no activation, the graph of an earlier forward is as good as a new one, but for the weights in it.
-Autograd hands these back where they are now, if it is told to keep them as they are.
+A move that changes no activation leaves the graph of an earlier forward valid, except for the weights that it saved. With saved
+tensor hooks a backward through that graph reads the current weights.
 """
 
 import math
@@ -31,17 +31,17 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 class Point:
     """The loss on one batch at the current weights, and the results of its forward and backward.
 
-    Where several processes share the batch, loss and gradients are the means over all of them; `own_gradients` and the trace are
-    of this process's share.
+    If several processes share the batch, loss and gradients are means over all of them. `own_gradients` and the trace belong to
+    this process's share.
 
     Attributes:
         loss: the mean loss.
-        gradients: one for each parameter, None where the loss does not depend on it.
+        gradients: one for each parameter. None: the loss does not depend on it.
         grad_norm: `||∇_W L||` over all trainable parameters.
         trace: the uses of the parameters, with D.
-        graph: the loss with its graph, if that was kept for `evaluate_again`.
-        errors: replaces `own_gradients` if the weights stay sharded. For each followed weight and bias, the difference between
-            its gradient and the gradient that the followed uses imply.
+        graph: the loss with its graph, if it was kept for `evaluate_again`.
+        errors: replaces `own_gradients` if the weights stay sharded. For each followed weight and bias, the relative difference
+            between its gradient and the gradient that the followed uses imply.
     """
 
     batch: Any
@@ -66,7 +66,7 @@ class Point:
         return parameter in self.errors or parameter in self._own
 
     def error(self, parameter: nn.Parameter, judge: Callable[[Tensor], float]) -> float:
-        """What a judge of its own gradient says, or said when that was there."""
+        """What `judge` returns for this process's own gradient. If that gradient is gone, its earlier answer."""
         return self.errors[parameter] if parameter in self.errors else judge(self._own[parameter])
 
     @cached_property
@@ -74,13 +74,13 @@ class Point:
         return {p: g.detach() for p, g in zip(self.parameters, self.own_gradients, strict=False) if g is not None}
 
     def release(self) -> None:
-        """Let the gradients go: of the memory of a step, the largest part."""
+        """Free the gradients, the largest part of a step's memory."""
         self.gradients, self.own_gradients = [], []
         self.__dict__.pop("_own", None)
 
     @property
     def finite(self) -> bool:
-        """Whether loss and gradient are."""
+        """Whether loss and gradient are finite."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
@@ -98,12 +98,13 @@ def evaluate(
     """One forward and backward at the current weights, followed by a `Trace`. `.grad` is not touched.
 
     Args:
-        batch: with several processes, this one's share of it.
-        seed: for models that draw random numbers in eval mode: each forward on this batch draws the same.
+        batch: the batch. With several processes, this process's share of it.
+        seed: for models that draw random numbers in eval mode. Each forward on this batch draws the same numbers.
         differentiable_gradients: keep the graph of the gradients, for `exact_direction`.
-        keep_graph: keep the graph of the loss, for `evaluate_again`, unless backward reads copies of weights in some process.
-        follow: the parameters whose uses are traced; default: all that are trained.
-        weights: those of the model, and the processes that share the batch.
+        keep_graph: keep the graph of the loss, for `evaluate_again`. It is not kept if backward reads copies of weights on any
+            process.
+        follow: the parameters whose uses are traced. Default: all trainable parameters.
+        weights: the model's weights, and the processes that share the batch.
 
     Raises:
         ValueError: the loss is not a scalar, or depends on no trainable parameter.
@@ -141,7 +142,10 @@ def evaluate(
 
 
 class _Saved(torch.autograd.graph.saved_tensors_hooks):
-    """What autograd saves inside is handed to backward as it is by then; without hooks it refuses weights that have moved."""
+    """Inside, autograd saves tensors without a version check, so a later backward reads the current weights.
+
+    Without these hooks autograd refuses a backward through weights that were changed.
+    """
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
@@ -149,11 +153,11 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
 
     def _keep(self, tensor: Tensor) -> Tensor:
         self._seen.add(id(tensor if tensor._base is None else tensor._base))
-        # A node that holds its own output holds itself, out of reach of the garbage collector.
+        # Detached, because a node that keeps its own output is a reference cycle that the garbage collector can't free.
         return tensor.detach()
 
     def covers(self, trace: Trace) -> bool:
-        """Whether backward reads the followed weights themselves: an einsum may save a copy, and so does offloading."""
+        """Whether backward reads the followed weights themselves. An einsum may save a copy instead, and offloading does."""
         return all(
             id(weight) in self._seen
             for weight, parts in trace.uses.items()
@@ -162,10 +166,10 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
 
 
 def evaluate_again(point: Point, ranks: Ranks = ALONE) -> Point:
-    """The point after a move of the weights that changed no activation, by a backward alone.
+    """The point after a move that changed no activation, by a backward alone.
 
-    The activations and the loss are those of the forward that `point` came from; the weights through which backward passes are
-    read where they are now. The new point takes the place of the old one, whose D it overwrites.
+    Activations and loss come from the forward that made `point`. The backward reads the current weights. The new point replaces
+    the old one, because it overwrites the old D.
 
     Raises:
         ValueError: the point was made without `keep_graph`.
@@ -197,7 +201,7 @@ def loss_at(model: nn.Module, loss_fn: LossFn, batch: Any, *, seed: int, weights
 
 
 def start_afresh(model: nn.Module, seed: int) -> None:
-    """Before a forward: nothing cached from other weights, and the random numbers of this seed."""
+    """Prepare a forward: clear what was cached from other weights, and set the random seed."""
     forget_caches(model)
     seed_everything(seed)
 

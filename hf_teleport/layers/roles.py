@@ -1,8 +1,8 @@
-"""What a layer is for, read from its name: attention's q, k, v, o (separate or fused), mlp, conv, head."""
+"""The role of a layer, read from its name: attention's q, k, v, o (separate or fused), mlp, conv, head."""
 
 import re
 
-# Names of Transformers' model files. A layer's own name decides, and for ambiguous ones the names around it.
+# Names in Transformers' model files. A layer's own name decides. If it is ambiguous, the names around it decide.
 _PROJECTIONS = {
     "qkv": re.compile(r"c_attn|w?qkv(_proj)?|query_key_value|in_proj_weight|att_proj|w_pack|to_qkv"),
     "kv": re.compile(r"kv|key_value|kv_proj|kv_[ab]_proj(_with_mqa)?|to_kv"),
@@ -28,8 +28,8 @@ def role_of(name: str, default: str, *, is_head: bool = False) -> str:
 
     Args:
         name: its dotted name in the model.
-        default: the role of its family, 'linear' or 'conv'; a convolution in an mlp stays a convolution.
-        is_head: whether the model itself says that this is its output layer.
+        default: the role of its family, 'linear' or 'conv'. A convolution in an mlp keeps the role 'conv'.
+        is_head: whether the model names this layer as its output layer.
 
     Returns:
         One of 'q', 'k', 'v', 'o', 'qkv', 'kv', 'mlp', 'head', or the default.
@@ -49,12 +49,12 @@ def role_of(name: str, default: str, *, is_head: bool = False) -> str:
                 return role
     if _HEAD.fullmatch(own):
         return "head"
-    # BERT's second feed-forward matrix is plainly `output.dense`.
+    # BERT's second feed-forward matrix is named `output.dense`.
     if in_mlp or _MLP.fullmatch(own) or around[-1:] == ["output"]:
         return default if default == "conv" else "mlp"
     return default
 
 
 def plain_name(name: str) -> str:
-    """A dotted name as it is in the model's class, without those of modules that wrap others."""
+    """A dotted name without the names of wrapper modules, so that it is the name in the model's class."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

@@ -1,4 +1,4 @@
-"""Weights that stand elsewhere for a while: at `W + epsilon u`, and then where they were."""
+"""Shift weights to `W + epsilon u` for a while, and put them back bit for bit."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from hf_teleport.layers.trace import tensors_in
 
-# Methods that read no number of a tensor.
+# Tensor methods that read no values.
 _QUESTIONS = {"data_ptr", "dim", "element_size", "is_contiguous", "numel", "size", "storage_offset", "stride", "untyped_storage"}
 
 
@@ -21,14 +21,14 @@ def shifted(
     epsilon: float,
     when_read: Collection[nn.Parameter] = (),
 ) -> Iterator[None]:
-    """The parameters stand at `W + epsilon u` inside, and are bit for bit what they were after.
+    """Inside, the parameters are at `W + epsilon u`. Afterwards they are bit for bit what they were.
 
     Args:
-        directions: u for each parameter; None: it stays.
-        when_read: those of them that stand there only as long as a torch call reads them, so that no second copy of all weights
-            is held. To read them otherwise is to read W; what a `Trace` has followed is read by torch calls.
+        directions: u for each parameter. None: the parameter is not shifted.
+        when_read: parameters that are shifted only while a torch call reads them. This saves a second copy of all weights. Other
+            ways to read them see W. All uses that a `Trace` has followed are torch calls.
     """
-    # A view knows its place in the memory that it was made in: both memories must begin with the weight.
+    # A view has an offset into its storage. It stays valid only if the weight begins at offset 0 in both storages.
     waiting = {id(parameter) for parameter in when_read if parameter.storage_offset() == 0}
     later: dict[int, Tensor] = {}
     originals = []
@@ -39,7 +39,7 @@ def shifted(
             elif direction is not None:
                 data = parameter.data
                 originals.append((parameter, data))
-                # With the strides of the original, by which views of it are known.
+                # The same strides as the original, because views are recognised by their strides.
                 moved = torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, device=data.device)
                 parameter.data = torch.add(data, direction, alpha=epsilon, out=moved)
         with _WhenRead(later, epsilon) if later else nullcontext():
@@ -50,7 +50,7 @@ def shifted(
 
 
 class _WhenRead(TorchFunctionMode):
-    """Around each torch call the parameters that it reads are shifted."""
+    """Shifts the parameters that a torch call reads, during that call."""
 
     def __init__(self, directions: dict[int, Tensor], epsilon: float):
         super().__init__()
@@ -63,7 +63,7 @@ class _WhenRead(TorchFunctionMode):
         kwargs = kwargs or {}
         read: dict[int, Any] = {id(t): t for t in tensors_in((*args, *kwargs.values())) if id(t) in self._directions}
         name = getattr(func, "__name__", "")
-        # Its dtype and the like are those of W. An address must not be that of a copy that goes at once.
+        # Questions about dtype, shape or address are answered for W. The address of the short-lived copy would be wrong.
         if not read or name in _QUESTIONS or (name == "__get__" and not isinstance(func(*args, **kwargs), Tensor)):
             return func(*args, **kwargs)
         with shifted(read.values(), [self._directions[key] for key in read], self._epsilon):

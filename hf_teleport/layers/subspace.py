@@ -17,13 +17,13 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-# Share of a matrix below which what a projection leaves of it is projected once more.
+# If a projection leaves less than this share of a matrix, the result is projected once more.
 _LITTLE = 0.1
 
-# Rows x width above which a layer's input is taken in slices, to bound the memory of the float64 copy.
+# An input with more numbers than this (rows x width) is processed in slices, to limit the memory of the float64 copy.
 _SLICE = 2**24
 
-# Width of a block of a Gram matrix, at least: narrower ones multiply more slowly.
+# Minimal width of the blocks in which a Gram matrix is computed. Narrower blocks multiply more slowly.
 _BLOCK = 128
 
 
@@ -31,18 +31,18 @@ def rank_tolerance(width: int, dtype: torch.dtype) -> float:
     """Singular values up to this share of the largest count as zero: `sqrt(d) * eps(dtype)`.
 
     It is the size of the rounding noise in a layer's input of that precision, relative to its largest singular value. The common
-    `max(N, d) * eps` grows with the number of tokens. It would take a real but weak direction for a null one, and the loss would
-    move.
+    `max(N, d) * eps` grows with the number of tokens. It would count a weak but real direction as null, and the loss would
+    change.
     """
     return width**0.5 * torch.finfo(dtype).eps
 
 
 class Representation:
-    """A summary of all rows seen so far, from which their right singular vectors follow; at most d x d numbers.
+    """A summary of all rows seen so far, in at most d x d numbers. It gives their right singular vectors.
 
-    As long as there are fewer rows than columns, the rows themselves are kept and decomposed in full precision. Beyond, inputs of
-    single precision or less go into the Gram matrix `C = XᵀX` in float64. It squares the condition number, but float64 resolves
-    the square of anything above float32's rounding. Float64 inputs are reduced by QR instead.
+    While there are fewer rows than columns, the rows themselves are kept and decomposed in full precision. With more rows, inputs
+    in float32 or lower precision are summed into the Gram matrix `C = XᵀX` in float64. That squares the condition number, but
+    float64 resolves the square of anything above float32's rounding. Float64 inputs are reduced by QR instead.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Representation:
         self.gram: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
-        """Take in more rows, (G, N, d) of any floating dtype."""
+        """Add rows, (G, N, d) of any floating dtype."""
         groups, num_rows, width = rows.shape
         self.num_rows += num_rows
         self.dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
@@ -60,7 +60,7 @@ class Representation:
             self.keep(part.double())
 
     def keep(self, rows: Tensor) -> None:
-        """Join float64 rows, or the triangle of a QR that stands for them, to what is kept."""
+        """Add float64 rows, or the triangle of a QR that replaces them."""
         if self.gram is not None:
             self.gram = self.gram + _gram(rows)  # not in place: a copy of this object may hold the old one
             return
@@ -72,7 +72,7 @@ class Representation:
                 self.square()
 
     def square(self) -> Tensor:
-        """Go over from rows to their Gram matrix, and return it."""
+        """Replace the rows by their Gram matrix, and return it."""
         if self.gram is None:
             if self.rows is None:
                 raise ValueError("a representation without rows has no Gram matrix; add() rows first")
@@ -80,16 +80,17 @@ class Representation:
         return self.gram
 
     def has_full_rank(self) -> bool:
-        """Whether all min(N, d) singular values surely count: seen from a Cholesky factorisation, cheaper than decomposing.
+        """Whether all min(N, d) singular values are certainly above the tolerance.
 
-        `C - s` has one only if no eigenvalue of C is as small as s, the square of the tolerance. Float64 rows never show it: that
-        square is below what a Gram matrix resolves.
+        A Cholesky factorisation shows it, and is cheaper than a decomposition. `C - s I` has one only if all eigenvalues of C are
+        above s, the square of the tolerance. For float64 rows the answer is always False, because a Gram matrix can't resolve
+        that square.
         """
         kept = self.gram if self.rows is None else self.rows
         if kept is None or self.dtype == torch.float64:
             return False
         gram = kept if self.rows is None else kept @ kept.mT
-        # The norm is at least the largest eigenvalue.
+        # The Frobenius norm is an upper bound of the largest eigenvalue.
         shift = rank_tolerance(kept.shape[-1], self.dtype) ** 2 * torch.linalg.matrix_norm(gram)
         factor, failed = torch.linalg.cholesky_ex(gram - shift[..., None, None] * torch.eye(gram.shape[-1]).to(gram))
         return not bool(failed.any()) and bool(factor.isfinite().all())
@@ -101,7 +102,7 @@ class Representation:
 
         Raises:
             ValueError: no rows.
-            LinAlgError: no algorithm converges, on any device; rows that are not finite, for instance.
+            LinAlgError: no algorithm converges on any device, for instance because rows are not finite.
         """
         if self.gram is not None:
             values, vectors = converging(torch.linalg.eigh, self.gram)
@@ -113,7 +114,7 @@ class Representation:
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """`XᵀX`, (G, d, d), of which only the blocks on and above the diagonal are multiplied out."""
+    """`XᵀX`, (G, d, d). Only the blocks on and above the diagonal are computed; the others are their transposes."""
     width = rows.shape[-1]
     gram = rows.new_empty(len(rows), width, width)
     step = max(_BLOCK, -(-width // 8))
@@ -125,7 +126,7 @@ def _gram(rows: Tensor) -> Tensor:
 
 
 def converging(decompose: Callable[[Tensor], Any], matrix: Tensor) -> tuple[Tensor, ...]:
-    """A decomposition that is finite: on the matrix's own device, or if that fails, in float64 on the CPU.
+    """Decompose a matrix on its own device. If that fails or is not finite, decompose it in float64 on the CPU.
 
     Raises:
         LinAlgError: it fails there too.
@@ -138,8 +139,8 @@ def converging(decompose: Callable[[Tensor], Any], matrix: Tensor) -> tuple[Tens
     except torch.linalg.LinAlgError as error:
         problem = str(error)
     logger.warning(
-        "A decomposition failed on %s (%s); it is tried in float64 on the CPU, which takes longer and gives the same. There is "
-        "nothing to do, unless the layer is left out then.",
+        "A decomposition failed on %s (%s). It is repeated in float64 on the CPU, which takes longer and gives the same result. "
+        "There is nothing to do, unless the layer is left out.",
         matrix.device,
         problem,
     )
@@ -151,15 +152,15 @@ def converging(decompose: Callable[[Tensor], Any], matrix: Tensor) -> tuple[Tens
 
 @dataclass(frozen=True)
 class Subspace:
-    """The projection onto a null space, kept as whichever of its two bases is smaller.
+    """The projection onto a null space. It keeps a basis of the null space or of the core, whichever is smaller.
 
     Attributes:
-        basis: orthonormal columns, (G, d, k); columns that do not belong to a group are zero.
-        spans_null: whether the basis spans the null space (else its complement, the core).
+        basis: orthonormal columns, (G, d, k). Columns that do not belong to a group are zero.
+        spans_null: whether the basis spans the null space. Otherwise it spans the core.
         null_dim: dimension of the null space, summed over groups.
         dim: d, summed over groups.
-        num_rows: how many rows it was found from.
-        captured: share of the rows' energy (their squares) that is in the core: 1 at tau = 1, at least tau below.
+        num_rows: number of rows from which it was computed.
+        captured: share of the rows' energy (sum of squares) in the core: 1 at tau = 1, otherwise at least tau.
     """
 
     basis: Tensor
@@ -170,11 +171,11 @@ class Subspace:
     captured: float = 1.0
 
     def project(self, matrix: Tensor) -> Tensor:
-        """`M P` for M (G, o, d): its part in the null space. If that is no more than rounding of M, zeros."""
+        """`M P` for M (G, o, d): the part of M in the null space. Zeros if that part is no larger than M's rounding."""
         part = (matrix @ self.basis) @ self.basis.mT
         rest = part if self.spans_null else matrix - part
         share = rest.norm() / matrix.norm()
-        # Where little is left, rounding of the large part taken off is in it too. A second projection takes that off.
+        # If little is left, it contains rounding errors of the large part that was subtracted. Project once more to remove them.
         if share < _LITTLE and not self.spans_null:
             rest = rest - (rest @ self.basis) @ self.basis.mT
             share = rest.norm() / matrix.norm()
@@ -182,11 +183,11 @@ class Subspace:
 
 
 def core_dims(singular_values: Tensor, energy_threshold: float, tolerance: float) -> Tensor:
-    """k for each group, (G,): the smallest number of leading values that holds `tau` of the energy, at most the rank.
+    """k for each group, (G,): the smallest number of leading values with a share tau of the energy, and at most the rank.
 
     Args:
         singular_values: (G, r), largest first.
-        energy_threshold: tau in (0, 1]; 1 asks for the numerical rank.
+        energy_threshold: tau in (0, 1]. At 1 the result is the numerical rank.
         tolerance: values up to `tolerance * largest` count as zero.
     """
     rank = (singular_values > tolerance * singular_values[..., :1]).sum(-1)
@@ -198,12 +199,12 @@ def core_dims(singular_values: Tensor, energy_threshold: float, tolerance: float
 
 
 def null_space(representation: Representation, energy_threshold: float, dtype: torch.dtype | None = None) -> Subspace:
-    """The null space of the rows seen, at an energy threshold tau.
+    """The null space of the rows in a representation, at an energy threshold tau.
 
     Args:
-        representation: the rows, d wide.
+        representation: rows of width d.
         energy_threshold: tau in (0, 1].
-        dtype: of the basis; default: that of the rows, at least float32.
+        dtype: the dtype of the basis. Default: the dtype of the rows, at least float32.
 
     Raises:
         LinAlgError: the decomposition does not converge.
@@ -216,7 +217,7 @@ def null_space(representation: Representation, energy_threshold: float, dtype: t
     dims = core_dims(values, energy_threshold, rank_tolerance(width, representation.dtype))
     in_core = torch.arange(found, device=dims.device) < dims[:, None]
     largest, smallest = int(dims.max()), int(dims.min())
-    # Only a full decomposition (found = width) holds null vectors to keep.
+    # Only a full decomposition (found = width) contains null vectors.
     spans_null = found == width and width - smallest < largest
     kept = ~in_core if spans_null else in_core
     columns = slice(smallest, None) if spans_null else slice(largest)
@@ -228,7 +229,10 @@ def null_space(representation: Representation, energy_threshold: float, dtype: t
 
 
 def _of_full_rank(representation: Representation, dtype: torch.dtype) -> Subspace:
-    """At tau = 1 any orthonormal basis of the rows' span will do, and none is needed if they span everything."""
+    """The null space at tau = 1 of rows with full rank. Any orthonormal basis of their span will do.
+
+    None is needed if they span everything.
+    """
     if representation.rows is None:
         gram = representation.square()
         groups, width, _ = gram.shape

@@ -1,4 +1,4 @@
-"""What a shift of the weights does to every layer's input, multiplied with the gradient at its output."""
+"""Products of `X' - X`, the change of a layer's input when the weights shift, with D, the gradient at the layer's output."""
 
 from collections import defaultdict
 from collections.abc import Callable, Collection
@@ -13,13 +13,14 @@ from hf_teleport.projectors import Call, projectors_for
 from hf_teleport.weights.norms import norm_of
 from hf_teleport.weights.region import Region
 
-# An output head is wide that makes more than so many times what it reads.
+# An output head counts as wide if its output has more than this many times the features of its input.
 _WIDE = 2
 
 Product = Callable[[nn.Parameter, Region, Use, Tensor, dict[Any, Tensor]], Tensor]
-"""`product(weight, region, use, shift, known)`: what is summed over the uses of a part of a weight, whose input moved by `shift`.
+"""`product(weight, region, use, shift, known)`: a term for one use of a part of a weight whose input changed by `shift`.
 
-In `known` it may keep what it makes of this shift alone, for other weights that read the same input.
+The terms of all uses are added. `known` is a cache for results that depend on the shift only, shared by weights that read the
+same input.
 """
 
 
@@ -29,19 +30,19 @@ def plain_product(weight: nn.Parameter, region: Region, use: Use, shift: Tensor,
 
 
 class TangentTrace(ReplayTrace):
-    """Accumulate products of `X' - X` with D while a forward runs at shifted weights, X' being the shifted inputs.
+    """Accumulate products of `X' - X` with D during a forward at shifted weights. X' are the inputs in that forward.
 
-    A part of a weight whose calls come out differently in the shifted forward gets no product.
+    If a part of a weight is called differently in the shifted forward, it gets no product.
 
     Attributes:
-        products: for each part of a weight the sum over its calls; None or absent: there is none.
-        squares: likewise `||X' - X||²` and `||X||²`, (2,).
+        products: for each part of a weight, the sum over its calls. None or absent: there is none.
+        squares: for each part of a weight, the sums of `||X' - X||²` and `||X||²`, (2,).
 
     Args:
-        uses: the uses to compare with, with their D, of the parts to follow.
-        choices: those of the unshifted forward.
-        product: what is made of each use and the shift of its input.
-        once: the weights that are used but once in all.
+        uses: the uses in the unshifted forward, with their D. Only these parts are followed.
+        choices: the choices of the unshifted forward, as `Trace.choices`.
+        product: makes the term of one use.
+        once: weights that are used only once in a forward.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class TangentTrace(ReplayTrace):
             products[region] = product if known is None else known.add_(product)
 
     def _call(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        """An output head that nobody waits for behind makes zeros: with a large vocabulary, a good part of a forward."""
+        """Skip a wide output head if no followed use comes after it, and return zeros. A large vocabulary takes much time."""
         if self._left <= 1:
             with torch._C.DisableTorchFunction():
                 for call in filter(None, (bound(family, args, kwargs) for family in projectors_for(func))):
@@ -96,7 +97,7 @@ class TangentTrace(ReplayTrace):
 
 @dataclass
 class _InputShift:
-    """`X' - X`, which is one for all weights that read the same input, as those of q, k and v do."""
+    """`X' - X`, shared by all weights that read the same input, such as q, k and v."""
 
     moved: Tensor
     start: Tensor

@@ -1,8 +1,8 @@
-"""Follow parameters through a forward pass: which operation consumes each, with which input.
+"""Trace the parameters through a forward pass: which operation uses each one, and with which input.
 
-A `TorchFunctionMode` sees every torch call before it runs. Following the *operation* and not the module covers weights that are
-used functionally while their module's forward never runs. It needs no list of module classes, and sees every use of a tied
-weight. Nothing is wrapped, patched or hooked on the model.
+A `TorchFunctionMode` sees every torch call before it runs. It follows *operations* and not modules. So it also sees weights that
+are used functionally, without a call of their module. It needs no list of module classes, and sees every use of a tied weight.
+The model is not wrapped, patched or hooked.
 """
 
 from collections import defaultdict
@@ -21,15 +21,15 @@ from hf_teleport.projectors import Call, Projector, projectors_for
 from hf_teleport.weights.region import Region
 from hf_teleport.weights.shards import Shard
 
-# Functions written in Python that hide the operations inside from a mode, and what must be looked at is inside.
+# Python functions that hide their inner operations from a mode. These operations must be seen.
 COMPOSITES = {F.multi_head_attention_forward}
 
 
 @dataclass
 class Use:
-    """One followed use of a weight, and the gradient D that backward leaves at its output.
+    """One followed use of a weight, and the gradient D at its output, which the backward sets.
 
-    `reached`: whether the input depends on trained weights, so that a shift of them may shift it.
+    `reached`: whether the input depends on trained weights, so that a shift of these may change it.
     """
 
     call: Call
@@ -37,29 +37,29 @@ class Use:
     reached: bool = True
 
     def keep(self, gradient: Tensor) -> None:
-        """Hook for the output's gradient. The first backward is the one that is meant; a double backward comes here too."""
+        """Hook for the output's gradient. Keeps that of the first backward. A double backward calls it again."""
         if self.output_gradient is None:
             self.output_gradient = gradient.detach()
 
 
 Uses = dict[nn.Parameter, dict[Region, list[Use]]]
-"""For each parameter the parts of it that multiplied an input, each with its uses in the order of the calls."""
+"""For each parameter: the parts of it that multiply an input. For each part: its uses, in the order of the calls."""
 
 
 class Trace(TorchFunctionMode):
     """Record every use of the given parameters while the context is open.
 
     Attributes:
-        uses: those that a projector covers.
-        other_uses: for each parameter, the names of operations that consumed it otherwise.
-        choices: what the model chose by `topk` or `argmax` (the experts of each token), in the order of the calls, each with
-            the shape of what it chose from.
+        uses: the uses that a projector covers.
+        other_uses: for each parameter, the names of other operations that use it.
+        choices: the indices that the model chose by `topk` or `argmax`, such as the experts of each token, in the order of the
+            calls. Each has the shape of the scores that it chose from.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
         super().__init__()
         self._followed = {id(parameter): parameter for parameter in parameters}
-        self._aliases: list[Tensor] = []  # kept, so that no other tensor gets their id
+        self._aliases: list[Tensor] = []  # kept alive, so that no other tensor gets the same id
         self.uses: Uses = defaultdict(lambda: defaultdict(list))
         self.other_uses: dict[nn.Parameter, set[str]] = defaultdict(set)
         self.choices: list[tuple[torch.Size, Tensor]] = []
@@ -72,7 +72,7 @@ class Trace(TorchFunctionMode):
             with without_python_overrides(), self:
                 return func(*args, **kwargs)
         output = self._choose(func, args, kwargs) if func in _CHOICES else self._call(func, args, kwargs)
-        with torch._C.DisableTorchFunction():  # to look at a weight is not to use it
+        with torch._C.DisableTorchFunction():  # looking at a weight here is not a use
             touched = [p for p in map(self._parameter, tensors_in((*args, *kwargs.values()))) if p is not None]
             if touched:
                 self._record(func, args, kwargs, touched, output)
@@ -89,7 +89,7 @@ class Trace(TorchFunctionMode):
         self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], touched: list[nn.Parameter], output: Any
     ) -> None:
         if func in _ALIASES:
-            # What is done with a detached weight is seen too; autograd does not see it, and so the audit finds it out.
+            # Follow the detached weight too. Autograd does not see its uses, so the audit will reject the weight.
             self._followed[id(output)] = touched[0]
             self._aliases.append(output)
             return
@@ -100,14 +100,14 @@ class Trace(TorchFunctionMode):
                 self._see(weight, Region.of(call.weight, weight), call, output)
                 touched = [p for p in touched if p is not weight and p is not call.bias]
                 break
-        # Attribute getters such as `weight.dtype` come here too, and views, whose own uses are seen: neither is a use.
+        # Attribute getters such as `weight.dtype` and views come here too. Neither is a use; the uses of a view are seen later.
         if any(o.requires_grad and self._parameter(o) is None for o in tensors_in([output])):
             for parameter in touched:
                 self.other_uses[parameter].add(getattr(func, "__name__", str(func)))
 
     def _see(self, weight: nn.Parameter, region: Region, call: Call, output: Tensor) -> None:
         if isinstance(weight, Shard):
-            # A view would keep the whole values, which a sharded weight has only while its module runs.
+            # Keep the stand-in and not a view, which would keep the whole weight in memory after its module has run.
             call = replace(call, weight=weight)
         use = Use(call, reached=call.input.requires_grad)
         self.uses[weight][region].append(use)
@@ -122,7 +122,7 @@ class Trace(TorchFunctionMode):
         return []
 
     def forget_gradients(self) -> None:
-        """Make room for the output gradients of another backward."""
+        """Clear all D, so that another backward can set them."""
         for parts in self.uses.values():
             for calls in parts.values():
                 for use in calls:
@@ -132,18 +132,18 @@ class Trace(TorchFunctionMode):
         output = func(*args, **kwargs)
         scores = args[0] if args else kwargs["input"]
         indices = output if isinstance(output, Tensor) else output.indices
-        # A copy: models go on to change indices in place.
+        # A copy, because models change the indices in place afterwards.
         self.choices.append((scores.shape, indices.clone()))
         return output
 
 
 class ReplayTrace(Trace):
-    """A trace of a forward that makes the choices of another one, at other weights.
+    """A trace of a forward that repeats the choices of an earlier forward at other weights.
 
-    A token that a small shift of the weights sends to another expert is a jump, which a derivative does not see.
+    A small shift of the weights may send a token to another expert. That is a jump, and derivatives must not include it.
 
     Args:
-        choices: those of the other forward.
+        choices: `Trace.choices` of the earlier forward.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], choices: list[tuple[torch.Size, Tensor]]):
@@ -170,12 +170,12 @@ _CHOICES = {torch.topk, torch.Tensor.topk, torch.argmax, torch.Tensor.argmax}
 def bound(family: type[Projector], args: Any, kwargs: dict[str, Any]) -> Call | None:
     try:
         return family.bind(*args, **kwargs)
-    except TypeError:  # called by keywords that the family does not name
+    except TypeError:  # the call has keywords that the family does not know
         return None
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among values, and in lists and tuples among them."""
+    """The tensors among the values, also inside lists and tuples."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -185,6 +185,6 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
 
 @contextmanager
 def without_python_overrides() -> Iterator[None]:
-    """`torch.nn.functional` runs its Python functions as they are; the operations that they call are still seen."""
+    """Inside, a mode does not see calls of `torch.nn.functional` as such, but still sees the operations that they make."""
     with mock.patch.object(F, "has_torch_function", return_value=False):
         yield

@@ -1,4 +1,4 @@
-"""Ways to move inside a level set, in two families behind one interface: a file or a folder is what `method` names."""
+"""The teleport methods: ways to move weights inside a level set. A file or folder for each value of `method`, one interface."""
 
 from hf_teleport.methods.base import ClimbingMethod, Method, Move, TurningMethod
 from hf_teleport.methods.basis import BasisTurn

@@ -15,7 +15,7 @@ from hf_teleport.weights.whole import WHOLE, Weights
 
 
 class Method(ABC):
-    """What both families have in common. A method is made anew for each event, which calls `survey` for each batch, then `fit`.
+    """The base class of both families. Each event makes a new method, calls `survey` for each batch, and then `fit`.
 
     Before that, `passes`, `copies`, `event_bytes`, `on_shards` and the methods with `seconds` say what the event will take.
 
@@ -46,11 +46,11 @@ class Method(ABC):
     @staticmethod
     @abstractmethod
     def passes(config: TeleportConfig) -> int:
-        """Forward and backward passes over a batch in one event, at most: what it costs but for decompositions."""
+        """Upper limit of forward and backward passes over a batch in one event. Decompositions do not count."""
 
     @staticmethod
     def copies(config: TeleportConfig) -> int:
-        """How many times the size of the trained weights an event holds at once, gradients and copies to return to included."""
+        """Peak memory of an event, in multiples of the trained weights' size. Includes gradients and copies to restore."""
         return 4
 
     @staticmethod
@@ -135,7 +135,7 @@ class Move:
             self._carry_out = None
 
     def halve(self) -> None:
-        """Make it half as long as it is."""
+        """Halve the length of the move."""
         self.fraction /= 2
         if self._straight:
             self._copy.halve()
@@ -156,8 +156,8 @@ class ClimbingMethod(Method):
     """A method that climbs on each batch in turn, step by step: after `fit` the event calls (begin, propose*) for each batch.
 
     If a point keeps its graph (`evaluate(..., keep_graph=True)`), the steps on its batch should not change activations or loss.
-    Then a backward is enough after each, and the event checks the loss after the last one. If the loss has moved, the event
-    starts anew, after `distrust`.
+    Then a backward is enough after each step, and the event checks the loss after the last one. If the loss has changed, the
+    event calls `distrust` and starts again.
     """
 
     at_rest = (
@@ -196,7 +196,7 @@ class TurningMethod(Method):
 
     Attributes:
         symmetries: what was found, and whether it turns.
-        objection: why the event must be undone whatever its loss, set by `review`.
+        objection: why the event must be undone, even if its loss stayed. Set by `review`.
     """
 
     at_rest = "the turn leaves its values as they are, as it does a uniform gain and a bias of zeros"
@@ -221,7 +221,7 @@ class TurningMethod(Method):
         return 0.0
 
     def look_seconds(self, point: Point) -> float:
-        """What it takes to look at the gradients of one training step, about, judged from those of a surveyed batch."""
+        """Estimated seconds to read the gradients of one training step, measured on the gradients of a surveyed batch."""
         return 0.0
 
     @abstractmethod

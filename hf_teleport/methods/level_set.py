@@ -87,8 +87,8 @@ def linearised_step(
 
     Args:
         objective: q, the gradient of the objective, for each parameter.
-        jacobian: for each loss its gradient g, for each parameter. One that depends on the others, to the precision of the
-            weights, asks for nothing of its own.
+        jacobian: for each loss, its gradient g for each parameter. A gradient that depends linearly on the others, up to the
+            precision of the weights, adds no constraint.
         excesses: f(w) - f(w_0), for each loss.
     """
     gram = torch.zeros(len(jacobian), len(jacobian), dtype=torch.float64)

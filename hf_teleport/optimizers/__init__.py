@@ -1,1 +1,1 @@
-"""What an optimizer keeps for each weight: turned, reset, and rehearsed on copies."""
+"""An optimizer's state in an event: turned with the weights, reset, or rehearsed on copies."""

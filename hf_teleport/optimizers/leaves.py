@@ -20,9 +20,9 @@ class Leaf:
     """A tensor with coordinates in the state of a parameter.
 
     Attributes:
-        path: its name in the state, with those of the containers around it.
-        tensor: as it is kept.
-        scales, values: of a tensor of bitsandbytes' codes the largest magnitude of each block, and the value of each code.
+        path: its name in the state, after the names of the containers around it.
+        tensor: the tensor in the state.
+        scales, values: for a tensor of bitsandbytes' codes, the largest magnitude of each block, and the value of each code.
     """
 
     path: str

@@ -32,7 +32,7 @@ _HOOKS = "_optimizer_step_"
 
 
 def own_attributes(optimizer: Any) -> dict[str, Any]:
-    """An optimizer's attributes but for those that every optimizer has."""
+    """An optimizer's attributes, except those that every optimizer has."""
     return {k: v for k, v in vars(optimizer).items() if k not in _PUT_ON_IT and not k.startswith(_HOOKS)}
 
 
@@ -57,7 +57,7 @@ def gradient_hooks(optimizer: Any) -> list[Any]:
 
 
 def beyond_trial(optimizer: Any) -> str:
-    """Why an optimizer's steps can't be tried on copies, for they would step the weights themselves; empty: they can."""
+    """Why an optimizer's steps can't be tried on copies: they would change the weights themselves. Empty: they can be tried."""
     outer, stepping = unwrapped(optimizer), parts(optimizer)
     trained = {p for part in stepping for group in part.param_groups for p in group["params"]}
     of_its_own = [p for group in outer.param_groups for p in group["params"] if p.requires_grad and p not in trained]

@@ -35,7 +35,7 @@ class Rehearsal:
         optimizer: the one that trains the model; also one wrapped by Accelerate.
         origin: the parameter in the optimizer that a given one stands in for (`Weights.origin`).
         max_grad_norm: gradients are clipped to this norm before the step; None or 0: they are not.
-        rates: for the i-th step from now the learning rate of each parameter group; default: those of now.
+        rates: the learning rate of each parameter group at the i-th step from now. Default: the current learning rates.
         ranks: the processes that rehearse alike, and fail alike.
 
     Raises:
@@ -109,11 +109,11 @@ class Rehearsal:
         steps: int,
         forgotten: Collection[nn.Parameter] = (),
     ) -> Iterator[None]:
-        """Inside, the parameters are where so many steps take them; after, they and the optimizer are bit for bit what they were.
+        """Inside, the parameters have taken this many steps. Afterwards they and the optimizer are bit for bit what they were.
 
         Args:
-            gradients: called before the i-th step, with the parameters where it begins.
-            forgotten: parameters of which the optimizer will remember nothing.
+            gradients: called before the i-th step. The parameters are then where that step begins.
+            forgotten: parameters whose optimizer state will be reset.
         """
         own = {self._origin(parameter): parameter for parameter in parameters}
         remembered = {p: copied(self._state[p]) for p in set(parameters) - set(forgotten) if p in self._state}
@@ -159,7 +159,7 @@ class Rehearsal:
         what: Callable[[nn.Parameter, Tensor, Tensor | None], Tensor | None],
         others: Tensors | None = None,
     ) -> Tensors:
-        """`what(parameter, gradient, other)` where there is a gradient, one after the other: no list is held in between."""
+        """`what(parameter, gradient, other)` for each parameter with a gradient, one at a time to save memory."""
         triples = list(zip(parameters, gradients, others or [None] * len(gradients), strict=True))
         return self._ranks.together(lambda: [None if g is None else what(p, g.detach(), other) for p, g, other in triples])
 

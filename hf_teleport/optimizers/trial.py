@@ -57,7 +57,7 @@ def at_start(part: Any, group: Group) -> Group:
 
 
 def shell(optimizer: Any) -> Any:
-    """An optimizer of the same kind and settings without parameters, state and hooks of its own."""
+    """An optimizer of the same kind and settings, without parameters, state and hooks."""
     own: Any = object.__new__(type(optimizer))
     # A scheduler puts a counting `step` on the object.
     own.__dict__.update({name: value for name, value in optimizer.__dict__.items() if name != "step"})
@@ -113,7 +113,7 @@ def _steps(trial: Any, parameter: nn.Parameter, gradients: Sequence[Tensor]) -> 
 
 @torch.no_grad()
 def _step_all(trial: Any, gradients: dict[nn.Parameter, Sequence[Tensor]]) -> None:
-    # What torchao compiles for each shape is run as it is written.
+    # Run torchao's optimizers uncompiled. Otherwise they compile for each shape.
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for each in zip(*gradients.values(), strict=True):
@@ -237,10 +237,10 @@ def _shows(shape: tuple[int, ...], of: torch.Size) -> bool:
 def carried(
     part: Any, group: Group, like: Tensor, weights: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], turn: Any = None
 ) -> tuple[Tensor, Tensor]:
-    """The last steps of a new optimizer on two weights, the first of which gets another basis just before.
+    """The last steps of a new optimizer on two weights. Just before, the first weight gets another basis.
 
     Args:
-        gradients: for each weight those of all steps.
+        gradients: for each weight, its gradients in all steps.
         turn: called with the first weight and its state, both to be changed in place, and with its last gradient, for the turned
             one; None: it stays.
     """

@@ -1,4 +1,4 @@
-"""The well-known Transformers examples with teleportation, each a module with `main(argv)`.
+"""The tasks of `hf-teleport train`: well-known Transformers examples with teleportation. Each is a module with `main(argv)`.
 
 hf-teleport train clm configs/examples/ptb_clm.yaml --learning_rate 1e-3
 accelerate launch -m hf_teleport.cli train clm configs/examples/ptb_clm.yaml
@@ -19,11 +19,11 @@ TASKS = {
 
 
 def train(task: str, argv: list[str]) -> dict[str, float]:
-    """Run a task with the words of a command line; returns its metrics.
+    """Run a task with the arguments of a command line. Returns its metrics.
 
     Raises:
-        ValueError: no such task, or an argument that is not allowed.
-        FileNotFoundError: a file that is not there.
+        ValueError: there is no such task, or an argument is not allowed.
+        FileNotFoundError: a file does not exist.
     """
     if task not in TASKS:
         raise ValueError(f"task = {task!r} is not allowed; allowed: one of {list(TASKS)}.")

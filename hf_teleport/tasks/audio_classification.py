@@ -1,4 +1,4 @@
-"""Audio classification: a data set with sounds and labels, or folders of sound files by class. Needs no ffmpeg."""
+"""Audio classification, on a data set with sounds and labels, or on a folder of sound files for each class. Needs no ffmpeg."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,25 +24,27 @@ from hf_teleport.tasks.tables import load_tables
 
 @dataclass
 class AudioArguments(FolderDataArguments):
-    """Columns of sounds and labels, and their length."""
+    """Columns of sounds and labels, and the length of sounds."""
 
-    audio_column_name: str | None = field(default=None, metadata={"help": "Column of sounds. Default: the first of sounds."})
+    audio_column_name: str | None = field(
+        default=None, metadata={"help": "Column of sounds. Default: the first column of sounds."}
+    )
     label_column_name: str | None = field(
         default=None, metadata={"help": "Column of classes. Default: the first of the type ClassLabel, or 'label'."}
     )
     feature_extractor_name: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the feature extractor. Default: that of model_name_or_path."}
+        default=None, metadata={"help": "Folder or Hub id of the feature extractor. Default: model_name_or_path."}
     )
     max_length_seconds: float = field(
-        default=20.0, metadata={"help": "Longer sounds are cut: in training to a piece drawn at random, else to their beginning."}
+        default=20.0, metadata={"help": "Cut longer sounds, in training to a random piece, in evaluation to their beginning."}
     )
 
 
 def feature_extractor(model_args: ModelArguments, data_args: AudioArguments, config: Any) -> Any:
-    """The saved feature extractor, or a new one of the kind that the config's models take.
+    """The saved feature extractor, or a new one that suits the config.
 
     Raises:
-        ValueError: the config is of no model that takes sounds.
+        ValueError: no model with this config takes sounds.
     """
     name = data_args.feature_extractor_name or model_args.model_name_or_path
     if name:
@@ -56,11 +58,11 @@ def feature_extractor(model_args: ModelArguments, data_args: AudioArguments, con
 
 
 def main(argv: list[str]) -> dict[str, float]:
-    """Run the task with the words of a command line; returns its metrics."""
+    """Run the task with the arguments of a command line. Returns its metrics."""
     kinds = (ModelArguments, AudioArguments, TeleportTrainingArguments)
     model_args, data_args, training_args = parse("audio_classification", kinds, argv, __doc__)
     set_seed(training_args.seed)
-    # Trainer drops columns that the model does not take. It would drop the sounds before they become features.
+    # Trainer drops columns that the model does not take, so it would drop the sounds before they become features.
     training_args.remove_unused_columns = False
 
     def check(rows: Any, source: str) -> str:
@@ -72,7 +74,7 @@ def main(argv: list[str]) -> dict[str, float]:
         tables = load_tables(data_args, check, training_args.seed, sound_folders)
     audio = check(tables["train"], "the training rows")
     labels = Labels.of(tables["train"], data_args.label_column_name)
-    # `datasets` itself decodes by torchcodec, which needs ffmpeg.
+    # Without decoding, because `datasets` decodes by torchcodec, which needs ffmpeg.
     tables = tables.cast_column(audio, Audio(decode=False)).select_columns([audio, labels.column])
     config = make_config(model_args, **labels.settings)
     extractor = feature_extractor(model_args, data_args, config)
@@ -81,12 +83,12 @@ def main(argv: list[str]) -> dict[str, float]:
 
     def waves(rows: dict[str, list[Any]], at_random: bool) -> dict[str, list[Any]]:
         decoded = [resample(*decode(sound), rate) for sound in rows[audio]]
-        # Torch's generator makes a teleport batch the same when it is drawn again.
+        # By torch's generator, so that a teleport batch is the same when it is drawn again.
         starts = [int(torch.randint(max(1, len(w) - longest + 1), ())) if at_random else 0 for w in decoded]
         cut = [wave[start : start + longest] for wave, start in zip(decoded, starts, strict=True)]
         return {"wave": cut, "labels": labels.numbers(rows[labels.column])}
 
-    # Extractors that pad to a fixed length by themselves (Whisper's) keep their own padding.
+    # Extractors that pad to a fixed length by default (Whisper's) keep their own padding.
     padding = signature(extractor.__call__).parameters.get("padding")
     settings: dict[str, Any] = {"padding": True} if padding is not None and not padding.default else {}
 

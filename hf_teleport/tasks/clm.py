@@ -19,15 +19,15 @@ class ClmArguments(DataArguments):
     """The text, and the length of a row."""
 
     text_column_name: str | None = field(
-        default=None, metadata={"help": "Column of texts. Default: 'text', or the first of text."}
+        default=None, metadata={"help": "Column of texts. Default: 'text', or the first column of text."}
     )
     block_size: int | None = field(
-        default=None, metadata={"help": "Tokens in a row. Default: the model's own limit, but no more than 1024."}
+        default=None, metadata={"help": "Tokens in a row. Default: the model's own limit, at most 1024."}
     )
 
 
 def main(argv: list[str]) -> dict[str, float]:
-    """Run the task with the words of a command line; returns its metrics."""
+    """Run the task with the arguments of a command line. Returns its metrics."""
     kinds = (TextModelArguments, ClmArguments, TeleportTrainingArguments)
     model_args, data_args, training_args = parse("clm", kinds, argv, __doc__)
     set_seed(training_args.seed)

@@ -1,4 +1,4 @@
-"""Text classification or regression: a GLUE task by its name, or any one or two columns of text with a label."""
+"""Text classification or regression, on a GLUE task, or on one or two columns of text with a label."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,17 +33,17 @@ class GlueArguments(DataArguments):
     """The task or its columns, and the length of a row.
 
     Raises:
-        ValueError: an unknown task, or more than two columns of text.
+        ValueError: the task is unknown, or there are more than two columns of text.
     """
 
     task_name: str | None = field(default=None, metadata={"help": f"A GLUE task of the Hub: {', '.join(GLUE)}."})
     text_column_names: list[str] | None = field(
-        default=None, metadata={"help": "One or two columns of text. Default: the task's, or the first of text."}
+        default=None, metadata={"help": "One or two columns of text. Default: the task's, or the first column of text."}
     )
     label_column_name: str = field(default="label", metadata={"help": "Column of classes, or of numbers for a regression."})
     max_seq_length: int | None = field(
         default=None,
-        metadata={"help": "Tokens in a row at most; what is longer is cut. Default: 128, or fewer if the model takes fewer."},
+        metadata={"help": "Longest row in tokens; longer rows are cut. Default: 128, or fewer if the model takes fewer."},
     )
 
     def __post_init__(self) -> None:
@@ -56,9 +56,7 @@ class GlueArguments(DataArguments):
 
 
 def scores(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy, and for two classes also F1 and Matthews' correlation. For a regression, squared error and Pearson's
-    correlation.
-    """
+    """Accuracy, for two classes also F1 and Matthews' correlation. For a regression: squared error and Pearson's correlation."""
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     truth = np.asarray(prediction.label_ids)
     if logits.shape[-1] == 1:
@@ -76,7 +74,7 @@ def _correlation(found: Any, truth: Any) -> float:
 
 
 def main(argv: list[str]) -> dict[str, float]:
-    """Run the task with the words of a command line; returns its metrics."""
+    """Run the task with the arguments of a command line. Returns its metrics."""
     kinds = (TextModelArguments, GlueArguments, TeleportTrainingArguments)
     model_args, data_args, training_args = parse("glue", kinds, argv, __doc__)
     set_seed(training_args.seed)

@@ -1,4 +1,4 @@
-"""Image classification: a data set with images and labels, or folders of image files by class."""
+"""Image classification, on a data set with images and labels, or on a folder of image files for each class."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,12 +23,14 @@ from hf_teleport.tasks.tables import load_tables
 class ImageArguments(FolderDataArguments):
     """Columns of images and labels."""
 
-    image_column_name: str | None = field(default=None, metadata={"help": "Column of images. Default: the first of images."})
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "Column of images. Default: the first column of images."}
+    )
     label_column_name: str | None = field(
         default=None, metadata={"help": "Column of classes. Default: the first of the type ClassLabel, or 'label'."}
     )
     image_processor_name: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the image processor. Default: that of model_name_or_path."}
+        default=None, metadata={"help": "Folder or Hub id of the image processor. Default: model_name_or_path."}
     )
     image_size: int | None = field(
         default=None, metadata={"help": "For random weights: resize to this height and width. Default: the config's own, or 224."}
@@ -36,7 +38,7 @@ class ImageArguments(FolderDataArguments):
 
 
 def image_processor(model_args: ModelArguments, data_args: ImageArguments, config: Any) -> Any:
-    """The saved processor, or one that resizes to the config's size and scales pixels to between -1 and 1."""
+    """The saved processor, or a new one that resizes to the config's size and scales pixels to between -1 and 1."""
     name = data_args.image_processor_name or model_args.model_name_or_path
     if name:
         argument = "image_processor_name" if data_args.image_processor_name else "model_name_or_path"
@@ -51,19 +53,19 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def decode(entry: dict[str, Any]) -> Any:
-    """A picture, by Pillow.
+    """Decode an image by Pillow.
 
     Args:
         entry: `bytes` of an image file, or its `path`.
 
     Raises:
-        ValueError: it is no image that can be read.
+        ValueError: the image can't be read.
     """
     try:
         return Image().decode_example(entry)
     except (OSError, ValueError) as error:
         place = entry.get("path") or "in the data"
-        raise ValueError(f"the image {place} could not be read, take it out: {shortened(error)}") from error
+        raise ValueError(f"the image {place} could not be read, remove it: {shortened(error)}") from error
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -75,11 +77,11 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def main(argv: list[str]) -> dict[str, float]:
-    """Run the task with the words of a command line; returns its metrics."""
+    """Run the task with the arguments of a command line. Returns its metrics."""
     kinds = (ModelArguments, ImageArguments, TeleportTrainingArguments)
     model_args, data_args, training_args = parse("image_classification", kinds, argv, __doc__)
     set_seed(training_args.seed)
-    # Trainer drops columns that the model does not take. It would drop the images before they become pixels.
+    # Trainer drops columns that the model does not take, so it would drop the images before they become pixels.
     training_args.remove_unused_columns = False
 
     def check(rows: Any, source: str) -> str:

@@ -1,4 +1,4 @@
-"""The meaning of a column of labels: classes by their names, or numbers for a regression."""
+"""Read a column of labels: as classes with names, or as numbers for a regression."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,7 @@ from datasets import ClassLabel
 
 from hf_teleport.inputs.columns import label_column
 
-# Class numbers may go up to this many times the number of classes, because a file may lack some classes of the model.
+# Class numbers may be at most this many times the number of classes. A file may lack some of the classes.
 _SPARSE = 1000
 
 
@@ -16,9 +16,9 @@ class Labels:
     """The classes of a column.
 
     Attributes:
-        column: its name.
-        names: of the classes, by their number; empty for a regression.
-        values: what stands in the column for each class, by its number.
+        column: name of the column.
+        names: names of the classes, in the order of their numbers. Empty for a regression.
+        values: the column's value for each class, in the order of their numbers.
     """
 
     column: str
@@ -27,11 +27,11 @@ class Labels:
 
     @classmethod
     def of(cls, rows: Any, column: str | None = None) -> "Labels":
-        """The classes of a column; None: of the column that `label_column` finds.
+        """The classes of a column. None: the column that `label_column` finds.
 
         Raises:
-            ValueError: as `label_column`, a single class, or classes by numbers that are below 0 (unlabelled test sets have -1)
-                or leave most numbers out.
+            ValueError: as `label_column`; or there is a single class, or class numbers are below 0 (unlabelled test sets have -1)
+                or leave out most numbers.
         """
         column = label_column(rows, column, "the training rows")
         kind = rows.features[column]
@@ -47,32 +47,32 @@ class Labels:
                 raise ValueError(f"column {column!r} has labels such as {values[0]}; allowed: whole numbers from 0, or names.")
             if values[-1] > _SPARSE * len(values):
                 raise ValueError(
-                    f"column {column!r} has {len(values)} classes with numbers up to {values[-1]}; allowed: numbers from 0 that "
-                    "leave few out, names, or floats for a regression."
+                    f"column {column!r} has {len(values)} classes with numbers up to {values[-1]}; allowed: numbers from 0 with "
+                    "few gaps, names, or floats for a regression."
                 )
             values = list(range(values[-1] + 1))
         return cls(column, tuple(map(str, values)), tuple(values))
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings of a configuration that follow from the classes."""
+        """The settings of a model's configuration that depend on the classes."""
         if not self.names:
             return {"num_labels": 1, "problem_type": "regression"}
         numbered = dict(enumerate(self.names))
         return {"id2label": numbered, "label2id": {name: number for number, name in numbered.items()}}
 
     def numbers(self, labels: list[Any]) -> list[Any]:
-        """Labels as the numbers of their classes; labels of a regression stay as they are.
+        """Convert labels to the numbers of their classes. Labels of a regression stay as they are.
 
         Raises:
-            ValueError: a label that the training rows do not have.
+            ValueError: the training rows do not have such a label.
         """
         if not self.names:
             return labels
         number = {value: i for i, value in enumerate(self.values)}
         if unknown := [label for label in labels if label not in number]:
             raise ValueError(
-                f"column {self.column!r} has the label {unknown[0]!r}; allowed: those of the training rows, {self.names[:20]}. "
-                "Where a test split is unlabelled, give a validation_file."
+                f"column {self.column!r} has the label {unknown[0]!r}; allowed: labels of the training rows, {self.names[:20]}. "
+                "If a test split is unlabelled, give a validation_file."
             )
         return [number[label] for label in labels]

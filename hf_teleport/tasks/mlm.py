@@ -16,19 +16,19 @@ from hf_teleport.tasks.text import blocks, row_length
 
 @dataclass
 class MlmArguments(DataArguments):
-    """The text, the length of a row, and how much of it is masked."""
+    """The text, the length of a row, and the share of masked tokens."""
 
     text_column_name: str | None = field(
-        default=None, metadata={"help": "Column of texts. Default: 'text', or the first of text."}
+        default=None, metadata={"help": "Column of texts. Default: 'text', or the first column of text."}
     )
     max_seq_length: int | None = field(
-        default=None, metadata={"help": "Tokens in a row. Default: the model's own limit, but no more than 1024."}
+        default=None, metadata={"help": "Tokens in a row. Default: the model's own limit, at most 1024."}
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are masked."})
 
 
 def main(argv: list[str]) -> dict[str, float]:
-    """Run the task with the words of a command line; returns its metrics."""
+    """Run the task with the arguments of a command line. Returns its metrics."""
     kinds = (TextModelArguments, MlmArguments, TeleportTrainingArguments)
     model_args, data_args, training_args = parse("mlm", kinds, argv, __doc__)
     set_seed(training_args.seed)

@@ -1,4 +1,4 @@
-"""The model and the tokenizer of a task: saved ones, or new ones."""
+"""Load a task's model and tokenizer, or make new ones."""
 
 import re
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from hf_teleport.tasks.arguments import ModelArguments, TextModelArguments
 
 
 def make_config(arguments: ModelArguments, fresh: dict[str, Any] | None = None, **settings: Any) -> Any:
-    """The configuration of a saved model, or a new one.
+    """Load the configuration of a saved model, or make a new one.
 
     Args:
-        fresh: settings of a new configuration alone, such as the size of the vocabulary; `config_overrides` win.
-        settings: of either.
+        fresh: settings for a new configuration only, such as the size of the vocabulary. `config_overrides` override them.
+        settings: settings for both.
 
     Raises:
-        ValueError: no model named, one that cannot be loaded, or `config_overrides` that are unknown, or of a saved model.
-        FileNotFoundError: no such folder.
+        ValueError: no model is named, it can't be loaded, or `config_overrides` are unknown or given for a saved model.
+        FileNotFoundError: there is no such folder.
     """
     name = arguments.config_name or arguments.model_name_or_path
     if name is None:
@@ -35,17 +35,17 @@ def make_config(arguments: ModelArguments, fresh: dict[str, Any] | None = None, 
         return new_config(name, overrides, "config_overrides", **{**(fresh or {}), **settings})
     if overrides:
         raise ValueError(
-            f"config_overrides are for a new config_name such as bert or llama, but {name!r} is a saved one; leave them out."
+            f"config_overrides are for a new config_name such as bert or llama, but {name!r} is a saved model; leave them out."
         )
     argument = "config_name" if arguments.config_name else "model_name_or_path"
     return from_saved(AutoConfig.from_pretrained, argument, name, revision=arguments.model_revision, **settings)
 
 
 def parse_overrides(text: dict[str, Any] | str | None) -> dict[str, Any]:
-    """'hidden_size=64,depths=[1,2]' as a mapping; values are read as YAML.
+    """Parse 'hidden_size=64,depths=[1,2]' into a mapping. Values are YAML.
 
     Raises:
-        ValueError: a part that is no KEY=VALUE, or a value that is not YAML.
+        ValueError: a part is not KEY=VALUE, or a value is not YAML.
     """
     if not text or isinstance(text, dict):
         return dict(text or {})
@@ -57,13 +57,13 @@ def parse_overrides(text: dict[str, Any] | str | None) -> dict[str, Any]:
 
 
 def make_model(auto: Any, arguments: ModelArguments, config: Any, tokenizer: Any = None) -> Any:
-    """The saved model, or one with random weights, and an embedding for each of the tokenizer's tokens.
+    """Load the saved model, or make one with random weights. It gets an embedding for each of the tokenizer's tokens.
 
     Args:
         auto: one of Transformers' auto classes, or a model class.
 
     Raises:
-        FileNotFoundError, ValueError: a saved model that cannot be loaded, or sizes that make no model.
+        FileNotFoundError, ValueError: the saved model can't be loaded, or the sizes do not fit together.
     """
     if arguments.model_name_or_path is None:
         return new_model(auto, config, "config_overrides" if arguments.config_overrides else "config_name")
@@ -81,23 +81,23 @@ def make_model(auto: Any, arguments: ModelArguments, config: Any, tokenizer: Any
 
 
 def make_tokenizer(arguments: TextModelArguments, texts: Callable[[], list[str]], masked: bool = False) -> Any:
-    """The saved tokenizer, or a new one whose tokens are the words of the training text; with a token for padding.
+    """Load the saved tokenizer, or make one whose tokens are the words of the training text. It has a token for padding.
 
     Args:
-        texts: called for the training text if a new one is wanted.
+        texts: returns the training text, and is called only for a new tokenizer.
         masked: for BERT-like models, which have a <mask>, and a <cls> before every text.
 
     Raises:
-        ValueError: no tokenizer named, one that cannot be loaded, or one without a token that could pad.
-        FileNotFoundError: no such folder.
+        ValueError: no tokenizer is named, it can't be loaded, or it has no token that could pad.
+        FileNotFoundError: there is no such folder.
     """
     if arguments.train_tokenizer_vocab_size is not None:
         return word_tokenizer(texts(), arguments.train_tokenizer_vocab_size, masked)
     name = arguments.tokenizer_name or arguments.model_name_or_path
     if name is None:
         raise ValueError(
-            "there is no tokenizer: give tokenizer_name = a folder or a Hub id, or train_tokenizer_vocab_size = how many tokens "
-            "to make of the training text."
+            "there is no tokenizer: give tokenizer_name = a folder or a Hub id, or train_tokenizer_vocab_size = a number of "
+            "tokens, to make one from the training text."
         )
     argument = "tokenizer_name" if arguments.tokenizer_name else "model_name_or_path"
     tokenizer = from_saved(AutoTokenizer.from_pretrained, argument, name, revision=arguments.model_revision)
@@ -105,14 +105,14 @@ def make_tokenizer(arguments: TextModelArguments, texts: Callable[[], list[str]]
         if tokenizer.eos_token is None:
             raise ValueError(
                 f"the tokenizer {name!r} has no token for padding and none for the end of a text; give another tokenizer_name, "
-                "or train_tokenizer_vocab_size to make one of the training text."
+                "or train_tokenizer_vocab_size to make one from the training text."
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def token_settings(tokenizer: Any) -> dict[str, Any]:
-    """The settings of a new configuration that follow from its tokenizer."""
+    """The settings of a new configuration that depend on its tokenizer."""
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
     return {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": start, "eos_token_id": end}

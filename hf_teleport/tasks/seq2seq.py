@@ -1,4 +1,4 @@
-"""Text to text: summarisation, translation, or any columns of sources and targets, scored on generated texts."""
+"""Text to text: summarisation, translation, or any columns of sources and targets. Generated texts are scored."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from hf_teleport.tasks.tables import load_tables
 
 
 class TeleportSeq2SeqTrainer(TeleportMixin, Seq2SeqTrainer):
-    """`Seq2SeqTrainer` that teleports."""
+    """A `Seq2SeqTrainer` that teleports."""
 
 
 @dataclass
@@ -32,7 +32,7 @@ class TeleportSeq2SeqTrainingArguments(TeleportArguments, Seq2SeqTrainingArgumen
     """`Seq2SeqTrainingArguments` with the teleport settings.
 
     Raises:
-        ValueError: a teleport setting that is not allowed, when the arguments are made.
+        ValueError: a teleport setting is not allowed. It is raised when the arguments are made.
     """
 
     def __post_init__(self) -> None:
@@ -45,25 +45,27 @@ class Seq2SeqArguments(DataArguments):
     """Sources, targets, and their lengths.
 
     Raises:
-        ValueError: no targets, or several ways to them.
+        ValueError: there are no targets, or several arguments give them.
     """
 
-    text_column: str | None = field(default=None, metadata={"help": "Column of sources. Default: 'text', or the first of text."})
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column of sources. Default: 'text', or the first column of text."}
+    )
     summary_column: str | None = field(default=None, metadata={"help": "Column of targets."})
     source_lang: str | None = field(
-        default=None, metadata={"help": "For a column 'translation' of texts by language: the source's."}
+        default=None, metadata={"help": "Language of the sources, for a column 'translation' of texts by language."}
     )
     target_lang: str | None = field(
-        default=None, metadata={"help": "For a column 'translation' of texts by language: the target's."}
+        default=None, metadata={"help": "Language of the targets, for a column 'translation' of texts by language."}
     )
     first_words: int | None = field(
         default=None,
-        metadata={"help": "For texts without targets: learn to repeat this many words of a text's beginning. Only for a trial."},
+        metadata={"help": "For texts without targets: learn to repeat the first words of a text, this many. Only for a trial."},
     )
-    source_prefix: str = field(default="", metadata={"help": "Put before each source: 'summarize: ' for T5."})
-    max_source_length: int = field(default=1024, metadata={"help": "Tokens of a source at most."})
-    max_target_length: int = field(default=128, metadata={"help": "Tokens of a target at most."})
-    num_beams: int | None = field(default=None, metadata={"help": "Beams of the search, when texts are generated."})
+    source_prefix: str = field(default="", metadata={"help": "Text to put before each source: 'summarize: ' for T5."})
+    max_source_length: int = field(default=1024, metadata={"help": "Longest source, in tokens."})
+    max_target_length: int = field(default=128, metadata={"help": "Longest target, in tokens."})
+    num_beams: int | None = field(default=None, metadata={"help": "Number of beams when texts are generated."})
 
     def __post_init__(self) -> None:
         ways = {
@@ -79,7 +81,7 @@ class Seq2SeqArguments(DataArguments):
         """Check that every row has a source and a target.
 
         Raises:
-            ValueError: no such column or language, or a row without a text.
+            ValueError: there is no such column or language, or a row has no text.
         """
         if self.source_lang and self.target_lang:
             if "translation" not in rows.column_names:
@@ -97,7 +99,7 @@ class Seq2SeqArguments(DataArguments):
             text_column(rows, self.summary_column, source)
 
     def pairs(self, rows: Any) -> Any:
-        """The rows, already checked, as two columns of text, 'source' and 'target'."""
+        """The rows as two columns of text, 'source' and 'target'. `check` must have passed."""
         if self.source_lang and self.target_lang:
             return _mapped(rows, lambda row: [row["translation"][name] for name in (self.source_lang, self.target_lang)])
         source = text_column(rows, self.text_column, "the rows")
@@ -111,14 +113,14 @@ def _mapped(rows: Any, pair: Any) -> Any:
 
 
 def overlap(found: str, truth: str) -> float:
-    """F1 of the words that two texts share, each as often as it is in both: ROUGE-1 without stemming."""
+    """F1 of the words that two texts share: ROUGE-1 without stemming."""
     words, wanted = found.split(), truth.split()
     shared = sum((Counter(words) & Counter(wanted)).values())
     return 2 * shared / max(1, len(words) + len(wanted))
 
 
 def main(argv: list[str]) -> dict[str, float]:
-    """Run the task with the words of a command line; returns its metrics."""
+    """Run the task with the arguments of a command line. Returns its metrics."""
     kinds = (TextModelArguments, Seq2SeqArguments, TeleportSeq2SeqTrainingArguments)
     model_args, data_args, training_args = parse("seq2seq", kinds, argv, __doc__)
     set_seed(training_args.seed)
@@ -128,7 +130,7 @@ def main(argv: list[str]) -> dict[str, float]:
         for name, rows in tables.items():
             tables[name] = data_args.pairs(rows)
         tokenizer = make_tokenizer(model_args, lambda: [*tables["train"]["source"], *tables["train"]["target"]])
-        # A tokenizer made here does not end texts, and a model must learn where a target ends.
+        # A new tokenizer adds no end token, but a model must learn where a target ends.
         end = tokenizer.eos_token_id
 
         def encode(texts: list[str], length: int) -> list[list[int]]:
@@ -148,7 +150,7 @@ def main(argv: list[str]) -> dict[str, float]:
     model = make_model(AutoModelForSeq2SeqLM, model_args, make_config(model_args, fresh), tokenizer)
 
     def scores(prediction: EvalPrediction) -> dict[str, float]:
-        # Trainer pads with -100, which no tokenizer knows.
+        # Trainer pads with -100, which is no token.
         found, truth = (
             tokenizer.batch_decode(np.where(ids == -100, tokenizer.pad_token_id, ids), skip_special_tokens=True)
             for ids in (prediction.predictions, prediction.label_ids)

@@ -1,4 +1,4 @@
-"""Rows to train and evaluate on: from files, folders or the Hub."""
+"""Load rows to train and evaluate on, from files, folders or the Hub."""
 
 import math
 from collections.abc import Callable
@@ -12,25 +12,25 @@ from hf_teleport.lab.data.catalogue import Source
 from hf_teleport.lab.data.rows import load_splits
 from hf_teleport.tasks.arguments import DataArguments
 
-# The names under which the Hub's data sets keep rows to evaluate on, best first.
+# Names of the Hub's splits to evaluate on, in the order of preference.
 _HELD_OUT = ("validation", "valid", "validation_matched", "dev", "test")
 
 _WAYS = "give train_file = a .csv, .json, .jsonl, .parquet or .txt file, or dataset_name = a local folder or a Hub id"
 
 
 Check = Callable[[Any, str], Any]
-"""Raises ValueError if rows cannot be used. The second argument names their source in errors."""
+"""Raises ValueError if rows can't be used. The second argument names their source in errors."""
 
 
 def image_folders(folders: dict[str, str]) -> Any:
     """A `datasets.DatasetDict` of the image files in each folder, whose subfolders are the classes.
 
     Raises:
-        ValueError: a folder without files in subfolders.
+        ValueError: a folder has no files in subfolders.
     """
     if empty := [folder for folder in folders.values() if not any(path.is_file() for path in Path(folder).glob("*/**/*"))]:
-        raise ValueError(f"{empty[0]!r} has no files in subfolders; give a folder that has one for each class.")
-    # Both folders together, so that a class has the same number in both.
+        raise ValueError(f"{empty[0]!r} has no files in subfolders; give a folder with a subfolder for each class.")
+    # Load both folders together, so that a class has the same number in both.
     return load_dataset("imagefolder", data_files={name: str(Path(folder, "**")) for name, folder in folders.items()})
 
 
@@ -40,13 +40,14 @@ def load_tables(
     """A `datasets.DatasetDict` of 'train' and 'validation'.
 
     Args:
-        check: is called with the rows of each of them, before rows are set apart or left out.
-        seed: of the split, where there are no rows to evaluate on.
-        read_folders: makes rows of `train_dir` and `validation_dir`, if they are given.
+        data: the task's arguments for the data.
+        check: is called with the rows of each split, before rows are split or left out.
+        seed: the seed of the random split, if there are no rows to evaluate on.
+        read_folders: reads the rows of `train_dir` and `validation_dir`, if they are given.
 
     Raises:
-        FileNotFoundError: a file or folder that is not there, or a Hub id that is neither cached nor within reach.
-        ValueError: no data named, data that cannot be read, no training rows, too few to set some apart, or what `check` says.
+        FileNotFoundError: a file or folder does not exist, or a Hub id is not cached and can't be downloaded.
+        ValueError: no data are named, they can't be read, there are no training rows or too few to split, or `check` fails.
     """
     splits, source = _splits(data, read_folders)
     if "train" not in splits:
@@ -67,21 +68,19 @@ def existing_folder(argument: str, path: str) -> str:
     """The path of a folder.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: it does not exist.
         ValueError: it is a file.
     """
     found = Path(path).expanduser()
     if not found.exists():
-        raise FileNotFoundError(
-            f"{argument} = {path!r} does not exist (looked for in {Path.cwd()}): give a folder that is there."
-        )
+        raise FileNotFoundError(f"{argument} = {path!r} does not exist (looked for in {Path.cwd()}): give an existing folder.")
     if not found.is_dir():
         raise ValueError(f"{argument} = {path!r} is a file; allowed: a folder with a subfolder of files for each class.")
     return str(found)
 
 
 def _splits(data: DataArguments, read_folders: Callable[[dict[str, str]], Any]) -> tuple[Any, Callable[[Any], str]]:
-    """The splits, and a function that names the source of one of them."""
+    """The splits, and a function that describes the source of a split."""
     if data.dataset_name and Path(data.dataset_name).is_file():
         return {"train": read_rows("dataset_name", data.dataset_name)}, lambda name: f"dataset_name = {data.dataset_name!r}"
     if data.dataset_name:
@@ -106,32 +105,32 @@ def _read(load: Callable[[], Any], argument: str, name: str) -> Any:
         raise FileNotFoundError(f"{argument} = {name!r}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{argument} = {name!r}: {error}") from error
-    except Exception as error:  # of whatever library reads the files
+    except Exception as error:  # the type depends on the library that reads the files
         raise ValueError(
             f"{argument} = {name!r} could not be loaded: {shortened(error.__cause__ or error)}. Or {_WAYS}."
         ) from error
 
 
 def _like(rows: Any, train: Any, source: str) -> Any:
-    """Rows with the columns of the training rows, and of their types."""
+    """Select and cast columns, so that rows have the columns and types of the training rows."""
     if missing := [column for column in train.column_names if column not in rows.column_names]:
-        raise ValueError(f"{source} has the columns {rows.column_names}; needed are those of the training rows, also {missing}.")
+        raise ValueError(f"{source} has the columns {rows.column_names}; add {missing}, which the training rows have.")
     rows = rows.select_columns(train.column_names)
     try:
         return rows if rows.features == train.features else rows.cast(train.features)
-    except Exception as error:  # of whatever kind pyarrow raises
+    except Exception as error:  # pyarrow raises several types
         raise ValueError(
-            f"{source} has columns of other types than the training rows, make them alike: {shortened(error)}"
+            f"{source} has columns of other types than the training rows; give both the same types: {shortened(error)}"
         ) from error
 
 
 def _set_apart(rows: Any, percentage: float, seed: int, source: str) -> dict[str, Any]:
-    """Some of the rows to evaluate on, drawn at random, and the others to train on."""
+    """Split rows at random: some to evaluate on, and the others to train on."""
     apart = math.ceil(percentage / 100 * len(rows))
     if not 0 < apart < len(rows):
         raise ValueError(
-            f"{source}: of its {len(rows)} rows, validation_split_percentage = {percentage} cannot be set apart to evaluate on; "
-            "give a validation_file, or a percentage that leaves rows for both."
+            f"{source}: validation_split_percentage = {percentage} does not split its {len(rows)} rows into two parts; give a "
+            "validation_file, or a percentage that leaves rows for training and evaluation."
         )
     parts = rows.train_test_split(test_size=apart, seed=seed)
     return {"train": parts["train"], "validation": parts["test"]}

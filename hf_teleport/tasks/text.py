@@ -1,4 +1,4 @@
-"""Texts as tokens: one after the other in blocks, or one a row."""
+"""Turn texts into rows of tokens: the length of a row, and blocks of running text."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from datasets import DatasetDict
 
 
 def row_length(name: str, asked: int | None, default: int, config: Any, tokenizer: Any) -> int:
-    """Tokens in a row: those asked for, else the default or as many as model and tokenizer take.
+    """The number of tokens in a row: the one asked for, or else the default, limited by model and tokenizer.
 
     Raises:
-        ValueError: more than they take.
+        ValueError: the number asked for exceeds their limit.
     """
     limit = min(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length, tokenizer.model_max_length)
     if asked is not None and not 1 <= asked <= limit:
@@ -18,11 +18,11 @@ def row_length(name: str, asked: int | None, default: int, config: Any, tokenize
 
 
 def blocks(tables: DatasetDict, tokenizer: Any, column: str, length: int, special: bool = False) -> DatasetDict:
-    """All texts one after the other, cut into blocks: `input_ids` (length,) a row. What does not fill the last block is left out.
+    """Join all texts and cut them into blocks. A row is `input_ids` (length,). An incomplete last block is left out.
 
     Args:
-        special: with the tokenizer's own special tokens around each text, which `special_tokens_mask` (length,) marks; otherwise
-            an end mark stands after each text.
+        special: whether to put the tokenizer's special tokens around each text, and mark them in `special_tokens_mask`
+            (length,). Otherwise each text is followed by an end token.
 
     Raises:
         ValueError: a split is shorter than one block.

@@ -1,4 +1,4 @@
-"""Forecasts of a table of numbers, a time step a row: Transformers' own models for series."""
+"""Forecasting of time series by Transformers' own models. The data are a table of numbers with a time step in each row."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,24 +25,24 @@ class SeriesArguments:
 
     _argument_group_name = "data"
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, or a local folder with one table, for train_file."})
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Which of the Hub id's data sets, if it has several."}
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id, or a local folder with one table, instead of train_file."}
     )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Name of the data set, if the Hub id has several."})
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "File of the whole table: .csv, .json or .parquet, rows in the order of time. The first 70 %% train, "
-            "the next 10 %% evaluate, the last 20 %% test."
+            "help": "File of the whole table: .csv, .json or .parquet, with rows in the order of time. The first 70 %% are for "
+            "training, the next 10 %% for evaluation, and the last 20 %% for the test."
         },
     )
     target_columns: list[str] | None = field(
-        default=None, metadata={"help": "Columns to forecast. Default: all that are numbers."}
+        default=None, metadata={"help": "Columns to forecast. Default: all columns of numbers."}
     )
     context_length: int | None = field(default=None, metadata={"help": "Time steps that the model sees. Default: the config's."})
     prediction_length: int | None = field(default=None, metadata={"help": "Time steps to forecast. Default: the config's."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on only this many first windows."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on only this many first windows."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train only on the first windows, this many."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate only on the first windows, this many."})
 
 
 class Forecasts(Dataset):
@@ -60,21 +60,21 @@ class Forecasts(Dataset):
 
 
 def errors(prediction: EvalPrediction) -> dict[str, float]:
-    """Mean squared and mean absolute error, in deviations of the training part."""
+    """Mean squared and mean absolute error, in units of the training part's standard deviation."""
     differences = np.asarray(prediction.predictions) - np.asarray(prediction.label_ids)
     return {"mse": float(np.square(differences).mean()), "mae": float(np.abs(differences).mean())}
 
 
 def main(argv: list[str]) -> dict[str, float]:
-    """Run the task with the words of a command line; returns what was measured.
+    """Run the task with the arguments of a command line. Returns its metrics.
 
     Raises:
-        ValueError: no table, or a model that is not one of `MODELS`; and as `load_series`.
+        ValueError: there is no table, or the model is not one of `MODELS`. Also as `load_series`.
     """
     kinds = (ModelArguments, SeriesArguments, TeleportTrainingArguments)
     model_args, data_args, training_args = parse("time_series", kinds, argv, __doc__)
     set_seed(training_args.seed)
-    # Trainer takes the columns with these names for labels.
+    # The names of the columns that Trainer treats as labels.
     training_args.label_names = ["future_values"]
 
     if not (data_args.dataset_name or data_args.train_file):
@@ -85,15 +85,15 @@ def main(argv: list[str]) -> dict[str, float]:
         raise ValueError(f"config_name = {config.model_type!r} is not allowed; allowed: one of {list(MODELS)}.")
     if wrong := {name: value for name, value in lengths.items() if getattr(config, name) != value}:
         raise ValueError(
-            f"{wrong} is not allowed; allowed: { ({name: getattr(config, name) for name in wrong}) }, which the model is made "
-            "for. Leave it out, or give a config_name, for a new model."
+            f"{wrong} is not allowed; allowed: { ({name: getattr(config, name) for name in wrong}) }, as the saved model has. "
+            "Leave it out, or give a config_name for a new model."
         )
     with training_args.main_process_first(desc="data"):
         argument = "dataset_name" if data_args.dataset_name else "train_file"
         source = str(getattr(data_args, argument))
         path = Path(source).expanduser()
         if path.is_file() or argument == "train_file":
-            read_rows(argument, source)  # raises an error that says what is wrong; the result is cached
+            read_rows(argument, source)  # raises a clearer error if the file is wrong; the result is cached
         table = Source(str(path.resolve()) if path.is_file() else source, config=data_args.dataset_config_name)
         try:
             parts = load_series(table, config.context_length, config.prediction_length, data_args.target_columns)

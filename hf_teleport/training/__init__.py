@@ -1,1 +1,1 @@
-"""A Trainer's run with teleports: its settings, when and on which batches, what happens between steps, what is told after."""
+"""A Trainer's run with teleports: its settings and schedule, the batches, the work between steps, the summary and the card."""

@@ -1,4 +1,4 @@
-"""What a teleporting trainer does between steps: it makes the plan, and carries it out."""
+"""Trainer callbacks that make the plan of a run, and carry it out between steps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,14 +10,14 @@ from hf_teleport.training.summary import console, table
 
 
 class TeleportCallback(TrainerCallback):
-    """Makes the plan when everything is set up and nothing has been trained, and does what it asks for between steps.
+    """Makes the plan of a run just before its first step, and carries it out between steps.
 
     Args:
-        plan: that of no run, for teleports by hand before the first.
-        make: the plan of a run with these training batches.
+        plan: a plan without a run, for calls of `teleport()` before the first run.
+        make: makes the plan of a run from its training batches.
 
     Attributes:
-        plan: of the run that goes on now, or of the last one.
+        plan: the plan of the current run, or of the last one.
     """
 
     def __init__(self, plan: Plan, make: Callable[[Any], Plan]):
@@ -40,7 +40,7 @@ class TeleportCallback(TrainerCallback):
         self.plan.rate_factor = 1.0
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show a table of the run's teleports, those before it was resumed included, where bars are shown too."""
+        """Print a table of all teleports, also those from before the run was resumed. Without progress bars print nothing."""
         events = self.plan.journal.events
         if events and not args.disable_tqdm and state.is_world_process_zero:
             console().print(table(events))
@@ -50,7 +50,7 @@ class HomeCallback(TrainerCallback):
     """Turns the model back at the end of training, before other callbacks see, log or upload it.
 
     Args:
-        turn_back: does so, if the run is to end there.
+        turn_back: turns the model back, if the settings ask for it.
     """
 
     def __init__(self, turn_back: Callable[[], None]):

@@ -1,4 +1,4 @@
-"""The section on teleportation that a model card gets after what Trainer wrote, and its tags."""
+"""The section on teleportation, and the tags, that are added to Trainer's model card."""
 
 import re
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ def section(config: TeleportConfig, events: list[dict[str, Any]]) -> str:
 
     Args:
         config: the settings.
-        events: as `teleports` returns them; what is missing in one is left blank.
+        events: the result of `teleports`. A value that is missing in an event is left blank.
     """
     names = dict.fromkeys(event.get("method", config.method) for event in events)
     shown = columns(events)
@@ -45,9 +45,9 @@ def section(config: TeleportConfig, events: list[dict[str, Any]]) -> str:
             f"([arXiv 2502.11362](https://arxiv.org/abs/2502.11362)), by hf_teleport {__version__}. "
             + " ".join(f"`{name}`: {_first_paragraph(METHODS[name])}" for name in names if name in METHODS),
             "\n".join(table),
-            "Losses and gradient norms are those of the batches that the teleport was made with; of one that was undone, every "
-            "weight was put back. Teleportation changes the values of weights and nothing else: an ordinary Transformers model "
-            "remains one, and loads without hf_teleport.",
+            "Losses and gradient norms were measured on the batches of the teleport. If a teleport was undone, every weight was "
+            "put back. Teleportation changes the values of weights and nothing else: this is an ordinary Transformers model, "
+            "and loads without hf_teleport.",
             "To teleport with the same settings:",
             "```python\n"
             "from hf_teleport import TeleportConfig, TeleportTrainer\n\n"
@@ -60,9 +60,9 @@ def section(config: TeleportConfig, events: list[dict[str, Any]]) -> str:
 
 
 def add_to_card(path: Path, config: TeleportConfig, events: list[dict[str, Any]]) -> None:
-    """Put the section and the tags into the model card at `path`, in place of an older section.
+    """Put the section and the tags into the model card at `path`. An older section is replaced.
 
-    Without events, or without a card (a Trainer may write none), nothing is done.
+    Does nothing without events, or if Trainer wrote no card.
     """
     if not events or not path.exists():
         return

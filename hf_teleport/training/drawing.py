@@ -1,4 +1,4 @@
-"""Draw the batches of an event, the same in every process and in every run with this seed."""
+"""Draw the batches of an event. They are the same on every process, and in every run with the same seed."""
 
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from hf_teleport.weights.isolation import own_copy
 
 _T = TypeVar("_T")
 
-# For one batch with something to learn, so many are looked at.
+# For each batch that is needed, at most this many are searched for one with labels.
 _LOOKS = 8
 
-# Keys that are taken from a sampler that does not say how many it has.
+# Number of keys that are taken from a sampler without a length.
 _KEYS = 2**16
 
 
 def loader(rows: Any, collate: Callable[[list[Any]], Any], batch_size: int, seed: int) -> DataLoader:
-    """Batches of a data set, its rows in a random order; of a stream in its own.
+    """Batches of a data set in random order. A stream keeps its order.
 
     Args:
-        seed: of a generator that draws for nothing else.
+        seed: the seed of a separate generator.
     """
     generator = torch.Generator().manual_seed(seed)
     streamed = isinstance(rows, IterableDataset)
@@ -39,12 +39,13 @@ def loader(rows: Any, collate: Callable[[list[Any]], Any], batch_size: int, seed
 
 
 def redrawn(training: Any, batch_size: int | None, ranks: int, seed: int) -> Any:
-    """Batches of what another loader loads: by its data set, collator and sampler, in a random order.
+    """Batches in random order from another loader's data set, with its collator and sampler.
 
     Args:
-        training: what a trainer's own `get_train_dataloader` returns. What is no `DataLoader` gives its batches as they come.
-        batch_size: None: that of the loader, in each of so many processes.
-        seed: of a generator that draws for nothing else.
+        training: the result of a trainer's own `get_train_dataloader`. If it is no `DataLoader`, its batches keep their order.
+        batch_size: rows in a batch. None: the loader's own number, times `ranks`.
+        ranks: number of processes.
+        seed: the seed of a separate generator.
     """
     if not isinstance(training, DataLoader):
         return own_copy(training)
@@ -53,10 +54,10 @@ def redrawn(training: Any, batch_size: int | None, ranks: int, seed: int) -> Any
         batches = batches.batch_sampler
     generator = torch.Generator().manual_seed(seed)
     streamed, sampler = isinstance(rows, IterableDataset), getattr(batches, "sampler", training.sampler)
-    if batches is None:  # what it calls rows are batches
+    if batches is None:  # the rows of the data set are already batches
         keys = None if streamed else _shuffled(sampler, generator)
         return DataLoader(rows, batch_size=None, sampler=keys, collate_fn=collate, generator=generator)
-    if not streamed and type(batches) is not BatchSampler:  # rows that it puts together belong together
+    if not streamed and type(batches) is not BatchSampler:  # a custom batch sampler: rows of a batch belong together
         parts = [list(keys)[:batch_size] for keys in _shuffled(batches, generator)]
         return DataLoader(rows, batch_sampler=parts, collate_fn=collate, generator=generator)
     size = batch_size or cast(BatchSampler, batches).batch_size * ranks
@@ -74,13 +75,13 @@ def _rows(training: DataLoader) -> Any:
 
 
 def _shuffled(sampler: Any, generator: torch.Generator) -> list[Any]:
-    """What a sampler yields, in a random order."""
+    """The keys that a sampler yields, in random order."""
     keys = list(islice(own_copy(sampler), len(sampler) if isinstance(sampler, Sized) else _KEYS))
     return [keys[i] for i in RandomSampler(keys, generator=generator)] if keys else []
 
 
 class EmptyError(ValueError):
-    """There is nothing to draw batches from, or nothing any more."""
+    """The data set to teleport on is empty, or its stream has ended."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -89,32 +90,32 @@ class EmptyError(ValueError):
 
 
 class ReadOnceError(ValueError):
-    """Teleport batches would be taken from training."""
+    """Drawing teleport batches would take rows away from training."""
 
 
 def unless_read_once(source: _T) -> _T:
-    """The data set or loader itself.
+    """Return the data set or loader unchanged, if it can be read more than once.
 
     Raises:
         ReadOnceError: rows that are taken from it are lost to training.
     """
     if read_once(source):
         raise ReadOnceError(
-            "what training reads can be read only once, so teleport batches would be taken from it. Pass rows to teleport on as "
-            "teleport_dataset, or override get_teleport_dataloader."
+            "the training data can be read only once, so teleport batches would take rows away from training. Pass rows to "
+            "teleport on as teleport_dataset, or override get_teleport_dataloader."
         )
     return source
 
 
 def read_once(source: Any) -> bool:
-    """Whether rows that are taken from a data set or loader are lost to whoever reads it next."""
+    """Whether a data set or loader can be read only once, so that rows taken from it are lost to the next reader."""
     if isinstance(source, DataLoader):
         source = _rows(source)
     if source is None or (hasattr(type(source), "__getitem__") and not isinstance(source, IterableDataset)):
         return False
     if isinstance(source, Iterator):
         return True
-    own = own_copy(source)  # to begin at its first row may set it back
+    own = own_copy(source)  # a copy, because starting an iteration may reset the original
     if iter(own) is iter(own):
         return True
     parts = getattr(source, "__dict__", {}).values()
@@ -123,17 +124,18 @@ def read_once(source: Any) -> bool:
 
 
 def overrides(trainer: Any, base: type, name: str) -> bool:
-    """Whether a trainer, or a class of it, has another method of this name than a base has."""
+    """Whether a trainer, or one of its classes, overrides a method of a base class."""
     return name in vars(trainer) or getattr(type(trainer), name) is not getattr(base, name)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """An event's batches, this process's share of each.
+    """An event's batches. Each is this process's share.
 
     Attributes:
-        held_back: one more, None if there are no more.
-        left_out: how many were passed over because they have no label to learn from.
+        batches: the teleport batches.
+        held_back: one more batch, for a check. None: there are no more.
+        left_out: number of batches that were skipped because they have no labels that count.
     """
 
     batches: list[Any]
@@ -142,12 +144,12 @@ class Drawn:
 
 
 def draw(batches: Iterable[Any], count: int, rank: int, ranks: int, shifted: bool = False) -> Drawn:
-    """Take so many batches that have something to learn from, and one more; if none has, those that come first.
+    """Take `count` batches whose labels count, and one more. If there is no such batch, take the first ones.
 
     Args:
-        batches: the same in every process.
-        rank, ranks: which process this is, of how many.
-        shifted: as `num_items` takes it.
+        batches: the same batches on every process.
+        rank, ranks: the number of this process, and the number of processes.
+        shifted: as for `num_items`.
     """
     found: list[Any] = []
     empty: list[Any] = []
@@ -160,10 +162,10 @@ def draw(batches: Iterable[Any], count: int, rank: int, ranks: int, shifted: boo
 
 
 def items_per_sample(batches: list[Any], counts: list[Any]) -> float | None:
-    """How many items a sample of these batches has in the mean. None: unknown.
+    """The mean number of items in a sample of these batches. None: unknown.
 
     Args:
-        counts: for each batch the items that its loss is divided by, None if it is divided by none.
+        counts: for each batch, the number of items that divides its loss. None: its loss is divided by no number of items.
     """
     samples = [num_samples(batch) for batch in batches]
     if not batches or None in samples or any(count is None for count in counts):

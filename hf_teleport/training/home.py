@@ -1,4 +1,4 @@
-"""A trainer's way home: averages turn along, turned weights are saved with the way back, and a run ends where it began."""
+"""The part of the trainer that deals with turned coordinates: averages, saved models, and turning back at the end."""
 
 import logging
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ from hf_teleport.settings.groups import reads
 from hf_teleport.training.plan import Plan
 from hf_teleport.weights.isolation import preserved_rng
 
-# To a type checker the mixin is a Trainer; at run time it may be mixed into any subclass of one.
+# A type checker sees the mixin as a Trainer. At run time it can be mixed into any subclass of Trainer.
 _Base: Any = Trainer if TYPE_CHECKING else object
 
 
 class HomeMixin(_Base):
-    """What a teleporting trainer does about coordinates. `TeleportMixin` has the plan that it goes by."""
+    """Keeps averages of the weights in step, saves the way back beside turned weights, and turns the model back."""
 
     _saving_at_home = False
 
@@ -37,33 +37,34 @@ class HomeMixin(_Base):
     def register_average(self, average: nn.Module | Mapping[str, Tensor]) -> None:
         """Turn an average of the weights (EMA, SWA) along with the weights at each change of basis, and on the way back.
 
-        Those that the trainer or its callbacks keep as attributes are found: `AveragedModel` of torch, `ModelEmaV3` of timm,
-        `BEMACallback` and `SyncRefModelCallback` of TRL.
+        You need not register averages that the trainer or its callbacks keep as attributes: `AveragedModel` of torch,
+        `ModelEmaV3` of timm, `BEMACallback` and `SyncRefModelCallback` of TRL.
 
         Args:
-            average: a module with the model's parameters, or tensors by the names of `named_parameters`, changed in place.
+            average: a module with the model's parameters, or tensors by the names of `named_parameters`. They change in place.
 
         Raises:
-            ValueError: a trained parameter is missing in it, has another shape, or is sharded.
+            ValueError: it lacks a trained parameter, or has one with another shape or sharded.
         """
         Average(self.model, average)
         self._averages.append(average)
 
     def turn_back(self) -> list[SymmetryReport]:
-        """Bring the model, and what the optimizer remembers, back into the coordinates in which training began.
+        """Turn the model and the optimizer's state back into the coordinates in which training began.
 
-        All changes of basis since then are undone, whatever training has made of the weights; outputs stay. By default a run
-        that begins from saved weights ends so (`turn_back`). Training may go on afterwards.
+        This undoes all changes of basis since then. The weights keep what they have learned, and outputs do not change. By
+        default a run that begins from saved weights ends with this (`turn_back`). Training may go on afterwards.
 
         Returns:
-            What had been turned. A symmetry with a reason stays turned, for a gain that can be neither folded nor turned back.
+            The symmetries that had been turned. A symmetry with a reason stays turned, because its gain can neither be folded
+            nor turned back.
         """
         self._take_in_averages(self._plan)
         with preserved_rng():
             found = self._teleporter(self._plan, self._plan.settings).turn_back()
         staying = {symmetry.name: symmetry.reason for symmetry in found if symmetry.reason}
         for name, reason in staying.items():
-            self._tell(f"{name} stays in the coordinates that it was turned to: {reason}.", logging.WARNING)
+            self._tell(f"{name} stays turned: {reason}.", logging.WARNING)
         if len(staying) < len(found):
             self._tell("The weights are back in the coordinates in which training began.")
         return found
@@ -73,17 +74,17 @@ class HomeMixin(_Base):
             self.turn_back()
 
     def _take_in_averages(self, plan: Plan) -> None:
-        """Let averages of the weights turn along. Not inside `unnoted`, where the trainer's attributes are copies."""
+        """Give all averages of the weights to the tracker. Must not run inside `unnoted`, where attributes are copies."""
         if plan.tracker.way or reads(plan.settings.method, "turn_back"):
             plan.tracker.averages = taken_in(self.model, [*averages_of(self), *self._averages])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's; beside weights that are turned, what it takes to turn them back (`hf-teleport turn-back`)."""
+        """Save as Trainer does. If weights are turned, also save what is needed to turn them back (`hf-teleport turn-back`)."""
         folder, saving = output_dir or self.args.output_dir, self._saving_at_home
         home = not saving and self._plan.saves_at_home(self.model)
         with self._plan.tracker.way.trained_at_home() if home else nullcontext():
             try:
-                self._saving_at_home = saving or home  # a push saves once more
+                self._saving_at_home = saving or home  # a push to the Hub calls save_model again
                 super().save_model(output_dir, _internal_call)
             finally:
                 self._saving_at_home = saving
@@ -96,7 +97,7 @@ class HomeMixin(_Base):
             self._plan.save(output_dir, self.model, self.state.global_step)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Beside the weights that are copied there, if they are.
+        # Trainer copies the checkpoint's weights to output_dir for a push. Put the file for turning back beside them.
         going_on = self.push_in_progress is not None and not self.push_in_progress.is_done()
         skipped = self.args.hub_strategy == HubStrategy.END or (going_on and not self.args.hub_always_push)
         if self.is_world_process_zero() and not skipped:
@@ -105,6 +106,6 @@ class HomeMixin(_Base):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self._plan.saves_at_home(self.model):  # the adapters are at home, and so is what they fit
+        if self._plan.saves_at_home(self.model):  # the saved adapters are turned back, so the base must be too
             self._plan.tracker.way.frozen.restore()
         self._plan.load(str(self.state.best_model_checkpoint), self.model)

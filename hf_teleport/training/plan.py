@@ -1,4 +1,4 @@
-"""A run's teleports, decided before its first step: when they come, with which settings, and what holds until the first."""
+"""The plan of a run's teleports, made before its first step: the schedule, the settings, and the parameters to hold still."""
 
 import logging
 import math
@@ -31,21 +31,21 @@ from hf_teleport.teleporter import Teleporter
 from hf_teleport.training.drawing import EmptyError
 from hf_teleport.training.schedule import teleport_steps
 
-# The file beside saved weights that were turned, and in a checkpoint's folder.
+# The file beside saved weights that are turned, and in a checkpoint's folder.
 TRACKED = "teleport.safetensors"
-# In it, trained weights as they are in turned coordinates, where those beside it are not.
+# Prefix in that file for trained weights in turned coordinates, if the model beside it is saved turned back.
 _TURNED = "turned/"
 
 
 @dataclass(frozen=True)
 class Course:
-    """How long a run is.
+    """The length of a run.
 
     Attributes:
         steps_per_epoch, max_steps: optimizer steps in an epoch and in the whole run.
-        start: the step from which the run goes on; above 0 if it is resumed.
-        step_samples: samples in one optimizer step, of all processes and accumulated batches together.
-        batch_samples: samples in one training batch of all processes.
+        start: the first step. It is above 0 if the run is resumed.
+        step_samples: samples in an optimizer step, over all processes and accumulated batches.
+        batch_samples: samples in a training batch, over all processes.
     """
 
     steps_per_epoch: int
@@ -58,22 +58,22 @@ class Course:
 class Plan:
     """A run's teleports. The trainer makes it when training begins, and `TeleportCallback` carries it out between steps.
 
-    What it decides is the same for a run and for its resumption.
+    A resumed run gets the same plan.
 
     Args:
-        config: the settings that were asked for.
-        course: None: no run, so no schedule; for teleports by hand.
-        log_history: of the run before it was resumed.
-        prefix: of the settings' names in messages, for a user who gave them as training arguments.
+        config: the settings that the user asked for.
+        course: the length of the run. None: there is no run and no schedule, only calls of `teleport()`.
+        log_history: the log of the run from before it was resumed.
+        prefix: a prefix for names of settings in messages, if the user gave them as training arguments.
 
     Attributes:
-        settled: what method 'auto' has come to.
-        steps: the schedule, `{step: epoch}`; an event comes just before its step.
-        held: parameters that stay untrained until the last event, or to the end if the run turns back there.
+        settled: the settings that method 'auto' chose. None: it has not chosen, or the method is not 'auto'.
+        steps: the schedule, `{step: epoch}`. An event comes just before its step.
+        held: parameters that are not trained until the last event, or to the end if the run turns back.
         turns_back: whether the run ends in the coordinates in which it began.
-        tracker: what the run knows of its symmetries and of its gradients.
-        rate_factor: what the learning rate is multiplied by until the next epoch.
-        notes: what to say before the first step, each with its level of logging.
+        tracker: keeps the run's symmetries and the second moments of its gradients.
+        rate_factor: a factor for the learning rate until the next epoch.
+        notes: lines to print before the first step, each with its logging level.
         journal: the events of this run.
 
     Raises:
@@ -101,26 +101,26 @@ class Plan:
         self._seen = -1
         if course is None:
             return
-        # A change of basis comes early, but an epoch or the whole run may be short.
+        # The first change of basis comes at step 10, or earlier if an epoch or the run is short.
         self._basis_step = min(BASIS_STEP, course.steps_per_epoch // 2, course.max_steps // 2)
         planned = config
-        if config.method == "auto":  # the events of a change of basis, for no other method has later ones
+        if config.method == "auto":  # plan for 'basis': no other method that it may choose has later events
             planned = replace(config.for_method("basis"), warmup_steps=max(config.warmup_steps, self._basis_step))
         self.steps = teleport_steps(planned, course.steps_per_epoch, course.max_steps, prefix)
         epoch = course.start // course.steps_per_epoch * course.steps_per_epoch
-        # Resumed in the midst of an epoch whose last event set a rate.
+        # If the run is resumed within an epoch, the last event of that epoch may have set a factor.
         for event in teleports(log_history):
             if event["step"] >= epoch:
                 self.rate_factor = event.get("matched_rate", 1.0)
 
     @property
     def settings(self) -> TeleportConfig:
-        """Those in force: what method 'auto' has come to, or what was asked for."""
+        """The settings in use: those that method 'auto' chose, or those that the user asked for."""
         return self.settled or self.config
 
     @property
     def upcoming(self) -> list[int]:
-        """The steps of the events that are still to come when the run begins or goes on."""
+        """The steps of the events that still lie ahead when the run starts or resumes."""
         return sorted(step for step in self.steps if self._course is not None and step >= self._course.start)
 
     def _of_run(self) -> Course:
@@ -129,38 +129,38 @@ class Plan:
         return self._course
 
     def due(self, step: int) -> bool:
-        """Whether an event comes before this step. True once: a step has several batches if gradients are accumulated."""
+        """Whether an event comes before this step. True only once, because a step has several batches with accumulation."""
         new, self._seen = step != self._seen, step
         return new and step in self.steps
 
     def holds(self, step: int) -> list[nn.Parameter]:
-        """The parameters that this step leaves untrained."""
-        # A gain that was trained after the last turn would stop the turn back as it would have stopped the turn.
+        """The parameters that this step must not train."""
+        # Gains are held after the last turn too if the run turns back, because an uneven gain would prevent that.
         return self.held if self.held and (self.turns_back or step < max(self.steps)) else []
 
     def look(self, step: int) -> None:
-        """See the gradients that this optimizer step will take, if an event is still to come that turns a basis."""
+        """Read the gradients of this optimizer step, if a change of basis still lies ahead."""
         if "basis" in self.settings.method and step < max(self.steps, default=0):
             self.tracker.look(step)
 
     @property
     def num_batches(self) -> int:
-        """How many batches an event takes: one to check it on, if training's gradients tell all that it needs to know."""
+        """Number of batches of an event. A basis that follows training's gradients needs only one, for its check."""
         told = self.settings.method == "basis" and BasisTurn.is_told(self.settings) and self.tracker.seen
         return 1 if told else self.settings.num_batches
 
     def saves_at_home(self, model: nn.Module) -> bool:
-        """Whether trained weights are saved as they fit the base that was loaded, which turns in memory only: adapters."""
+        """Whether adapters are turned back for saving. Their base turns in memory only, so they must fit the original base."""
         way = self.tracker.way
         adapters = hasattr(model, "peft_config") and bool(way.frozen.originals)
         return adapters and not way.staying({parameter: name for name, parameter in _named(model).items()})
 
     def save(self, folder: str | Path, model: nn.Module, step: int | None = None) -> None:
-        """Put beside saved weights what it takes to turn them back, and in a checkpoint what a resumed run needs.
+        """Write a file beside saved weights: what is needed to turn them back, and in a checkpoint also to resume.
 
         Args:
-            model: whose weights were saved.
-            step: of a checkpoint, the one from which the run will go on.
+            model: the model whose weights were saved.
+            step: for a checkpoint, the step from which a resumed run goes on.
         """
         way, names = self.tracker.way, {parameter: name for name, parameter in _named(model).items()}
         home = self.saves_at_home(model)
@@ -174,14 +174,14 @@ class Plan:
         if state:
             save_file(state, path)
         else:
-            path.unlink(missing_ok=True)  # of other weights that were saved there before
+            path.unlink(missing_ok=True)  # it would belong to weights that were saved there before
 
     @torch.no_grad()
     def load(self, folder: str | Path, model: nn.Module) -> None:
-        """Go on from what was saved beside the weights that were loaded; without such a file, they were never turned.
+        """Load the file that was saved beside the weights. If there is none, the weights were never turned.
 
         Raises:
-            ValueError: it is of another model.
+            ValueError: the file belongs to another model.
         """
         frozen = self.tracker.way.frozen
         if self.config.frozen_weights == "turn":
@@ -190,7 +190,7 @@ class Plan:
         self.tracker.way = load_way(folder, model)
         self.tracker.way.frozen = frozen
         if turned := {name.removeprefix(_TURNED): value for name, value in state.items() if name.startswith(_TURNED)}:
-            # The base is as it was loaded, and so are the adapters that fit it.
+            # Base and adapters were loaded turned back. Turn the base, and take the turned adapters from the file.
             frozen.keep(self.tracker.way.parameters)
             for parameter, values in self.tracker.way.turned_frozen().items():
                 parameter.copy_(values)
@@ -200,27 +200,27 @@ class Plan:
             self.tracker.load_state_dict(moments)
 
     def give_up(self, why: str) -> None:
-        """The run goes on without teleports, and says why."""
+        """Continue the run without teleports, and note why."""
         self.steps = {}
         self._warn(why)
 
     def judge(self, batches: Iterable[Any], teleporter: Callable[[TeleportConfig], Teleporter], loss_fn: LossFn) -> None:
-        """Find out on a batch whether the events can work, what they cost, and what to say of that.
+        """Check on a batch whether the events can work and what they cost, and note what to tell the user.
 
         Args:
-            batches: the first whose loss is a number is looked at; the mean over no items, for instance, is none.
-            teleporter: makes one for the run's model and optimizer.
+            batches: the check uses the first batch whose loss is a number. A mean over no items, for instance, is not.
+            teleporter: makes a `Teleporter` for the run's model and optimizer.
 
         Raises:
-            ValueError: no batch, a loss that cannot be teleported, a target module that matches nothing, or no weight that may
-                move. Also an optimizer that a change of basis does not suit.
+            ValueError: there is no batch, the loss can't be teleported, a target module matches nothing, or no weight may
+                move. Also if a change of basis does not suit the optimizer.
         """
         course = self._of_run()
         auto, checks, start = self.config.method == "auto", [], time.perf_counter()
         for batch in batches:
             start = time.perf_counter()
             self.notes = []
-            # Even if the run can't pay for a teleport: a wrong name or a loss that is none is said now, not in the next run.
+            # This is checked even if 'auto' finds teleports too expensive, so that errors in settings or loss show up now.
             try:
                 if auto:
                     self._settle(teleporter(self.config), batch, loss_fn, course)
@@ -228,7 +228,7 @@ class Plan:
             except RehearsalError as error:
                 if not auto:
                     raise
-                self.give_up(f"Method 'auto': no teleports, for {error}")
+                self.give_up(f"Method 'auto': no teleports, because {error}")
                 return
             if not any(without_a_loss(check) for check in checks):
                 break
@@ -238,7 +238,7 @@ class Plan:
         if not self.upcoming:
             return
         if auto and checks[0].immovable:
-            self.give_up(f"Method 'auto': no teleports, for {checks[0].immovable}.")
+            self.give_up(f"Method 'auto': no teleports, because {checks[0].immovable}.")
             return
         if not course.start:  # a resumed run has begun, and its events would only warn
             for check in checks:
@@ -248,7 +248,7 @@ class Plan:
         self._describe(checks, seconds, teleporter(self.config).optimizer, course)
 
     def _settle(self, teleporter: Teleporter, batch: Any, loss_fn: LossFn, course: Course) -> None:
-        """Decide for method 'auto' on settings and schedule."""
+        """Choose settings and schedule for method 'auto'."""
         chosen, why = teleporter.choose(batch, loss_fn, self._basis_step)
         steps = teleport_steps(chosen, course.steps_per_epoch, course.max_steps, self._prefix)
         budget = self.config.budget
@@ -259,17 +259,17 @@ class Plan:
             return
         said = f"Method 'auto': no change of basis ({why});"
         if affordable:
-            kept = f"kept if the next {chosen.rehearsal_steps} steps land lower with it"
+            kept = f"kept if the next {chosen.rehearsal_steps} steps end lower with it"
             self.notes.append((logging.INFO, f"{said} 'null_space' instead, {kept}."))
         else:
-            self._warn(f"{said} no teleports, for even one takes more than {budget:.0%} of so short a run (teleport_budget).")
+            self._warn(f"{said} no teleports, because one takes more than {budget:.0%} of so short a run (teleport_budget).")
 
     def _describe(self, checks: list[Check], seconds: float, optimizer: Any, course: Course) -> None:
-        """Note what may move and what it costs, and warn of what speaks against it."""
+        """Note what may move and what it costs, and add warnings."""
         if keeps_copies(optimizer):
             self._warn(
-                f"{type(unwrapped(optimizer)).__name__} seems to keep copies of the weights, which do not follow a teleport and "
-                "draw the weights back. Use an optimizer that keeps none, such as AdamW."
+                f"{type(unwrapped(optimizer)).__name__} seems to keep copies of the weights. These do not follow a teleport, and "
+                "pull the weights back. Use an optimizer without copies, such as AdamW."
             )
         if problems := [check.problem for check in checks if check.problem]:
             self._warn(f"Teleports will be skipped as long as this lasts: {problems[0]}.")
@@ -290,7 +290,7 @@ class Plan:
             self._warn(line)
 
     def _passes(self, steps: int, course: Course) -> float:
-        """What so many training steps take, in passes over a teleport batch."""
+        """The length of this many training steps, in passes over a teleport batch."""
         return steps * course.step_samples / (self.settings.batch_size or course.batch_samples)
 
     def _warn(self, line: str) -> None:
@@ -298,13 +298,14 @@ class Plan:
 
 
 def load_way(folder: str | Path, model: nn.Module) -> Way:
-    """How the weights came to the coordinates in which they were saved; empty if they were never turned.
+    """Load the changes of basis that saved weights have gone through. Empty: they were never turned.
 
     Args:
-        model: whose weights they are.
+        folder: the folder of the saved weights.
+        model: the model that has these weights.
 
     Raises:
-        ValueError: it is of another model.
+        ValueError: the file belongs to another model.
     """
     return Way.from_state_dict(_saved(folder), _named(model))
 
@@ -319,17 +320,18 @@ def _named(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def without_a_loss(check: Check) -> bool:
-    """Whether the loss on the batch is not a number, which it is not if it is a mean over no items."""
+    """Whether the loss on the batch is not a number, for instance because it is a mean over no items."""
     return math.isnan(check.loss) and check.problem != NO_STEP["out_of_memory"]
 
 
 def cost_warning(costs: list[Cost], events: int, training_passes: float, looks: int = 0) -> str:
-    """What to warn of if teleports may take more than a small share of the run; empty: they take less.
+    """A warning if teleports may take more than a small share of the run. Empty: they take less.
 
     Args:
-        costs: of one event, for each of its methods.
-        training_passes: what is left to train, in passes over a teleport batch.
-        looks: how many training steps are looked at.
+        costs: the cost of one event, for each of its methods.
+        events: number of events.
+        training_passes: the length of the remaining training, in passes over a teleport batch.
+        looks: number of training steps whose gradients are read.
     """
     share_of_time = share_of_run(sum(cost.of_run(events, looks) for cost in costs), training_passes, costs[0].pass_seconds)
     if share_of_time <= LARGE_SHARE:

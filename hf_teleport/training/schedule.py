@@ -1,7 +1,7 @@
-"""When to teleport: from epochs to optimizer steps.
+"""The schedule: the optimizer steps before which to teleport.
 
-The schedule is a pure function of the settings and of the run's shape. Whether an event is due therefore
-depends on the step alone, and a run resumed from a checkpoint teleports where the uninterrupted one would have.
+It is a pure function of the settings and of the run's length. So whether an event is due depends only on the step, and a run that
+is resumed from a checkpoint teleports at the same steps.
 """
 
 import warnings
@@ -16,16 +16,16 @@ from hf_teleport.settings.values import DOUBLING
 
 
 def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int, prefix: str = "") -> dict[int, int]:
-    """The optimizer steps before which to teleport, each with the epoch it belongs to.
+    """The optimizer steps before which to teleport, each with its epoch.
 
     Args:
-        config: `epochs`, `warmup_steps`, `steps` and `every_steps` are read.
+        config: the settings `epochs`, `warmup_steps`, `steps` and `every_steps` are used.
         steps_per_epoch: optimizer steps in one epoch.
         max_steps: optimizer steps in the whole run.
-        prefix: of the settings' names in messages, for a user who gave them as training arguments.
+        prefix: a prefix for names of settings in messages, if the user gave them as training arguments.
 
     Returns:
-        `{step: epoch}`, both counted from 0; an event happens just before its step. Empty: never.
+        `{step: epoch}`, both counted from 0. An event happens just before its step. Empty: never.
 
     Raises:
         ValueError: a listed epoch or step lies beyond the run, or the warm-up outlasts every scheduled epoch.
@@ -40,8 +40,8 @@ def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int,
     if isinstance(scheduled, int):
         if scheduled > num_epochs:
             warnings.warn(
-                f"{prefix or 'teleport '}epochs = {scheduled} asks for more first epochs than the run has; "
-                f"it has {num_epochs}, and each of them will begin with a teleport. If that is not meant, lower it.",
+                f"{prefix or 'teleport '}epochs = {scheduled} is more than the {num_epochs} epochs of the run, "
+                "so each of them will begin with a teleport. If you do not want that, lower it.",
                 stacklevel=2,
             )
         epochs = list(range(min(scheduled, num_epochs)))
@@ -67,11 +67,14 @@ def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int,
 
 
 def doubling(warmup_steps: int, steps_per_epoch: int, max_steps: int, prefix: str = "") -> list[int]:
-    """Steps 10, 20, 40, ... up to half of the run: gradients change fast at first and slowly later.
+    """Steps 10, 20, 40, ... up to half of the run. Gradients change fast at first and slowly later.
 
     Args:
-        warmup_steps: the first step, if it is later than 10. A first epoch below 20 steps has its first event in its middle.
-        prefix: what the user writes before the name of a setting.
+        warmup_steps: the first step, if it is later than 10. If an epoch has fewer than 20 steps, the first event comes in its
+            middle.
+        steps_per_epoch: optimizer steps in one epoch.
+        max_steps: optimizer steps in the whole run.
+        prefix: a prefix for names of settings in messages.
 
     Raises:
         ValueError: the first step lies beyond the run.
@@ -84,7 +87,7 @@ def doubling(warmup_steps: int, steps_per_epoch: int, max_steps: int, prefix: st
 
 
 def _unscheduled_basis(config: TeleportConfig) -> bool:
-    """Whether a basis is to be turned at no times of the user's own."""
+    """Whether the method is 'basis' and the user gave no schedule."""
     default = TeleportConfig()
     return config.method == "basis" and all(
         getattr(config, name) == getattr(default, name) for name in ("epochs", "steps", "every_steps")
@@ -101,18 +104,18 @@ def _listed(steps: Any, max_steps: int, prefix: str) -> list[int]:
 
 
 def _repeated(config: TeleportConfig, steps: list[int], steps_per_epoch: int, max_steps: int) -> dict[int, int]:
-    """The steps with their epochs, and from the first on every N-th step too."""
+    """The steps with their epochs. With `every_steps` = N, adds every N-th step after the first."""
     if steps and config.every_steps:
         steps = sorted({*steps, *range(steps[0], max_steps, config.every_steps)})
     return {step: step // steps_per_epoch for step in steps}
 
 
 def upcoming_rates(scheduler: Any) -> Callable[[int], list[float]] | None:
-    """For the i-th step from now the learning rate of each parameter group; None for a scheduler that cannot say beforehand.
+    """A function that gives the learning rate of each parameter group at the i-th step from now.
 
-    Those of Transformers can, but for the ones that wait for a plateau.
+    None: the scheduler can't tell beforehand. All schedulers of Transformers can, except those that wait for a plateau.
     """
-    scheduler = getattr(scheduler, "scheduler", scheduler)  # inside the one that Accelerate wraps around it
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # Accelerate wraps the scheduler
     if not isinstance(scheduler, LambdaLR):
         return None
     now, pairs = scheduler.last_epoch, list(zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True))

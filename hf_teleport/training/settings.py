@@ -1,4 +1,4 @@
-"""Where a trainer's settings stand: in one `TeleportConfig` that it was given, or in its training arguments."""
+"""Find a trainer's settings: in the `TeleportConfig` that it was given, or in its training arguments."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,11 +9,11 @@ from hf_teleport.config import TeleportConfig
 
 
 class Settings:
-    """The settings of a trainer, read anew each time: those given, else those of its training arguments as they are by then.
+    """The settings of a trainer: those that were given, or else the current values of its training arguments.
 
     Args:
-        arguments: the training arguments, which may be others later.
-        given: None: there are only the arguments.
+        arguments: returns the training arguments, which may be replaced later.
+        given: the settings that were given. None: use the training arguments.
 
     Raises:
         ValueError: `given` and the arguments have settings that differ.
@@ -25,36 +25,36 @@ class Settings:
         if given is not None and argued not in (TeleportConfig(), given):
             raise ValueError(
                 f"teleport settings are given twice, as {given.as_python()} and in the training "
-                f"arguments, {argued.as_python()}: leave one of them out."
+                f"arguments, {argued.as_python()}: leave out one of them."
             )
         self.give(given)
 
     def give(self, config: TeleportConfig | None) -> None:
-        """From now on go by these, or with None by the training arguments."""
+        """Use these settings from now on. None: use the training arguments."""
         self._seen = self._argued()
         self._given = config is not None
         self._config = replace(self._seen) if config is None else config
 
     def read(self) -> TeleportConfig:
-        """The settings as they are now.
+        """The current settings.
 
         Raises:
-            ValueError: those of the training arguments were changed after others had been given.
+            ValueError: settings were given, and afterwards the training arguments were changed too.
         """
         argued = self._argued()
         if argued != self._seen:
             if self._given:
                 raise ValueError(
-                    f"teleport settings stand in two places: teleport_config is {self._config.as_python()}, and since it was "
+                    f"teleport settings are in two places: teleport_config is {self._config.as_python()}, and after it was "
                     f"given the training arguments were changed to {argued.as_python()}. Change teleport_config, or set "
-                    "trainer.teleport_config = None to go by the arguments."
+                    "trainer.teleport_config = None to use the arguments."
                 )
             self._config, self._seen = argued, replace(argued)
         return self._config
 
     @property
     def prefix(self) -> str:
-        """What the user writes before a setting's name."""
+        """The prefix of a setting's name for the user: 'teleport_' for training arguments, else none."""
         return PREFIX if not self._given and isinstance(self._arguments(), TeleportArguments) else ""
 
     def _argued(self) -> TeleportConfig:

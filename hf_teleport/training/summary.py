@@ -1,4 +1,4 @@
-"""A run's teleports as a table in the terminal."""
+"""The table of a run's teleports in the terminal."""
 
 import sys
 from collections.abc import Sequence
@@ -6,12 +6,12 @@ from typing import Any
 
 from hf_teleport.display.events import TEXTS, Event, cells, columns, how_many, total_time
 
-# Rows of a long run: so many of the first events, and as many of the last.
+# The table of a long run has this many of its first events, and as many of its last.
 _SHOWN = 10
 
 
 def table(events: Sequence[Event]) -> Any:
-    """A rich table; of more than 20 events the first and the last 10."""
+    """A rich table. With more than 20 events it has the first and the last 10."""
     from rich import box
     from rich.table import Table
 
@@ -30,9 +30,9 @@ def console(width: int = 140) -> Any:
     """A rich console.
 
     Args:
-        width: columns, where the output is no terminal.
+        width: number of columns, if the output is not a terminal.
     """
     from rich.console import Console
 
-    # A pipe has no width of its own, and a table cut to 80 columns says little.
+    # A pipe has no width. rich would assume 80 columns, too few for these tables.
     return Console() if sys.stdout.isatty() else Console(width=width)

@@ -1,1 +1,1 @@
-"""Weights as an event finds and leaves them: whole or sharded, on one rank or several, copied, put back."""
+"""Access to a model's weights in an event: whole or sharded, on one rank or several; copies to restore, and isolation."""

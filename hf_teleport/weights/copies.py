@@ -1,4 +1,4 @@
-"""Copies of what an optimizer keeps, quantised tensors included, which most operations of torch do not know."""
+"""Copy an optimizer's state. This includes quantised tensors, which most torch operations do not support."""
 
 import copy
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def copied(value: Any) -> Any:
 
 
 def put(now: Any, kept: Any) -> bool:
-    """Copy a kept tensor's values into one of the same layout, without new memory. Returns whether they fit."""
+    """Copy a kept tensor's values into a tensor of the same layout, without new memory. Returns whether they fit."""
     if not isinstance(now, Tensor) or not isinstance(kept, Tensor) or now.shape != kept.shape or type(now) is not type(kept):
         return False
     if is_wrapper(now):
@@ -35,7 +35,7 @@ def put(now: Any, kept: Any) -> bool:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All plain tensors in a value: those in containers, in objects, and those of which a quantised tensor consists."""
+    """All plain tensors in a value: in containers, in objects, and the parts of quantised tensors."""
     if is_wrapper(value):
         for name in value.__tensor_flatten__()[0]:
             yield from tensors_in(getattr(value, name))
@@ -52,7 +52,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def is_wrapper(value: Any) -> bool:
-    """Whether a tensor only wraps others, as quantised ones do. Sharded ones have rules of their own (`weights.storage`)."""
+    """Whether a tensor only wraps other tensors, as a quantised tensor does. Sharded tensors do not count (`weights.storage`)."""
     from torch.distributed.tensor import DTensor
 
     return is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor)

@@ -1,4 +1,4 @@
-"""Leave no trace: what a teleport may disturb is put back as it was."""
+"""Isolate an event from training: restore random states, modes, buffers and caches, so that only the weights change."""
 
 import copy
 import random
@@ -24,11 +24,12 @@ from hf_teleport.weights.whole import Weights
 
 @contextmanager
 def isolated(model: nn.Module, state: MutableMapping[Any, Any], ranks: Ranks, on_shards: bool = False) -> Iterator[Weights]:
-    """Inside, nothing leaves a trace but moved weights. Yields the weights to work on.
+    """Inside, all changes except to weights are undone at the end. Yields the weights to work on.
 
     Args:
-        state: what the optimizer keeps for each parameter.
-        on_shards: weights that FSDP2 shards stay so, if they can.
+        state: the optimizer's state of each parameter.
+        ranks: the processes that work on the weights.
+        on_shards: whether weights that FSDP2 shards stay sharded, if possible.
     """
     with ExitStack() as stack:
 
@@ -43,7 +44,7 @@ def isolated(model: nn.Module, state: MutableMapping[Any, Any], ranks: Ranks, on
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Random states of Python, NumPy, torch and every CUDA device are the same after as before."""
+    """Restore the random states of Python, NumPy, torch and every CUDA device at the end."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
@@ -54,20 +55,20 @@ def preserved_rng() -> Iterator[None]:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch; inside `preserved_rng` only."""
+    """Seed Python, NumPy and torch. Only for use inside `preserved_rng`."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     if torch.accelerator.is_available():
         torch.manual_seed(seed)
     else:
-        # `torch.manual_seed` also notes a stack trace for every backend that is not there: milliseconds, before each forward.
+        # `torch.manual_seed` records a stack trace for every absent backend, which takes milliseconds before each forward.
         torch.default_generator.manual_seed(seed)
 
 
 def own_copy(source: Any) -> Any:
-    """A copy of a data set, collator or sampler, so that a place or a count that it keeps does not move on for training.
+    """Copy a data set, collator or sampler, so that reading it does not advance its position or counters for training.
 
-    The source itself where its class forbids copies, or hands the questions of `copy` on to something else.
+    Returns the source itself if its class can't be copied.
     """
     try:
         return copy.copy(source)
@@ -77,7 +78,7 @@ def own_copy(source: Any) -> Any:
 
 @contextmanager
 def preserved_generators(*sources: Any) -> Iterator[None]:
-    """The random generators that these objects hold, or their parts do, are in the same state after as before."""
+    """Restore the states of all random generators in these objects and their parts at the end."""
     put_back = [_rewinding(generator) for generator in _generators(sources)]
     try:
         yield
@@ -88,12 +89,12 @@ def preserved_generators(*sources: Any) -> Iterator[None]:
 
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
-# How deep to look for generators, and at how many elements of a container: a data set may be a list of a million rows.
+# The search for generators goes this deep, and looks at this many elements of a container, which may have a million rows.
 _DEPTH, _FEW = 7, 16
 
 
 def _generators(sources: Iterable[Any]) -> list[Any]:
-    """Those that objects hold, nearest first."""
+    """The generators inside objects, nearest first."""
     seen: dict[int, Any] = {}
     level = list(sources)
     for _ in range(_DEPTH + 1):
@@ -119,7 +120,7 @@ def _parts(source: Any) -> list[Any]:
 
 
 def _rewinding(generator: Any) -> Callable[[], None]:
-    """What brings a generator back to where it is now."""
+    """A function that restores a generator's present state."""
     if isinstance(generator, np.random.Generator):
         bits = generator.bit_generator
         return partial(setattr, bits, "state", bits.state)
@@ -128,19 +129,19 @@ def _rewinding(generator: Any) -> Callable[[], None]:
     return partial(generator.set_state, generator.get_state())
 
 
-# Attributes of a trainer that are data and no notes: copying a list of a million rows takes long.
+# Data attributes of a trainer, which `unnoted` does not copy: a list of a million rows takes long.
 _DATA = ("train_dataset", "eval_dataset", "_own_teleport_dataset")
 
-# Elements of a tensor up to which it is taken for a note, such as a sum of losses.
+# `unnoted` copies tensors of at most this many elements, such as a sum of losses.
 _SMALL = 2**20
 
 
 @contextmanager
 def unnoted(trainer: Any) -> Iterator[None]:
-    """What a trainer's own code notes on the trainer, or logs, is gone afterwards.
+    """Discard what a trainer's own code logs, or stores in the trainer's attributes, during an event.
 
-    Inside, `log` does nothing, no callback hears of anything, and the numbers, containers and small tensors among the trainer's
-    attributes are copies. (TRL's trainers gather in such containers what their next `log` averages.)
+    Inside, `log` does nothing and no callback is called. The numbers, containers and small tensors among the trainer's attributes
+    are copies. (TRL's trainers gather values in such containers, and average them in their next `log`.)
     """
     handler, history, kept = trainer.callback_handler, trainer.state.log_history, dict(vars(trainer))
     callbacks, rows = handler.callbacks, len(history)
@@ -152,7 +153,7 @@ def unnoted(trainer: Any) -> Iterator[None]:
     finally:
         handler.callbacks = callbacks
         del history[rows:]
-        # An attribute that is new stays if it is no note: a teacher, for instance, that was loaded at its first use.
+        # Remove new attributes of these types. Others stay, such as a teacher model that was loaded at its first use.
         new = [name for name, value in vars(trainer).items() if name not in kept and isinstance(value, _NOTES)]
         for name in {"log", *new}:
             vars(trainer).pop(name, None)
@@ -164,7 +165,7 @@ _NOTES = (int, float, str, Tensor, *_CONTAINERS)
 
 
 def _own_notes(value: Any, depth: int = 3) -> Any:
-    """A copy of containers in containers, and of the small tensors in them; whatever else is shared."""
+    """A copy of nested containers and the small tensors in them. Everything else is shared."""
     if isinstance(value, Tensor):
         return value if value.requires_grad or value.numel() > _SMALL else value.clone()
     if not depth or type(value) not in _CONTAINERS:
@@ -178,10 +179,10 @@ def _own_notes(value: Any, depth: int = 3) -> Any:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode inside, and its own mode after; buffers too are as before.
+    """Inside, every module is in eval mode. At the end modes and buffers are restored.
 
-    Dropout and layer drop are off, and batch norm uses its running statistics and leaves them alone: the function
-    whose loss is held fixed is the one that evaluation sees.
+    Dropout and layer drop are off. Batch norm uses its running statistics, and does not update them. So a teleport keeps the loss
+    of the function that evaluation sees.
     """
     modes = {module: module.training for module in model.modules()}
     buffers = [
@@ -193,7 +194,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        # Through the methods, for modules that do more than set a flag, and then each module's own flag.
+        # First by `train`, because some modules override it to do more than set a flag. Then set each module's own flag.
         model.train()
         model.train(modes[model])
         for module, mode in modes.items():
@@ -206,9 +207,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
-    """TF32 is off, and autocast, whether it is around or wrapped into the model's forward by Accelerate.
+    """Inside, TF32 and autocast are off, also the autocast that Accelerate wraps around the model's forward.
 
-    Projections and changes of basis need every digit.
+    Projections and changes of basis need full precision.
     """
     wrapped, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
     precision = torch.get_float32_matmul_precision()
@@ -226,10 +227,10 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def plain_execution() -> Iterator[None]:
-    """What is compiled runs as it was written, and reentrant checkpoints keep what they would compute again.
+    """Inside, compiled parts run uncompiled, and reentrant activation checkpointing is off.
 
-    Neither can be followed: a compiled part hides its operations, and a reentrant checkpoint gives no gradients to
-    `torch.autograd.grad`. (Layers of Transformers checkpoint only in train mode.)
+    A compiled part hides its operations from the trace, and reentrant checkpointing does not work with `torch.autograd.grad`.
+    (Layers of Transformers checkpoint only in train mode.)
     """
     kept = SimpleNamespace(apply=lambda function, preserve, *args: function(*args))
     stance = torch.compiler.set_stance("force_eager")
@@ -238,6 +239,6 @@ def plain_execution() -> Iterator[None]:
 
 
 def forget_caches(model: nn.Module) -> None:
-    """Pass through train mode: a module that caches in eval mode what depends on its weights (LeViT's biases) drops it then."""
+    """Switch to train mode and back. A module that caches values of its weights in eval mode (LeViT's biases) then drops them."""
     model.train()
     model.eval()

@@ -1,7 +1,7 @@
-"""Several processes that teleport together: each has its share of the data, and all hold the same weights.
+"""Communication between the processes of an event. Each has its share of the data, and all have the same weights.
 
-Whatever decides something (a loss, a gradient norm, which weights may move) is computed from all processes' numbers. It is equal
-on all of them, so that no process decides differently. If one fails, all learn of it and stop.
+Every value that a decision depends on (a loss, a gradient norm, which weights may move) is computed from the numbers of all
+processes. So it is equal on all of them, and they decide alike. If one process fails, all of them stop with an error.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,7 +26,7 @@ _SUPPORTED = {
 
 
 def check_strategy(accelerator: Any) -> None:
-    """Make sure that each process holds the whole model, or the shards of FSDP2, which can be gathered.
+    """Make sure that each process has the whole model, or shards of FSDP2, which can be gathered.
 
     Raises:
         ValueError: the weights are split in another way, or are not on the device that computes.
@@ -40,8 +40,8 @@ def check_strategy(accelerator: Any) -> None:
         )
     if is_fsdp2 and isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
         raise ValueError(
-            "teleportation does not work with weights that FSDP2 keeps on the CPU, because an event computes where they are. Set "
-            "`fsdp_offload_params` (in fsdp_config: `cpu_offload`) to false, or teleport_epochs to 0."
+            "teleportation does not work with weights that FSDP2 keeps on the CPU, because an event computes on their device. "
+            "Set `fsdp_offload_params` (in fsdp_config: `cpu_offload`) to false, or teleport_epochs to 0."
         )
     if getattr(accelerator, "parallelism_config", None) and accelerator.parallelism_config.tp_enabled:
         raise ValueError(
@@ -51,20 +51,20 @@ def check_strategy(accelerator: Any) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that some device's memory did not suffice."""
+    """Whether an exception means that a device ran out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, Exception) and should_reduce_batch_size(error))
 
 
 class Ranks:
-    """The processes of the default group, or this one alone. Every method but `spread` must be called by all alike.
+    """The processes of the default group, or this process alone. All processes must call the same methods, except `spread`.
 
     Args:
-        device: where the tensors live that are sent.
-        several: False: this process alone, whatever others there are.
+        device: the device of the tensors that are sent.
+        several: False: this process alone, even if there are others.
 
     Attributes:
-        size: how many there are.
-        rank: the number of this one.
+        size: number of processes.
+        rank: number of this process.
     """
 
     def __init__(self, device: torch.device | str = "cpu", several: bool = True):
@@ -74,11 +74,11 @@ class Ranks:
         self.device = torch.device(device)
 
     def together(self, work: Callable[[], _T]) -> _T:
-        """What `work` returns; if it fails in any process, an error in all of them.
+        """Run `work` and return its result. If it fails on one process, raise an error on all of them.
 
         Raises:
             OutOfMemoryError: another process ran out of memory.
-            RuntimeError: another process failed otherwise.
+            RuntimeError: another process failed with another error.
         """
         if self.size == 1:
             return work()
@@ -87,7 +87,7 @@ class Ranks:
             result = work()
         except Exception as own:
             if own.__dict__.pop("is_known", False):
-                raise  # by `agree`, so in all processes
+                raise  # raised by `agree`, so on all processes
             error = own
         problem = self._problem(error=error)
         if error or problem:
@@ -95,21 +95,21 @@ class Ranks:
         return result
 
     def agree(self, on: int, apart: str) -> None:
-        """In the midst of what runs `together`, before all communicate: go on only if all are here and none has failed.
+        """Before processes communicate inside `together`: continue only if all have come here and none has failed.
 
         Args:
-            on: what is to be done next: a number above 0, the same everywhere.
-            apart: what it means if the processes are about to do different things.
+            on: a number above 0 for the next operation. It must be the same on all processes.
+            apart: the error message if the numbers differ.
 
         Raises:
-            As `together`; and RuntimeError: the processes are about to do different things.
+            OutOfMemoryError, RuntimeError: as `together`. RuntimeError also if the numbers differ.
         """
         if problem := self._problem(on, apart):
             problem.is_known = True  # type: ignore[attr-defined]
             raise problem
 
     def _problem(self, on: int = 0, apart: str = "", error: Exception | None = None) -> Exception | None:
-        """What keeps the processes from going on, or from being done with their work (0), besides this one's own error."""
+        """The error to raise because of other processes: one failed, or their next operations differ. `on` = 0: work is done."""
         status = 0 if error is None else 1 if out_of_memory(error) else 2
         said = torch.tensor([status, on, -on], dtype=torch.float64, device=self.device)
         dist.all_reduce(said, dist.ReduceOp.MAX)
@@ -123,7 +123,7 @@ class Ranks:
         return None
 
     def mean(self, values: list[float]) -> list[float]:
-        """The mean over all processes of each value."""
+        """The mean of each value over all processes."""
         if self.size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -131,10 +131,10 @@ class Ranks:
         return (tensor / self.size).tolist()
 
     def mean_tensors(self, tensors: list[Tensor | None], like: Iterable[Tensor]) -> list[Tensor | None]:
-        """The mean over all processes of each tensor, None counting as zeros; None where every process has none.
+        """The mean of each tensor over all processes. None counts as zeros. The mean is None if all processes have None.
 
         Args:
-            like: for each, a tensor of its shape and dtype.
+            like: for each tensor, another one with its shape and dtype.
         """
         if self.size == 1:
             return tensors
@@ -152,7 +152,7 @@ class Ranks:
         return means
 
     def gather(self, value: _T) -> list[_T]:
-        """Every process's value, in the order of ranks. Any Python object that can be pickled."""
+        """The values of all processes, in the order of ranks. A value is any Python object that can be pickled."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -160,7 +160,7 @@ class Ranks:
         return values
 
     def broadcast(self, tensors: Iterable[Tensor], source: int = 0) -> None:
-        """Give every process the values that the source has, in place."""
+        """Copy the source's values to all processes, in place."""
         if self.size == 1:
             return
         for tensor in tensors:
@@ -169,12 +169,12 @@ class Ranks:
             tensor.detach().copy_(whole)
 
     def spread(self, costs: list[float]) -> list[int]:
-        """Who does which job, as `spread` has it."""
+        """Assign jobs to these processes, by the function `spread`."""
         return spread(costs, self.size)
 
 
 def spread(costs: list[float], processes: int) -> list[int]:
-    """Who does which job: each job in turn, the longest first, goes to the process with the least to do."""
+    """Assign jobs to processes. Each job in turn, the longest first, goes to the process with the least work so far."""
     loads = [0.0] * processes
     owners = [0] * len(costs)
     for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
@@ -184,4 +184,4 @@ def spread(costs: list[float], processes: int) -> list[int]:
 
 
 ALONE = Ranks(several=False)
-"""One process, on data of its own."""
+"""This process alone, without communication."""

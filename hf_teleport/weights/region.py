@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Region:
-    """The part of a parameter that an operation takes as its weight: the whole, one expert's slice, a transposed view."""
+    """The part of a parameter that an operation takes as its weight: all of it, one expert's slice, or a transposed view."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -15,9 +15,9 @@ class Region:
 
     @classmethod
     def of(cls, view: Tensor, parameter: Tensor) -> "Region":
-        """Where a view of a parameter lies in it."""
+        """The region of a parameter that a view shows."""
         return cls(tuple(view.shape), view.stride(), int(view.storage_offset()) - int(parameter.storage_offset()))
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The same part of a tensor that is laid out like the parameter."""
+        """The same region of another tensor with the parameter's memory layout."""
         return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)

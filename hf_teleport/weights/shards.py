@@ -1,9 +1,9 @@
-"""Weights that FSDP2 spreads over the processes, in an event that leaves them so: whole only while their module runs.
+"""Weights that stay sharded by FSDP2 in an event. Each is whole only while its module runs.
 
-Each such weight has a `Shard` for its stand-in in the model. Its values are this process's part, and so are those of all that
-an event makes of them, elementwise: copies to return to, gradients, moves, shifted weights. While the FSDP module that it belongs
-to runs, forwards or backwards, the same object is the whole weight. What came to a whole weight meanwhile (its gradient, or
-another product of its layer's inputs) is averaged over the processes when it is closed, each keeping its own part.
+In the model a `Shard` stands in for each such weight. It has this process's part of the values. So have all tensors that an event
+makes of it: copies to restore, gradients, moves, shifted weights. While its FSDP module runs, forwards or backwards, the `Shard`
+is the whole weight. Then it may receive a gradient, or another product of its layer's inputs. When the module is closed, that
+tensor is averaged over the processes, and each keeps its part.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -27,17 +27,17 @@ _APART = "the processes' forwards or backwards go through different sharded modu
 
 
 class Shard(nn.Parameter):
-    """A parameter whose values are a part of the weight, or, as long as its module runs, all of it.
+    """A parameter that has this process's part of a weight. While its module runs it has the whole weight.
 
     Attributes:
-        whole: a tensor without values of the whole weight's shape, strides and dtype.
+        whole: a tensor without values that has the whole weight's shape, strides and dtype.
     """
 
     whole: Tensor
 
     @classmethod
     def of(cls, stored: Any) -> "Shard":
-        """A stand-in for a sharded parameter: its own memory if that is in float32 or more, else a copy in float32."""
+        """A stand-in for a sharded parameter. It shares the memory, or is a copy in float32 for lower precisions."""
         own = stored.to_local().detach()
         own = own.to(torch.promote_types(own.dtype, torch.float32))
         shard = cls(own, stored.requires_grad)
@@ -51,13 +51,13 @@ def whole_of(parameter: Tensor) -> Tensor:
 
 
 def own_rows(whole: Tensor, size: int, rank: int) -> Tensor:
-    """One process's part of a tensor, as FSDP2 deals out the first axis."""
+    """One process's part of a tensor, as FSDP2 splits the first axis."""
     parts = whole.chunk(size)
     return parts[rank] if rank < len(parts) else whole[:0]
 
 
 def can_stay_sharded(model: nn.Module, size: int) -> bool:
-    """Whether every weight is dealt out over all processes by its first axis, and all will be of one precision."""
+    """Whether every weight is sharded by its first axis over all processes, and all will have the same dtype."""
     parameters: list[Any] = list(model.parameters())
     return len({torch.promote_types(p.dtype, torch.float32) for p in parameters}) == 1 and all(
         isinstance(p, DTensor) and p.placements == (Split(0),) and p.device_mesh.size() == size for p in parameters
@@ -69,7 +69,7 @@ class Shards(Weights):
 
     Args:
         ranks: the processes.
-        stored: for each of the model's parameters, which are shards, the sharded one that it stands in for.
+        stored: for each of the model's parameters, which are `Shard`s, the sharded parameter that it replaces.
         model: the model.
     """
 
@@ -81,7 +81,7 @@ class Shards(Weights):
         self._around: dict[nn.Parameter, tuple[nn.Module, ...]] = {}  # the FSDP modules that a weight is in, outermost first
         self._place(model, ())
         self._units = list(dict.fromkeys([(model,), *self._around.values()]))
-        self._parts: dict[nn.Parameter, Tensor] = {}  # of those that are whole now
+        self._parts: dict[nn.Parameter, Tensor] = {}  # this process's parts of the weights that are whole now
         self._open: list[tuple[nn.Module, ...]] = []
         self._arrived: Arrived | None = None
         self._means: dict[nn.Parameter, Tensor] = {}
@@ -91,7 +91,7 @@ class Shards(Weights):
             self._hooks.append(unit[-1].register_forward_hook(lambda *_, unit=unit: self._close(unit)))
         for parameter, unit in self._around.items():
             if parameter.requires_grad:
-                # A gradient wants room, also if backward needed no weight of its module.
+                # A gradient has the shape of the whole weight, so open the module, even if backward did not read the weight.
                 self._hooks.append(parameter.register_hook(lambda _, unit=unit: self._make_whole(unit)))
 
     def _place(self, module: nn.Module, around: tuple[nn.Module, ...]) -> None:
@@ -99,27 +99,27 @@ class Shards(Weights):
             around = (*around, module)
         for parameter in module.parameters(recurse=False):
             known = self._around.get(parameter, around)
-            # A tied weight belongs to the innermost module that all its users are in.
+            # A tied weight belongs to the innermost module that contains all its users.
             self._around[parameter] = tuple(a for a, b in zip(known, around, strict=False) if a is b)
         for child in module.children():
             self._place(child, around)
 
     def release(self) -> None:
-        """The event is over."""
+        """Remove the hooks at the end of the event."""
         for hook in self._hooks:
             hook.remove()
 
     def norms(self, tensors: Iterable[Tensor]) -> list[float]:
-        """The norm of each tensor, of which this process has a part."""
+        """The norm of each whole tensor. This process has a part of each."""
         return self.joined([wide_norm(t.detach()) for t in tensors])
 
     def joined(self, lengths: list[float]) -> list[float]:
-        """The norms of whole tensors, from those of this process's parts."""
+        """The norms of whole tensors, from the norms of this process's parts."""
         return [(mean * self.ranks.size) ** 0.5 for mean in self.ranks.mean([length**2 for length in lengths])]
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Around a forward, and its backward: weights become whole as they are needed. An error leaves none of them whole."""
+        """Around a forward and its backward. Weights become whole when they are needed. After an error none stays whole."""
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
                 self._make_whole(self._units[0])
@@ -132,13 +132,13 @@ class Shards(Weights):
             self._parts, self._open = {}, []
 
     def in_order(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """In the model's order."""
+        """The parameters in the model's order."""
         wanted = set(parameters)
         return [parameter for parameter in self._around if parameter in wanted]
 
     @contextmanager
     def reading(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Inside, these are whole."""
+        """Inside, these parameters are whole."""
         parts = {parameter: parameter.data for parameter in self.in_order(parameters)}
         self.vote()
         try:
@@ -152,7 +152,7 @@ class Shards(Weights):
 
     @contextmanager
     def changing(self, parameter: nn.Parameter, axes: Collection[int], state: Mapping[Any, Any] | None = None) -> Iterator[None]:
-        """Inside, the parameter and its state are whole if rows are mixed; afterwards this process keeps its part of them."""
+        """Inside, the parameter and its state are whole if rows are mixed. Afterwards this process keeps its parts."""
         kept: dict[Any, Any] = {} if state is None else state.get(self._stored[parameter], {})
         kept = {name: value for name, value in kept.items() if isinstance(value, DTensor)}
         if 0 not in axes and all(_lies_as(value, self._stored[parameter]) for value in kept.values()):
@@ -173,18 +173,18 @@ class Shards(Weights):
             own.update(parts)
 
     def gathered(self, parameter: nn.Parameter, values: Tensor) -> Tensor:
-        """Of all processes' parts."""
+        """The whole tensor, from the parts of all processes."""
         self.vote()
         return self._gathered({parameter: values.detach()})[0]
 
     def changed(
         self, parameter: nn.Parameter, values: Tensor, axes: Collection[int], change: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """On whole values if rows are mixed, of which this process keeps its part."""
+        """This process's part of the changed values. If rows are mixed, the change is applied to the whole tensor."""
         return self._own_rows(change(self.gathered(parameter, values))).clone() if 0 in axes else change(values)
 
     def laid_out(self, values: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Any]:
-        """As sharded tensors."""
+        """The values as sharded tensors."""
         found = {}
         for parameter, part in values.items():
             whole = whole_of(parameter)
@@ -194,7 +194,7 @@ class Shards(Weights):
         return found
 
     def vote(self) -> None:
-        """All processes are here, and none has failed."""
+        """Make sure that all processes have come here, and none has failed."""
         self.ranks.agree(2 + len(self._units) + len(self._around), _APART)
 
     def _own_rows(self, whole: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ class Shards(Weights):
 
     @contextmanager
     def averaging(self, arrived: Arrived) -> Iterator[dict[nn.Parameter, Tensor]]:
-        """Inside `running`, before it ends: what has come to weights until they are closed is averaged."""
+        """Inside `running`: when weights are closed, what they have received is averaged over the processes."""
         self._arrived, self._means = arrived, {}
         try:
             yield self._means
@@ -217,7 +217,7 @@ class Shards(Weights):
         see: Callable[[nn.Parameter, Tensor], None],
         **options: Any,
     ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
-        """As for whole weights, but that no process keeps its own gradients: only its parts of the means."""
+        """As for whole weights, but a process does not keep its own gradients. It keeps its parts of the means."""
 
         def arrived(parameter: nn.Parameter) -> Tensor | None:
             gradient, parameter.grad = parameter.grad, None
@@ -239,7 +239,7 @@ class Shards(Weights):
         if unit in self._open:
             return
         for other in [other for other in self._open if other != unit[: len(other)]]:
-            self._close(other)  # backward has passed it
+            self._close(other)  # the backward is done with it
         self.ranks.agree(1 + self._units.index(unit), _APART)
         with torch.no_grad(), torch._C.DisableTorchFunction():
             parts = {parameter: parameter.data for parameter in self._of(unit)}
@@ -262,7 +262,7 @@ class Shards(Weights):
         return [parameter for parameter, around in self._around.items() if around == unit]
 
     def _average(self, parameters: list[Any]) -> None:
-        """Average what has arrived at these weights, and keep a part of it."""
+        """Average what these weights have received, and keep this process's part."""
         with torch.no_grad(), torch._C.DisableTorchFunction():
             values = [self._arrived(parameter) for parameter in parameters]  # type: ignore[misc]
             self.ranks.agree(1 + len(self._units) + len(parameters), _APART)
@@ -274,7 +274,7 @@ class Shards(Weights):
                 self._means[parameter] = part if known is None else known.add_(part)
 
     def _gathered(self, parts: Mapping[Any, Tensor]) -> list[Tensor]:
-        """The whole values of what is laid out as sharded weights, by one message."""
+        """The whole values of tensors that are sharded like these weights, by one message."""
         if not parts:
             return []
         rooms = [self._room(parameter) for parameter in parts]
@@ -287,7 +287,7 @@ class Shards(Weights):
         ]
 
     def _scattered(self, values: dict[Any, Tensor | None]) -> list[tuple[Any, Tensor]]:
-        """This process's parts of the means of whole values, by one message. None stands for zeros."""
+        """This process's parts of the means of whole values, by one message. None counts as zeros."""
         if not values:
             return []
         size, rooms = self.ranks.size, [self._room(parameter) for parameter in values]
@@ -304,17 +304,17 @@ class Shards(Weights):
         ]
 
     def _room(self, parameter: Shard) -> int:
-        """How many elements of a weight a process has at most, as rows are dealt out by `torch.chunk`."""
+        """The largest number of elements of a weight that a process has. `torch.chunk` splits the rows."""
         return -(-len(parameter.whole) // self.ranks.size) * parameter.whole[:1].numel()
 
     def _pack(self, tensor: Tensor) -> Any:
-        """For backward: of a whole weight, or a view of it, only which one it is."""
+        """Save for backward: for a whole weight or a view of it, save only a reference."""
         with torch._C.DisableTorchFunction():
             storage = tensor.untyped_storage().data_ptr()
             for parameter in self._parts:
                 if storage and parameter.untyped_storage().data_ptr() == storage:
                     return parameter, Region.of(tensor, parameter)
-            # A node that holds its own output holds itself, out of reach of the garbage collector.
+            # Detached, because a node that keeps its own output is a reference cycle that the garbage collector can't free.
             return tensor.detach()
 
     def _unpack(self, packed: Any) -> Tensor:
@@ -328,7 +328,7 @@ class Shards(Weights):
 
 @torch.no_grad()
 def put(stored: Any, values: Tensor) -> None:
-    """Copy whole values into a tensor; into a sharded one, this process's part of them."""
+    """Copy whole values into a tensor. A sharded tensor gets this process's part of them."""
     if not isinstance(stored, DTensor):
         stored.copy_(values)
         return
@@ -338,7 +338,7 @@ def put(stored: Any, values: Tensor) -> None:
 
 
 def _lies_as(value: Any, stored: Any) -> bool:
-    """Whether a sharded tensor is dealt out as a weight is."""
+    """Whether a sharded tensor is sharded in the same way as a weight."""
     return value.shape == stored.shape and value.placements == stored.placements
 
 

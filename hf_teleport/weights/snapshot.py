@@ -1,4 +1,4 @@
-"""Copies of weights, and of what an optimizer keeps for them, to return to."""
+"""Copies of weights and of their optimizer state, to restore them."""
 
 import math
 from collections.abc import Iterable, MutableMapping
@@ -12,13 +12,13 @@ from hf_teleport.weights.whole import WHOLE, Weights
 
 
 class Snapshot:
-    """A copy of parameters to return to, and of what an optimizer keeps for them.
+    """A copy of parameters, and of their optimizer state, to restore them.
 
     Args:
         state: the optimizer's `state`, if it is to be restored too.
 
     Attributes:
-        kept: for each parameter a copy of what the optimizer keeps.
+        kept: a copy of each parameter's optimizer state.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], state: MutableMapping[Any, Any] | None = None):
@@ -32,29 +32,29 @@ class Snapshot:
             for parameter, saved in self._saved:
                 parameter.copy_(saved)
         for parameter, kept in self.kept.items():
-            # Without new memory, which may be why this is called.
+            # Use no new memory, because the reason for this call may be that memory ran out.
             now = self._state.setdefault(parameter, {})  # type: ignore[union-attr]
             for name, value in kept.items():
                 if not put(now.get(name), value):
                     now[name] = value
 
     def halve(self) -> None:
-        """Take the parameters half the way back."""
+        """Move the parameters half the way back."""
         with torch.no_grad():
             for parameter, saved in self._saved:
                 parameter.lerp_(saved, 0.5)
 
     def moved(self) -> dict[nn.Parameter, Tensor]:
-        """How far each parameter is from its copy."""
+        """The difference of each parameter from its copy."""
         return {parameter: parameter.detach() - saved for parameter, saved in self._saved}
 
     def changed(self, weights: Weights = WHOLE) -> dict[nn.Parameter, float | None]:
-        """The parameters W that differ from their copy W0, and by how much: ||W - W0|| / ||W0||, None if that is not finite.
+        """The parameters W that differ from their copy W0, with ||W - W0|| / ||W0||. None: that is not finite.
 
-        One after the other, so that no second copy of all of them is held.
+        They are compared one at a time, to save memory.
 
         Args:
-            weights: those that the parameters belong to.
+            weights: the weights that the parameters belong to.
         """
         found = weights.ranks.together(lambda: [_difference(parameter, saved) for parameter, saved in self._saved])
         lengths = iter(weights.joined([length for each in found for length in each]))
@@ -67,7 +67,7 @@ class Snapshot:
 
 @torch.no_grad()
 def _difference(parameter: Tensor, saved: Tensor) -> tuple[float, float, float]:
-    """Whether they differ, by how much, and the norm of the copy, which is also wanted if other parts of the weight differ."""
+    """Whether the two differ, the norm of the difference, and the norm of the copy. Other processes' parts may need the last."""
     differs = not torch.equal(parameter, saved)
     distance = float(torch.linalg.vector_norm(parameter - saved)) if differs else 0.0
     return float(differs), distance, float(torch.linalg.vector_norm(saved))

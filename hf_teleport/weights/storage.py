@@ -1,4 +1,4 @@
-"""The weights as a teleport works on them: in float32 where they are stored in less; those of FSDP2 as shards, or gathered."""
+"""Prepare stored weights for an event: half precision becomes float32, and FSDP2's weights become shards or are gathered."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, MutableMapping
@@ -16,7 +16,7 @@ from hf_teleport.weights.whole import LOW, Weights
 
 
 def is_low(model: nn.Module) -> bool:
-    """Whether some weight is stored in bf16 or fp16."""
+    """Whether a weight is stored in bf16 or fp16."""
     return any(parameter.dtype in LOW for parameter in model.parameters())
 
 
@@ -24,18 +24,21 @@ def is_low(model: nn.Module) -> bool:
 def working_weights(
     model: nn.Module, state: MutableMapping[Any, Any] | None = None, ranks: Ranks = ALONE, on_shards: bool = False
 ) -> Iterator[Weights]:
-    """Inside, weights that FSDP2 shards can be worked on, and weights and buffers in bf16 or fp16 are float32.
+    """Inside, FSDP2's weights can be read and changed, and weights and buffers in bf16 or fp16 are float32.
 
-    The model's modules hold stand-ins meanwhile, and the optimizer's state has them as keys. The stored parameters themselves, on
-    which DDP has hooks, keep all but their values. The values are written back at the end: each process writes its rounded
-    shards. Values that did not change are bit for bit what they were. FSDP2's own hooks are off, because they would gather and
-    shard the weights again at every layer and in the precision of training. The stand-ins cost memory: 4 bytes for each
-    weight in half precision, and all of the weights with the optimizer's state if those are gathered.
+    The model's modules have stand-ins for the stored parameters, and the optimizer's state has the stand-ins as keys. The stored
+    parameters, on which DDP has hooks, remain as objects. At the end the rounded values are written back, and each process writes
+    its shards. Values that did not change are bit for bit what they were.
+
+    FSDP2's own hooks are off. They would gather and shard the weights again at every layer, in the precision of training. The
+    stand-ins cost memory: 4 bytes for each weight in half precision, and if weights are gathered, all of them with their
+    optimizer state.
 
     Args:
+        state: the optimizer's state of each parameter.
         ranks: the processes that work on the weights.
-        on_shards: a sharded weight's stand-in is this process's part of it, and is whole only while its module runs, if the
-            weights' layout allows that (`can_stay_sharded`). Otherwise it is the whole weight, in every process.
+        on_shards: whether the stand-in of a sharded weight is this process's part, and is whole only while its module runs. The
+            weights' layout must allow it (`can_stay_sharded`). Otherwise the stand-in is the whole weight on every process.
     """
     on_shards = on_shards and can_stay_sharded(model, ranks.size)
     state = {} if state is None else state
@@ -44,18 +47,18 @@ def working_weights(
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # after a forward without backward it may not be
+                module.reshard()  # after a forward without backward the weights may still be gathered
                 _silence(module, "_forward_pre_hooks", stack)
                 _silence(module, "_forward_hooks", stack)
         for module in model.modules():
             for name, stored in list(module._parameters.items()):
-                # Subclasses of Parameter (quantized weights) know how to compute with what they store.
+                # Subclasses of Parameter, such as quantized weights, compute with their stored values themselves.
                 if isinstance(stored, DTensor) or (type(stored) is nn.Parameter and stored.dtype in LOW):
                     if stored not in made:
                         made[stored] = (
                             Shard.of(stored) if on_shards else nn.Parameter(_copy(stored, copies), stored.requires_grad)
                         )
-                    # As an attribute, for modules that look at it (nn.LSTM keeps a list of its weights).
+                    # By setattr, because some modules react to it (nn.LSTM keeps a list of its weights).
                     setattr(module, name, made[stored])
                     stack.callback(setattr, module, name, stored)
             for name, buffer in list(module._buffers.items()):
@@ -77,7 +80,7 @@ def working_weights(
 
 
 def _copy(stored: Any, copies: dict[Any, Tensor]) -> Any:
-    """A stored parameter's values, whole and in float32 at least. Parameters that share storage have copies that do."""
+    """A stored parameter's whole values, at least in float32. If parameters share storage, so do their copies."""
     if isinstance(stored, DTensor):
         whole: Any = stored.detach().full_tensor().clone()  # type: ignore[attr-defined]
         return whole.float() if whole.dtype in LOW else whole
@@ -98,7 +101,7 @@ def _whole(value: Any) -> Any:
 
 @torch.no_grad()
 def _write_back(stand_in: nn.Parameter, stored: Any, state: MutableMapping[Any, Any]) -> None:
-    """Give a stored parameter, and the optimizer's state for it, the values of its stand-in."""
+    """Copy a stand-in's values, and its optimizer state, to the stored parameter."""
     if not stored.requires_grad and (
         isinstance(stored, DTensor) or torch.allclose(stand_in, stored.to(stand_in.dtype), rtol=0, atol=0, equal_nan=True)
     ):
@@ -123,7 +126,7 @@ def _put_own(stored: Any, part: Tensor) -> None:
 
 
 def _silence(module: nn.Module, hooks: str, stack: ExitStack) -> None:
-    """Take FSDP2's hooks off until the stack closes."""
+    """Remove FSDP2's hooks until the stack closes."""
     own: OrderedDict[int, Any] = getattr(module, hooks)
     kept = {key: hook for key, hook in own.items() if not hook.__module__.startswith("torch.distributed.fsdp")}
     if len(kept) < len(own):
@@ -132,5 +135,5 @@ def _silence(module: nn.Module, hooks: str, stack: ExitStack) -> None:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether all elements are equal; NaN equals NaN."""
+    """Whether all elements are equal. NaN equals NaN."""
     return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)

@@ -1,6 +1,6 @@
-"""The weights of a model in an event, which every process holds whole. `Shards` are those of which each holds a part.
+"""`Weights`: a model's weights in an event, whole on every process. The subclass `Shards` is for sharded weights.
 
-What differs between the two is a method here, so that a caller need not know which of them it has.
+Everything that differs between the two is a method here, so that callers need not know which one they have.
 """
 
 import math
@@ -15,21 +15,21 @@ from hf_teleport.weights import norms
 from hf_teleport.weights.ranks import ALONE, Ranks
 
 LOW = (torch.bfloat16, torch.float16)
-"""The precisions that are too low to work in."""
+"""Precisions that are too low for an event."""
 
 Arrived = Callable[[nn.Parameter], Tensor | None]
-"""Gives, and takes away, what has come to a whole weight, of its shape; None: nothing."""
+"""Returns the tensor that a whole weight has received, such as its gradient, and removes it there. None: there is none."""
 
 
 class Weights:
-    """Weights that every process holds whole.
+    """Weights that are whole on every process.
 
     Args:
         ranks: the processes that work on them.
-        stored: for each parameter that stands in for another the one that it stands in for.
+        stored: for each stand-in, the stored parameter that it replaces.
 
     Attributes:
-        whole: whether a parameter has all values of its weight, and not those of this process's part only.
+        whole: whether a parameter has all values of its weight, and not only this process's part.
     """
 
     whole: ClassVar[bool] = True
@@ -39,26 +39,26 @@ class Weights:
         self._stored = stored or {}
 
     def origin(self, parameter: nn.Parameter) -> nn.Parameter:
-        """The stored parameter of one that stands in for it; a parameter that needs no stand-in is its own."""
+        """The stored parameter of a stand-in. A parameter that has no stand-in is returned unchanged."""
         return self._stored.get(parameter, parameter)
 
     def stand_in(self, parameter: nn.Parameter) -> nn.Parameter:
-        """What stands in for a stored parameter; one that needs no stand-in is its own."""
+        """The stand-in of a stored parameter. A parameter that has no stand-in is returned unchanged."""
         return next((working for working, stored in self._stored.items() if stored is parameter), parameter)
 
     @torch.no_grad()
     def round(self) -> bool:
-        """Round to what will be stored, to see what will come of it. Returns whether anything is stored in less precision."""
+        """Round to the stored precision, to test the effect. Returns whether any weight is stored in half precision."""
         low = [(working, stored.dtype) for working, stored in self._stored.items() if stored.dtype in LOW]
         for working, dtype in low:
             working.copy_(working.to(dtype))
         return bool(low)
 
     def release(self) -> None:
-        """The event is over."""
+        """Release hooks at the end of the event."""
 
     def norm(self, tensors: Iterable[Tensor | None]) -> float:
-        """Euclidean norm of all the numbers in a list of tensors that are laid out as these weights are."""
+        """Euclidean norm of all numbers in a list of tensors that are whole or sharded like these weights."""
         return math.hypot(*self.norms(t for t in tensors if t is not None))
 
     def norms(self, tensors: Iterable[Tensor]) -> list[float]:
@@ -66,53 +66,54 @@ class Weights:
         return norms.norms(tensors)
 
     def joined(self, lengths: list[float]) -> list[float]:
-        """The norms of whole tensors, from those of this process's parts."""
+        """The norms of whole tensors, from the norms of this process's parts."""
         return lengths
 
     def running(self) -> AbstractContextManager[None]:
-        """To be around each forward."""
+        """A context for each forward."""
         return nullcontext()
 
     def in_order(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """Parameters in an order that is the same in all processes."""
+        """Parameters in an order that is the same on all processes."""
         return list(parameters)
 
     def reading(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-        """To be around what reads all values of these parameters, outside of `running`; all processes name the same ones."""
+        """A context for code outside of `running` that reads all values of these parameters. All processes must name the same."""
         return nullcontext()
 
     def changing(
         self, parameter: nn.Parameter, axes: Collection[int], state: Mapping[Any, Any] | None = None
     ) -> AbstractContextManager[None]:
-        """To be around what mixes or scales a parameter's values along some of its axes, outside of `running`.
+        """A context for code outside of `running` that mixes or scales a parameter's values along some of its axes.
 
         Args:
-            state: of the optimizer, if what it keeps for the parameter changes with it.
+            state: the optimizer's state, if it changes with the parameter.
         """
         return nullcontext()
 
     def gathered(self, parameter: nn.Parameter, values: Tensor) -> Tensor:
-        """All of what is laid out as a parameter."""
+        """The whole tensor, from values that are whole or sharded like a parameter."""
         return values
 
     def changed(
         self, parameter: nn.Parameter, values: Tensor, axes: Collection[int], change: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """What a change along some axes makes of values that are laid out as a parameter's."""
+        """Apply a change along some axes to values that are whole or sharded like a parameter."""
         return change(values)
 
     def laid_out(self, values: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Any]:
-        """Values that are laid out as their parameters', as tensors that know how they lie."""
+        """Values as tensors that know how they are sharded: plain tensors here, `DTensor`s for shards."""
         return values
 
     def vote(self) -> None:
-        """In the midst of what runs `together`, before the caller's own message: go on only if no process has failed."""
+        """Before a message inside `Ranks.together`: continue only if no process has failed."""
 
     def averaging(self, arrived: Arrived) -> AbstractContextManager[dict[nn.Parameter, Tensor]]:
-        """Inside `running`, before it ends: what has come to weights that will not stay whole is averaged over the processes.
+        """Inside `running`: average what sharded weights receive over the processes, when they are closed.
 
         Yields:
-            This process's part of the mean for each such weight that something came to in some process; complete in the end.
+            This process's part of the mean, for each sharded weight that received a tensor on any process. It is complete at the
+            end.
         """
         return nullcontext({})
 
@@ -126,12 +127,14 @@ class Weights:
         """A forward and a backward. `.grad` is not touched.
 
         Args:
-            forward: gives this process's loss.
-            see: gets each weight's own gradient of this process, where that is not kept.
-            options: of `torch.autograd.grad`, to keep graphs; shards let them go.
+            forward: returns this process's loss.
+            parameters: the parameters whose gradients are computed.
+            see: for sharded weights, is called with each weight and this process's own gradient, which is not kept.
+            options: options of `torch.autograd.grad` to keep graphs. Shards ignore them.
 
         Returns:
-            This process's loss; its own gradients, if they are kept; and the means over all processes. None: it is zero.
+            This process's loss; its own gradients, if they are kept; and the means over all processes. None: the gradient is
+            zero.
         """
 
         def forward_and_backward() -> tuple[Tensor, list[Tensor | None]]:

@@ -66,7 +66,7 @@ def test_a_version_out_of_range_is_said_with_exit_code_1(install, capsys):
     out = capsys.readouterr().out
     assert "BAD transformers" in out
     assert "pip install 'transformers>=5.3'" in out
-    assert out.rstrip().endswith("Not as it should be: transformers.")
+    assert out.rstrip().endswith("Missing or unsupported: transformers.")
     assert main(["doctor", "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert told["ok"] is False
@@ -92,7 +92,7 @@ def test_a_package_that_is_not_installed_is_said(monkeypatch):
 def test_this_environment_is_healthy(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for words in ("torch", "accelerate", "CPU", "GiB free", "gloo", "offline mode", "All that is required is here."):
+    for words in ("torch", "accelerate", "CPU", "GiB free", "gloo", "offline mode", "Everything required is installed."):
         assert words in out
 
 

@@ -17,7 +17,7 @@ def test_inspect_a_config_name_as_a_table(capsys):
     assert "what a teleport would move" in out
     assert "tied" in out
     assert "of the elements may move" in out
-    assert "those of 2 random samples" in out
+    assert "null spaces of 2 random samples" in out
 
 
 def test_inspect_a_saved_folder_as_json(tmp_path, capsys):
@@ -103,9 +103,9 @@ def test_what_the_events_of_a_run_will_cost(capsys):
     sizes = ["hidden_size=32", "intermediate_size=40", "num_hidden_layers=1", "num_attention_heads=2", "vocab_size=50"]
     assert main(["inspect", "llama", "--set", *sizes, "--method", "basis", "--max_steps", "90", "--processes", "2"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "A run of 90 steps has 3 events, before steps 10, 20, 40, and looks at the gradients of 8 steps" in told
+    assert "A run of 90 steps has 3 events, before steps 10, 20, 40, and reads the gradients of 8 steps" in told
     # The residual stream, and two heads of 16.
-    assert "What is gathered takes 6.0 KiB" in told
+    assert "The second moments take 6.0 KiB" in told
     assert "Process 0 decomposes on cpu, in float64, while training waits: 1 of 32 x 32;" in told
     assert "Process 1 decomposes on cpu, in float64, while training waits: 2 of 16 x 16;" in told
 

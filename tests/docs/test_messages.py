@@ -12,7 +12,7 @@ from hf_teleport.event.reasons import NO_STEP
 STEP = re.compile(
     r"\b(allowed|must|give|use|pass|set|take|leave|name|make|choose|lower|smaller|raise|see|check|write|known|install|delete"
     r"|needed|nearest|did you mean|train for longer|cut|save_pretrained|call|add|start|run|try|tried again|nothing to do|evaluate"
-    r"|mend|correct|report|later|its own message)\b|pip install",
+    r"|repair|remove|correct|report|later|its own message)\b|pip install",
     re.IGNORECASE,
 )
 

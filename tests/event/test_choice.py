@@ -132,7 +132,7 @@ def test_a_model_in_which_nothing_may_move_trains_on(tmp_path, caplog):
         parameter.requires_grad = name.endswith("bias")
     trainer = train(tmp_path, model, teleport_config=TeleportConfig(budget=None))
     assert (trainer.state.global_step, trainer.teleport_reports) == (16, [])
-    assert "no teleports, for no weight of the model can be teleported" in caplog.text
+    assert "no teleports, because no weight of the model can be teleported" in caplog.text
 
 
 def test_with_a_budget_it_teleports_and_resumes_to_the_same(tmp_path):

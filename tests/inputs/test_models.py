@@ -14,5 +14,5 @@ def test_a_broken_file_of_weights_is_named(tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path, max_shard_size="2KB")
     file = sorted(tmp_path.glob("*.safetensors"))[-1]
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=rf"could not be loaded: {file.name} \(.*\) is cut short or broken: .*\. To mend it"):
+    with pytest.raises(ValueError, match=rf"could not be loaded: {file.name} \(.*\) is cut short or broken: .*\. To fix it"):
         load_model(str(tmp_path))

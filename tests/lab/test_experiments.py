@@ -107,7 +107,7 @@ def test_every_run_has_its_arguments(config):
         (["--model", "cnm"], r"model = 'cnm' is not allowed; allowed: one of \['mlp', 'cnn'"),
         (
             ["--model", "transformer_lm"],
-            r"takes data of kind 'text', but .* 'mnist' are of kind 'image'; allowed: \['mlp', 'cnn'",
+            r"takes data of kind 'text', but .* 'mnist' is of kind 'image'; allowed: \['mlp', 'cnn'",
         ),
         (["--dataset", "some/where"], r"of kind None; allowed: a kind, one of \['image'"),
         (["--train_rows", "0"], r"train_rows = 0 is not allowed"),

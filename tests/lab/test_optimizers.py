@@ -221,7 +221,7 @@ def test_soap_keeps_its_own_betas_but_for_those_that_are_given(tmp_path):
             {"optimizer": "Adagrad", "optimizer_settings": {"eta": 1}},
             r"optimizer_settings has 'eta', which 'Adagrad' does not take",
         ),
-        ({"optimizer_settings": {"momentum": 1}}, r"not allowed without `optimizer`; those of `optim` are `optim_args`"),
+        ({"optimizer_settings": {"momentum": 1}}, r"not allowed without `optimizer`; for `optim` give `optim_args`"),
         ({"embedding_learning_rate": -1.0}, r"embedding_learning_rate = -1.0 is not allowed; allowed: a positive number"),
         ({"parameter_learning_rates": {"norm": "big"}}, r"parameter_learning_rates\['norm'\] = 'big' is not allowed"),
         ({"parameter_learning_rates": 3}, r"parameter_learning_rates = 3 is not allowed; allowed: a mapping"),

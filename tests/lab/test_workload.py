@@ -147,11 +147,11 @@ def test_saved_models_that_do_not_fit(short, config, tmp_path):
 
     with pytest.raises(ValueError, match=r"intermediate.dense.bias has the shape \[32\] by sizes = .* allowed: \[24\]"):
         model_of("--sizes.intermediate_size", "32")
-    with pytest.raises(ValueError, match=r"max_position_embeddings = 20 of the data is not allowed; allowed: 16, that of"):
+    with pytest.raises(ValueError, match=r"max_position_embeddings = 20 of the data is not allowed; allowed: 16, as in"):
         model_of("--length", "20")
-    with pytest.raises(ValueError, match=r"vocabulary_size = 50 is not allowed; allowed: none, for the tokenizer has its own"):
+    with pytest.raises(ValueError, match=r"vocabulary_size = 50 is not allowed; allowed: None, because the tokenizer has"):
         model_of("--vocabulary_size", "50")
-    with pytest.raises(ValueError, match=r"model = 'llama' is not allowed; allowed: a 'bert', which pretrained = "):
+    with pytest.raises(ValueError, match=r"model = 'llama' is not allowed; allowed: a 'bert', as in pretrained = "):
         plan(read(short("llama"), ["--pretrained", str(saved)]))
     # Runs from weights of their own are others.
     experiment = plan(read(short("bert")))
@@ -159,7 +159,7 @@ def test_saved_models_that_do_not_fit(short, config, tmp_path):
     with pytest.raises(ValueError, match=r"pretrained = .* is not allowed; allowed: not given"):
         execute(plan(read(short("bert"), ["--pretrained", str(saved)])))
     (saved / "tokenizer_config.json").unlink()
-    with pytest.raises(ValueError, match="has no tokenizer, without which its embeddings mean nothing"):
+    with pytest.raises(ValueError, match="has no tokenizer, and its embeddings are useless without it"):
         plan(read(short("bert"), ["--pretrained", str(saved)]))
 
 

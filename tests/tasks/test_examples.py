@@ -164,7 +164,7 @@ def test_a_run_is_resumed_from_its_last_checkpoint(tmp_path, capsys):
     train("clm", argv)
     capsys.readouterr()
     train("clm", [*argv, "--max_steps", "5"])
-    assert f"Going on from {tmp_path / 'checkpoint-3'}" in capsys.readouterr().out
+    assert f"Resuming from {tmp_path / 'checkpoint-3'}" in capsys.readouterr().out
     # The log has the steps and the teleport from before, and two steps more.
     check_run(tmp_path, steps=5)
     train("clm", [*argv, "--resume_from_checkpoint", "false", "--teleport_steps", "2"])
@@ -395,7 +395,7 @@ def test_overrides_are_read_as_yaml_and_sizes_follow_from_them():
         parse_overrides("a")
     config = make_config(TextModelArguments(config_name="llama", config_overrides="hidden_size=64,num_attention_heads=4"))
     assert config.head_dim == 16
-    with pytest.raises(ValueError, match="is a saved one"):
+    with pytest.raises(ValueError, match="is a saved model"):
         make_config(TextModelArguments(model_name_or_path="some/model", config_overrides="hidden_size=64"))
 
 

@@ -86,4 +86,4 @@ def test_an_optimizer_that_cannot_be_rehearsed(method):
         return
     plan = judged(config, [batch], model, course(), lookahead)
     assert not plan.upcoming
-    assert [line for _, line in plan.notes if "no teleports, for Lookahead steps weights by an optimizer inside it" in line]
+    assert [line for _, line in plan.notes if "no teleports, because Lookahead steps weights by an optimizer inside it" in line]

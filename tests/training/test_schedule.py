@@ -26,7 +26,7 @@ def test_warmup_delays_inside_an_epoch_and_drops_epochs_before_it():
 
 
 def test_more_first_epochs_than_there_are_warns_and_takes_all():
-    with pytest.warns(UserWarning, match="it has 2"):
+    with pytest.warns(UserWarning, match="more than the 2 epochs"):
         assert teleport_steps(TeleportConfig(epochs=5), 10, 15) == {0: 0, 10: 1}
 
 

@@ -1,4 +1,4 @@
-"""Data sets as tensors that the Trainer can draw batches from."""
+"""Data sets of experiments: read from the catalogue, the Hub or a folder, and held as tensors that a Trainer can read."""
 
 from hf_teleport.lab.data.catalogue import CATALOGUE, Source
 from hf_teleport.lab.data.images import ImageTensors, load_images

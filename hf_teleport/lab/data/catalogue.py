@@ -1,8 +1,7 @@
-"""Where the data sets are that the paper and this project's studies use: the Hub's copy of each, and its home.
+"""The catalogue: the data sets of the paper and of this project's studies, with their Hub ids and homes.
 
-Every Hub id has files that `datasets` reads without a loading script (there are none since version 4). Penn Treebank has them at
-the revision that the Hub converted to parquet; the four series are tables (time, channels) in one repository, with the
-hour in a text column.
+`datasets` reads all of them without a loading script (version 4 dropped these scripts). Penn Treebank is at the revision that the
+Hub converted to parquet. The four series are tables (time, channels) in one repository, with the hour in a text column.
 """
 
 from dataclasses import dataclass
@@ -14,16 +13,16 @@ KINDS: tuple[str, ...] = get_args(Kind)
 
 @dataclass(frozen=True)
 class Source:
-    """A data set and what is needed to read it. For a set outside the catalogue, `path` is often enough.
+    """A data set, and how to read it. For a set outside the catalogue, `path` is often enough.
 
     Attributes:
         path: Hub id, or a local folder or file.
-        kind: which pipeline it goes through: 'image', 'sequence' (images pixel by pixel), 'series' or 'text'.
-        config: which of the Hub repository's data sets, if it has several.
-        revision: branch or commit of the Hub repository, if not its main one.
-        test_split: the split to test on, if not 'test' or for want of it 'validation'.
-        label_column: the class, if not the first class label.
-        home: where the data are published, for those without the Hub.
+        kind: the pipeline that reads it: 'image', 'sequence' (images pixel by pixel), 'series' or 'text'.
+        config: the name of the data set, if the Hub repository has several.
+        revision: branch or commit of the Hub repository. Default: its main branch.
+        test_split: the split to test on. Default: 'test', or else 'validation'.
+        label_column: the column of classes. Default: the first class label.
+        home: where the data are published, for users without the Hub.
 
     Raises:
         ValueError: an unknown kind.
@@ -68,11 +67,11 @@ CATALOGUE: dict[str, Source] = {
     "sst2": Source(
         "stanfordnlp/sst2", "text", test_split="validation", label_column="label", home="https://nlp.stanford.edu/sentiment"
     ),
-    # Not from the Hub, but from the packages in this environment: code.py.
+    # Made from the packages in this environment, and not from the Hub: code.py.
     "python": Source("python", "text", home="https://pypi.org"),
 }
 
 
 def find(source: str | Source) -> Source:
-    """The catalogue's entry of this name; any other string is taken for a path or a Hub id."""
+    """The catalogue's entry of this name. Any other string is a path or a Hub id."""
     return source if isinstance(source, Source) else CATALOGUE.get(source) or Source(source)

@@ -1,8 +1,8 @@
-"""The Python source of installed packages as text for a language model: every environment of the experiments has it.
+"""The Python corpus: source files of installed packages as text for a language model. Every environment of experiments has them.
 
-The recipe: of each package the `.py` files that its installer noted down, in the order of their names' SHA-256, until a limit
-in MB is reached. The test files come from packages that are never trained on. A byte-level BPE is learned from the training
-files at the default limit, so that a larger corpus has the same vocabulary. The tokens are kept in the cache of `datasets`.
+The corpus has the `.py` files in each package's list of installed files, ordered by the SHA-256 of their names, up to a limit in
+MB. The test files come from other packages than the training files. A byte-level BPE is learned from the training files at the
+default limit, so that a larger corpus has the same vocabulary. The cache of `datasets` keeps the tokens.
 """
 
 import hashlib
@@ -25,11 +25,11 @@ logger = logging.get_logger(__name__)
 
 PACKAGES = {"train": ("torch", "transformers", "scipy", "scikit-learn"), "test": ("accelerate", "matplotlib", "numpy")}
 
-# Of each package for training, by default, and of each package for the test.
+# Default limit of each training package, and limit of each test package.
 PACKAGE_MEGABYTES, TEST_MEGABYTES = 3.0, 0.5
 VOCABULARY_SIZE = 5000
 
-# Of the corpus at the default limit, with the versions in constraints.txt.
+# Checksum of the corpus at the default limit, with the versions in constraints.txt.
 CHECKSUM = "b1f9c458d5223ee685fe14bb1e76c4fc3332a297d98c4f420b8a514a033be155"
 
 # Files that differ between builds of one version.
@@ -41,14 +41,14 @@ Files = dict[str, str]
 def code_files(package_megabytes: float | None = None) -> dict[str, Files]:
     """The files of the corpus by role, 'train' and 'test': their names and texts.
 
-    With other versions of the packages than in constraints.txt the corpus is another one, and a warning says so.
+    Other versions of the packages than in constraints.txt give another corpus. A warning says so.
 
     Args:
-        package_megabytes: the limit for each training package, in millions of bytes; default: 3.
+        package_megabytes: the limit for each training package, in millions of bytes. Default: 3.
 
     Raises:
         ModuleNotFoundError: a package is not installed.
-        ValueError: a limit that is not positive.
+        ValueError: the limit is not positive.
     """
     limit = PACKAGE_MEGABYTES if package_megabytes is None else package_megabytes
     if not isinstance(limit, (int, float)) or not limit > 0:
@@ -77,11 +77,11 @@ def checksum(parts: dict[str, Files]) -> str:
 def code_tokens(
     package_megabytes: float | None = None, vocabulary_size: int | None = None
 ) -> tuple[PreTrainedTokenizerFast, dict[str, Tensor]]:
-    """The corpus as tokens (N,) by role, with its tokenizer. The first call takes some 20 seconds, later ones read the cache.
+    """The corpus as tokens (N,) by role, with its tokenizer. The first call takes about 20 seconds, later calls read the cache.
 
     Args:
         package_megabytes: as `code_files`.
-        vocabulary_size: at most so many tokens; default: 5,000.
+        vocabulary_size: the largest number of tokens. Default: 5,000.
 
     Raises:
         ModuleNotFoundError: as `code_files`.
@@ -100,7 +100,7 @@ def code_tokens(
 
 
 def _write(folder: Path, parts: dict[str, Files], tokenizer: PreTrainedTokenizerFast) -> None:
-    """Tokenizer and tokens, through a second folder, so that an interrupt leaves nothing or all."""
+    """Write tokenizer and tokens to a new folder and rename it, so that an interrupt leaves either all or nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
@@ -109,7 +109,7 @@ def _write(folder: Path, parts: dict[str, Files], tokenizer: PreTrainedTokenizer
             np.save(new / f"{role}.npy", token_stream(list(files.values()), tokenizer).numpy().astype("int32"))
         new.rename(folder)
     except OSError:
-        if not folder.is_dir():  # else another process was faster
+        if not folder.is_dir():  # otherwise another process was faster
             raise
     finally:
         shutil.rmtree(new, ignore_errors=True)

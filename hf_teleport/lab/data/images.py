@@ -1,4 +1,4 @@
-"""Image classification data from the catalogue, the Hub, a local folder, or scikit-learn's digits, held in memory as tensors."""
+"""Images and their classes as tensors in memory, from the catalogue, the Hub, a local folder, or scikit-learn's digits."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ class ImageTensors(Dataset):
 
     @property
     def num_labels(self) -> int:
-        """Number of classes: the largest label and one."""
+        """Number of classes: the largest label plus one."""
         return int(self.labels.max()) + 1
 
     def __len__(self) -> int:
@@ -47,19 +47,21 @@ def load_images(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> tuple[ImageTensors, ImageTensors]:
-    """Training and test set, each channel scaled to mean 0 and deviation 1 over the training set (one that is constant: to 0).
+    """Load training and test set. Each channel is scaled to mean 0 and standard deviation 1 over the training set.
+
+    A channel that is constant becomes 0.
 
     Args:
         source: a name of the catalogue, a Hub id, a folder of image or parquet files in splits, or 'digits' (8x8, ships with
             scikit-learn, split 4 to 1 at random).
-        image_size: resize to this height and width; default: as they are, which must then be of one size.
-        folder: a local copy of what `source` names.
-        image_column: default: the first column of images.
-        label_column: default: the catalogue's, or the first class label.
+        image_size: resize to this height and width. Default: keep the size, which must be the same for all images.
+        folder: a local copy of the data set.
+        image_column: the column of images. Default: the first column of images.
+        label_column: the column of classes. Default: the catalogue's, or the first class label.
 
     Raises:
-        FileNotFoundError: the data are neither here nor within reach.
-        ModuleNotFoundError: the digits, and scikit-learn is not installed.
+        FileNotFoundError: the data are not stored here, and can't be downloaded.
+        ModuleNotFoundError: `source` is 'digits', and scikit-learn is not installed.
         ValueError: no train split, no test or validation split, no image or label column, labels that are no classes, or images
             of several sizes.
     """
@@ -73,7 +75,7 @@ def load_images(
     deviation = train.images.std((0, 2, 3), keepdim=True)
     deviation = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
     for part in (train, test):
-        # In place: Tiny ImageNet takes 5 GiB as it is.
+        # In place, because Tiny ImageNet alone takes 5 GiB.
         part.images.sub_(mean).div_(deviation)
     return train, test
 
@@ -88,7 +90,7 @@ def _digits() -> list[ImageTensors]:
 
 
 def _decoded(splits: list[Any], image_size: int | None, image: str | None, label: str | None) -> list[ImageTensors]:
-    """The splits' images between 0 and 1: grey only if all of them are."""
+    """The splits' images, with values between 0 and 1. They have one channel only if all images are grey."""
     from datasets import ClassLabel, Image
 
     features = splits[0].features
@@ -104,7 +106,7 @@ def _decoded(splits: list[Any], image_size: int | None, image: str | None, label
 
 
 def _pictures(split: Any, image: str, image_size: int | None) -> list[Tensor]:
-    """Images (N, 1 or 3, height, width) in uint8, some at a time."""
+    """Images (N, 1 or 3, height, width) in uint8, in chunks."""
     from datasets import Image
 
     require_column(split, image)
@@ -120,15 +122,15 @@ def _pictures(split: Any, image: str, image_size: int | None) -> list[Tensor]:
             pictures = [picture.resize((image_size, image_size)) for picture in pictures]
         sizes |= {picture.size for picture in pictures}
         if len(sizes) > 1:
-            raise ValueError(f"column {image!r} has images of sizes {sorted(sizes)[:5]}: give image_size, to make them of one.")
+            raise ValueError(f"column {image!r} has images of sizes {sorted(sizes)[:5]}: give image_size to resize them.")
         pixels = np.stack([np.asarray(picture).reshape(*picture.size[::-1], -1) for picture in pictures])
         chunks.append(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     return chunks
 
 
 def _joined(chunks: list[Tensor], channels: int) -> Tensor:
-    """Images (N, channels, height, width) in float32 between 0 and 1."""
+    """Chunks joined to images (N, channels, height, width) in float32, between 0 and 1."""
     images = torch.empty(sum(map(len, chunks)), channels, *chunks[0].shape[2:])
     for target, chunk in zip(images.split([len(chunk) for chunk in chunks]), chunks, strict=True):
-        target.copy_(chunk)  # which also repeats a grey chunk in each channel
+        target.copy_(chunk)  # broadcasting repeats a grey chunk in each channel
     return images.div_(255)

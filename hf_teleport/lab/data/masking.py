@@ -1,4 +1,4 @@
-"""Words that are masked for a masked language model."""
+"""The collator for masked language models. It masks words at random, reproducibly."""
 
 import zlib
 from typing import Any
@@ -8,9 +8,9 @@ from transformers import DataCollatorForLanguageModeling, default_data_collator
 
 
 class Masking(DataCollatorForLanguageModeling):
-    """Masks words at random in rows without labels. Rows with labels are masked already, and stay as they are.
+    """Masks words at random in rows without labels. Rows with labels are already masked, and stay as they are.
 
-    The seed and the rows of a batch alone decide which words: neither evaluations nor teleports nor a resumed run change them.
+    Only the seed and the rows of a batch decide which words are masked. So evaluations, teleports and resuming change nothing.
     """
 
     def __call__(self, features: Any, return_tensors: Any = None) -> Any:

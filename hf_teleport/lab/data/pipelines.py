@@ -1,4 +1,4 @@
-"""From the name of a data set to rows for a Trainer, as the paper's experiments need them."""
+"""Load a data set by name, as rows for a Trainer."""
 
 import inspect
 from collections.abc import Callable
@@ -36,14 +36,14 @@ class Pipeline:
 
     Attributes:
         kind: 'image' (rows of `pixel_values` and `labels`), 'sequence' (`inputs` and `labels`), 'series' (`inputs` and `labels`),
-            or 'text' (`input_ids` and `labels`; without labels where words are masked).
-        measure: what to report of such data: 'accuracy', 'mean_squared_error', 'perplexity' or 'masked_perplexity', by the names
-            of `hf_teleport.metrics`.
+            or 'text' (`input_ids` and `labels`; for masked language models without labels).
+        measure: the metric of such data, by its name in `hf_teleport.metrics`: 'accuracy', 'mean_squared_error', 'perplexity' or
+            'masked_perplexity'.
         train: training rows.
         test: test rows.
-        validation: rows held out for choices of settings, where the data have them.
-        tokenizer: of text.
-        mask_probability: the share of words that are masked, if there are any.
+        validation: rows held out for the choice of settings, if the data have them.
+        tokenizer: the tokenizer of text.
+        mask_probability: the share of words that are masked. None: no masked language model.
     """
 
     kind: str
@@ -55,40 +55,40 @@ class Pipeline:
     mask_probability: float | None = None
 
     def collator(self, seed: int) -> Callable[..., Any]:
-        """The collator of training rows; the seed decides which words it masks."""
+        """The collator of training rows. The seed decides which words it masks."""
         if self.mask_probability is None:
             return default_data_collator
         return Masking(self.tokenizer, mlm_probability=self.mask_probability, seed=seed)
 
     def fixed(self, rows: Any) -> Dataset:
-        """Rows as they are evaluated: words that training masks at random are masked once, the same in every run."""
+        """Rows for evaluation. For masked language models, words are masked once, in the same way for every run."""
         return rows if self.mask_probability is None else TensorRows(**self.collator(seed=0)([rows[i] for i in range(len(rows))]))
 
 
 def load(source: str | Source, folder: str | Path | None = None, kind: str | None = None, **options: Any) -> Pipeline:
-    """A data set of the catalogue, of the Hub, or of a local folder, in the shape of its kind.
+    """Load a data set from the catalogue, the Hub, or a local folder.
 
     Args:
         source: a name of the catalogue (mnist, fashion_mnist, cifar10, cifar100, tiny_imagenet, smnist, electricity, traffic,
             ptb, and others), a Hub id, a local folder or file, or a `Source`.
-        folder: a local copy of what `source` names, with train and test (or validation) files, or one data.parquet of a series.
-        kind: 'image', 'sequence', 'series' or 'text'; default: the catalogue's.
-        options: of the kind:
+        folder: a local copy of the data set, with train and test (or validation) files, or one data.parquet of a series.
+        kind: 'image', 'sequence', 'series' or 'text'. Default: the catalogue's.
+        options: options of the kind:
             image: image_size, image_column, label_column, as for `load_images`.
             sequence: length, image_column, label_column, as for `load_sequences`.
-            series: context, horizon, shift, shares, columns, split, series_column, as for `load_series`. The context has
-            7 x 24 steps, and the horizon is as long. The shift of 24 makes the target the window a day later. The shares are
-            0.6 and 0.2, the rest for the test.
-            text: text_column, label_column, length, vocabulary_size, tokenizer, mask_probability. The label column is the
-            catalogue's; without one the rows are for a language model. A row has 256 tokens. The vocabulary has every word of
-            the training text. The tokenizer is a folder or Hub id, or made from the words of the training text. The
+            series: context, horizon, shift, shares, columns, split, series_column, as for `load_series`. By default the context
+            has 7 x 24 steps, and the horizon is as long. The shift of 24 makes the target the window a day later. The shares
+            are 0.6 and 0.2, and the rest is for the test.
+            text: text_column, label_column, length, vocabulary_size, tokenizer, mask_probability. By default the label column
+            is the catalogue's; without one the rows are for a language model. A row has 256 tokens. The vocabulary has every
+            word of the training text, and a tokenizer is made from these words; or give the tokenizer's folder or Hub id. The
             probability is for a masked language model; by default nothing is masked.
-            'python' has 5,000 entries in its vocabulary, and also takes package_megabytes (3 of each training package, as
-            for `code_files`).
+            'python' has a vocabulary of 5,000 tokens. It also takes package_megabytes (default: 3 of each training package),
+            as for `code_files`.
 
     Raises:
-        FileNotFoundError: the data are neither here nor within reach.
-        ValueError: no kind, an unknown option, or data that do not fit.
+        FileNotFoundError: the data are not stored here, and can't be downloaded.
+        ValueError: there is no kind, an option is unknown, or the data do not fit.
     """
     entry = find(source)
     entry = replace(entry, kind=kind or entry.kind)
@@ -131,7 +131,7 @@ def _series(
     context: int = 7 * 24,
     horizon: int | None = None,
     shift: int | None = 24,
-    # The shares of Lai et al. (arXiv 1703.07015), from whom most work has the electricity and traffic tables.
+    # The shares of Lai et al. (arXiv 1703.07015), the source of the electricity and traffic tables.
     shares: tuple[float, float] = (0.6, 0.2),
     columns: list[str] | None = None,
     split: str | None = None,
@@ -163,17 +163,17 @@ def _text(
     package_megabytes: float | None = None,
 ) -> Pipeline:
     if tokenizer is not None and vocabulary_size is not None:
-        raise ValueError(f"vocabulary_size = {vocabulary_size} is not allowed; allowed: none, for the tokenizer has its own.")
+        raise ValueError(f"vocabulary_size = {vocabulary_size} is not allowed; allowed: None, because the tokenizer has its own.")
     if source == CATALOGUE["python"] and folder is None:
         if label_column is not None:
-            raise ValueError(f"label_column = {label_column!r} is not allowed; allowed: None, for source code has no classes.")
+            raise ValueError(f"label_column = {label_column!r} is not allowed; allowed: None, as source code has no classes.")
         return _code(length, vocabulary_size, tokenizer, mask_probability, package_megabytes)
     if package_megabytes is not None:
-        raise ValueError(f"package_megabytes = {package_megabytes!r} is not allowed; allowed: None, but for 'python'.")
+        raise ValueError(f"package_megabytes = {package_megabytes!r} is not allowed; allowed: None, except for 'python'.")
     label_column = label_column or source.label_column
     parts = load_texts(source, text_column, label_column, folder=folder)
     tokens = None if tokenizer is None else saved_tokenizer(tokenizer)
-    # A tokenizer of words splits at blanks; any other one finds tokens in the text as it is.
+    # A word tokenizer splits at blanks, so words must be separated first. Other tokenizers take the text as it is.
     if tokens is None or splits_at_blanks(tokens):
         parts = {role: Texts(treebank_words(texts.sentences), texts.labels) for role, texts in parts.items()}
     tokens = tokens or word_tokenizer(parts["train"].sentences, vocabulary_size, masked=bool(label_column or mask_probability))
@@ -206,7 +206,7 @@ def _code(
 
 
 def _labelled(blocks: TensorRows, mask_probability: float | None) -> TensorRows:
-    """Blocks of running text; where words are to be masked, the collator makes the labels."""
+    """Blocks of running text. For masked language models they have no labels, because the collator makes them."""
     return blocks if mask_probability is None else TensorRows(input_ids=blocks.columns["input_ids"])
 
 

@@ -1,4 +1,4 @@
-"""Shared by the data modules: rows held in memory as tensors, and the splits of a data set from a folder or the Hub."""
+"""Shared parts of the data modules: rows as tensors in memory, and the splits of a data set from a folder or the Hub."""
 
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,15 @@ from torch.utils.data import Dataset
 
 from hf_teleport.lab.data.catalogue import CATALOGUE, Source, find
 
-# The names under which a held-out split is looked for, best first.
+# Names of held-out splits, in the order of preference.
 _TEST_SPLITS = ("test", "validation", "valid")
 
 
 class TensorRows(Dataset):
-    """Named columns of the same length (N, ...); row i is the i-th entry of each.
+    """Named columns (N, ...) of the same length. Row i has the i-th entry of each column.
 
     Raises:
-        ValueError: no columns, or columns of different lengths.
+        ValueError: there are no columns, or their lengths differ.
     """
 
     def __init__(self, **columns: Tensor):
@@ -35,14 +35,14 @@ class TensorRows(Dataset):
 
 
 def load_splits(source: str | Source, folder: str | Path | None = None) -> Any:
-    """The `datasets.DatasetDict` of a name of the catalogue, a Hub id, or a local folder or file (parquet, csv, json, images).
+    """Load a `datasets.DatasetDict` by a name of the catalogue, a Hub id, or a local folder or file (parquet, csv, json, images).
 
     Args:
-        source: a name of the catalogue is its Hub id, even where a folder is called the same: that one is './name'.
-        folder: a local copy, read in place of what `source` names.
+        source: what to load. A name of the catalogue wins over a folder with that name; for the folder give './name'.
+        folder: a local copy, which is read instead.
 
     Raises:
-        FileNotFoundError: there is no such folder or file, or the Hub's copy is neither cached nor within reach.
+        FileNotFoundError: there is no such folder or file, or the Hub's copy is not cached and can't be downloaded.
     """
     from datasets import load_dataset
 
@@ -65,17 +65,17 @@ def load_splits(source: str | Source, folder: str | Path | None = None) -> Any:
         details = [f"{name} {value!r}" for name, value in (("config", entry.config), ("revision", entry.revision)) if value]
         tried = f"the local {str(path)!r}" if is_local else " ".join([f"the Hub's data set {entry.path!r}", *details])
         raise FileNotFoundError(
-            f"{tried} could not be loaded: {error}. What was loaded once with a network is cached. Without one, give a local "
+            f"{tried} could not be loaded: {error}. Data that were loaded once are cached. Without a network, give a local "
             f"folder of parquet files (train and test, or one data.parquet) as `folder` or in place of the name.{home}"
         ) from error
 
 
 def split_roles(source: str | Source, folder: str | Path | None = None) -> dict[str, Any]:
-    """The splits by their use: 'train', 'test', and 'validation' if there is one that is not the test split.
+    """The splits by role: 'train', 'test', and 'validation' if it is not the test split.
 
     Raises:
         FileNotFoundError: as `load_splits`.
-        ValueError: no train split, or no test and no validation split.
+        ValueError: there is no train split, or neither a test nor a validation split.
     """
     entry = find(source)
     splits = load_splits(entry, folder)
@@ -83,8 +83,8 @@ def split_roles(source: str | Source, folder: str | Path | None = None) -> dict[
     held_out = [name for name in wanted if name in splits]
     if "train" not in splits or not held_out:
         raise ValueError(
-            f"{str(folder or entry.path)!r} has the splits {list(splits)}; 'train' and 'test' or 'validation' are needed: name "
-            "the files or folders in it so."
+            f"{str(folder or entry.path)!r} has the splits {list(splits)}; 'train' and 'test' or 'validation' are needed: rename "
+            "the files or folders in it."
         )
     roles = {"train": splits["train"], "test": splits[held_out[0]]}
     others = [name for name in held_out if name.startswith("valid") and name != held_out[0]]
@@ -92,10 +92,10 @@ def split_roles(source: str | Source, folder: str | Path | None = None) -> dict[
 
 
 def require_column(split: Any, name: str) -> None:
-    """Checks that there is such a column.
+    """Check that a column exists.
 
     Raises:
-        ValueError: there is not.
+        ValueError: it does not.
     """
     if name not in split.column_names:
         raise ValueError(f"column {name!r} is not in the data; allowed: one of {split.column_names}.")
@@ -115,13 +115,13 @@ def class_labels(split: Any, name: str) -> Tensor:
     """A column of classes as whole numbers (N,) from 0.
 
     Raises:
-        ValueError: there is no such column, or it has other values (unlabelled test sets have -1).
+        ValueError: there is no such column, or it has other values, such as the -1 of unlabelled test sets.
     """
     values = np.asarray(column(split, name))
     wrong = values if values.dtype.kind not in "biu" else values[values < 0]
     if len(wrong):
         raise ValueError(
             f"column {name!r} has labels such as {wrong[0]}; allowed: whole numbers from 0. "
-            "Where the Hub's test split is unlabelled, give a folder with train and validation files."
+            "If the Hub's test split is unlabelled, give a folder with train and validation files."
         )
     return torch.from_numpy(values.astype("int64"))

@@ -1,4 +1,4 @@
-"""Images read pixel by pixel: sequential MNIST and its like."""
+"""Images as sequences of pixels, such as sequential MNIST."""
 
 import math
 from pathlib import Path
@@ -21,18 +21,18 @@ def load_sequences(
 ) -> tuple[TensorRows, TensorRows]:
     """Training and test rows: `inputs` (N, length, channels), the pixels line by line, and `labels` (N,).
 
-    The pixels are scaled as `load_images` does it.
+    The pixels are scaled as in `load_images`.
 
     Args:
         source: as for `load_images`.
-        length: pixels in a sequence; default: all of them, 784 for MNIST. Fewer are means over squares of pixels, so that
-            196 stands for MNIST of 14 x 14.
-        folder: a local copy of what `source` names.
-        image_column: default: the first column of images.
-        label_column: default: the catalogue's, or the first class label.
+        length: pixels in a sequence. Default: all, 784 for MNIST. With fewer, a pixel is the mean over a square, so 196 gives
+            MNIST of 14 x 14.
+        folder: a local copy of the data set.
+        image_column: the column of images. Default: the first column of images.
+        label_column: the column of classes. Default: the catalogue's, or the first class label.
 
     Raises:
-        FileNotFoundError: the data are neither here nor within reach.
+        FileNotFoundError: the data are not stored here, and can't be downloaded.
         ValueError: as for `load_images`, or a length for which the images cannot be cut into squares.
     """
     train, test = load_images(source, folder=folder, image_column=image_column, label_column=label_column)

@@ -1,4 +1,4 @@
-"""Numeric tables as forecasting windows: a number of time steps, and the later time steps to forecast."""
+"""Windows of numeric time series for forecasting: some time steps as inputs, and later time steps as labels."""
 
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ class SeriesWindows(Dataset):
         values: the table (time, channels).
         context: time steps of the inputs.
         horizon: time steps of the labels.
-        shift: so many steps after the inputs' beginning the labels begin; default: `context`, right after the inputs. With
-            horizon = context the labels are the inputs' window at a later time.
+        shift: steps from the first input to the first label. Default: `context`, so the labels follow right after the inputs.
+            With horizon = context the labels are the inputs' window at a later time.
 
     Raises:
-        ValueError: a length below 1, or a table shorter than one window.
+        ValueError: a length is below 1, or the table is shorter than one window.
     """
 
     def __init__(self, values: Tensor, context: int, horizon: int, shift: int | None = None):
@@ -64,27 +64,27 @@ def load_series(
     split: str | None = None,
     series_column: str | None = None,
 ) -> tuple[SeriesWindows, SeriesWindows, SeriesWindows]:
-    """Training, validation and test windows: by default the first 70 %, the next 10 % and the last 20 % of the time.
+    """Training, validation and test windows. By default they are the first 70 %, the next 10 % and the last 20 % of the time.
 
-    A window lies within its part, so that no value is in two of them. Each channel is scaled by the training part's mean and
-    deviation; one that is constant there is only shifted.
+    A window lies within its part, so no value is in two parts. Each channel is scaled by mean and standard deviation of the
+    training part. A channel that is constant there is only shifted.
 
     Args:
-        source: a name of the catalogue, a Hub id, a file, or a folder with one unsplit data.parquet or train.parquet; rows in the
-            order of time.
+        source: a name of the catalogue, a Hub id, a file, or a folder with one unsplit data.parquet or train.parquet. Rows must
+            be in the order of time.
         context: time steps that the model sees.
         horizon: time steps that it forecasts.
-        columns: the channels; default: every numeric column.
-        shift: steps from the beginning of the inputs to that of the labels; default: `context`.
-        shares: of the time axis, for training and validation; the rest is the test part.
-        folder: a local copy of what `source` names.
-        split: the split that has the whole time axis, where the data come in several.
+        columns: the channels. Default: all numeric columns.
+        shift: steps from the first input to the first label. Default: `context`.
+        shares: shares of the time axis for training and validation. The rest is the test part.
+        folder: a local copy of the data set.
+        split: the split that has the whole time axis, if the data have several splits.
         series_column: for data with a channel in each row: the column with its values in the order of time.
 
     Raises:
-        FileNotFoundError: the data are neither here nor within reach.
+        FileNotFoundError: the data are not stored here, and can't be downloaded.
         ValueError: several splits, no such split or column, no numeric column, missing values, series of several lengths, shares
-            beyond the whole, or too few rows for a window.
+            that exceed the whole, or too few rows for a window.
     """
     if min(shares) <= 0 or sum(shares) >= 1:
         raise ValueError(f"shares = {shares} is not allowed; allowed: two positive numbers that leave a rest below 1.")
@@ -94,7 +94,7 @@ def load_series(
     if split is None and list(splits) != ["train"]:
         raise ValueError(
             f"{name!r} has the splits {list(splits)}; allowed: one unsplit table, which is split here by time. "
-            "Where one of them has all of the time, give it as `split`."
+            "If one of them has the whole time axis, give it as `split`."
         )
     if split is not None and split not in splits:
         raise ValueError(f"split = {split!r} is not allowed; allowed: one of {list(splits)}.")
@@ -110,21 +110,21 @@ def load_series(
 
 
 def _channels(rows: Any, name: str, columns: list[str] | None) -> Tensor:
-    """A table with a time step in each row, as (time, channels)."""
+    """Rows that are time steps, as a tensor (time, channels)."""
     frame = rows.to_pandas()
     numeric = list(frame.select_dtypes("number").columns)
     if unknown := sorted(set(columns or []) - set(numeric)):
         raise ValueError(f"columns = {unknown} are not allowed; allowed: the numeric columns {numeric}.")
     if not numeric:
         raise ValueError(
-            f"{name!r} has no numeric column: its columns are {list(frame.columns)}. Where a column has a whole series in "
-            "each row, name it as `series_column`."
+            f"{name!r} has no numeric column: its columns are {list(frame.columns)}. If a column has a whole series in each "
+            "row, name it as `series_column`."
         )
     return torch.tensor(frame[columns or numeric].to_numpy(dtype="float32"))
 
 
 def _transposed(rows: Any, series_column: str, columns: list[str] | None) -> Tensor:
-    """A table with a channel in each row, as (time, channels)."""
+    """Rows that are channels, as a tensor (time, channels)."""
     if columns is not None:
         raise ValueError(f"columns = {columns} is not allowed; allowed: None with series_column, whose channels have no names.")
     series = [np.asarray(values, dtype="float32") for values in column(rows.with_format("numpy"), series_column)]

@@ -1,4 +1,4 @@
-"""Text from the catalogue, the Hub or a local folder: a tokenizer made from it, rows for language models and classifiers."""
+"""Text from the catalogue, the Hub or a local folder: tokenizers made from it, and rows for language models and classifiers."""
 
 import sys
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from hf_teleport.reporting.extras import require_extra
 
 PAD, UNKNOWN, END, START, MASK = "<pad>", "<unk>", "<eos>", "<cls>", "<mask>"
 
-# So many texts are tokenized at a time.
+# Number of texts that are tokenized at once.
 _ENCODED_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Sentences (N), and their classes (N,) if the data has any."""
+    """Sentences (N), and their classes (N,) if the data have classes."""
 
     sentences: list[str]
     labels: Tensor | None = None
@@ -35,16 +35,16 @@ def load_texts(
     *,
     folder: str | Path | None = None,
 ) -> dict[str, Texts]:
-    """Texts by role: 'train', 'test' (the validation split, if there is no other), 'validation' if it is not the one to test on.
+    """Texts by role: 'train', 'test', and 'validation'. Without a test split the validation split takes its role.
 
     Args:
         source: a name of the catalogue, a Hub id, or a folder with train and test or validation files (parquet, csv, json).
-        text_column: where the text is.
-        label_column: where the class is, as a whole number from 0; None: the texts have no classes.
-        folder: a local copy of what `source` names.
+        text_column: the column of the text.
+        label_column: the column of the class, a whole number from 0. None: the texts have no classes.
+        folder: a local copy of the data set.
 
     Raises:
-        FileNotFoundError: the data are neither here nor within reach.
+        FileNotFoundError: the data are not stored here, and can't be downloaded.
         ValueError: a split or a column is missing, or a label is negative (unlabelled test sets have -1).
     """
     return {role: _texts(split, text_column, label_column) for role, split in split_roles(source, folder).items()}
@@ -55,10 +55,10 @@ def _texts(split: Any, text_column: str, label_column: str | None) -> Texts:
 
 
 def treebank_words(sentences: list[str]) -> list[str]:
-    """The sentences with a blank between the words that NLTK's `TreebankWordTokenizer` finds, for `word_tokenizer`.
+    """Put blanks between the words that NLTK's `TreebankWordTokenizer` finds, for `word_tokenizer`.
 
-    Penn Treebank's <unk> stays one word, where the tokenizer takes angle brackets for words. Its N, for a number, is left alone.
-    As the tokenizer goes by single sentences, a full stop that ends one is a word of its own, in an abbreviation too.
+    Penn Treebank's <unk> stays one word, although the tokenizer splits off angle brackets. Its N for a number does not change.
+    The tokenizer gets single sentences, so it splits off the full stop at an end, even if that belongs to an abbreviation.
 
     Raises:
         ModuleNotFoundError: NLTK is not installed.
@@ -69,15 +69,15 @@ def treebank_words(sentences: list[str]) -> list[str]:
 
 
 def word_tokenizer(sentences: list[str], vocabulary_size: int | None, masked: bool = False) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are the most frequent words between blanks, special tokens counted in.
+    """Make a tokenizer whose tokens are the most frequent words between blanks.
 
     Args:
         sentences: the training text.
-        vocabulary_size: at most this many tokens; None: one for every word.
-        masked: for BERT-like models: there is a <mask>, and a <cls> stands before every sentence.
+        vocabulary_size: the largest number of tokens, with the special tokens. None: one for every word.
+        masked: for BERT-like models. There is a <mask>, and each sentence begins with a <cls>.
 
     Raises:
-        ValueError: a vocabulary that the special tokens fill.
+        ValueError: the special tokens fill the vocabulary.
     """
     special = {"pad_token": PAD, "unk_token": UNKNOWN, "eos_token": END}
     if masked:
@@ -88,11 +88,11 @@ def word_tokenizer(sentences: list[str], vocabulary_size: int | None, masked: bo
             f"vocabulary_size = {vocabulary_size} is not allowed; allowed: more than the {len(special)} special tokens."
         )
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
-    # Not `Whitespace`, which also cuts at punctuation and would take words such as N.Y. and <unk> apart.
+    # Not `Whitespace`, which also splits at punctuation and would split words such as N.Y. and <unk>.
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     reserved = list(special.values())
     trainer = trainers.WordLevelTrainer(vocab_size=vocabulary_size, special_tokens=reserved, show_progress=False)
-    # A text that has a special token as a word (Penn Treebank's <unk>) must not get a second number for it.
+    # If the text has a special token as a word (Penn Treebank's <unk>), that word must not get a second number.
     words = ([word for word in sentence.split() if word not in reserved] for sentence in sentences)
     tokenizer.train_from_iterator((" ".join(kept) for kept in words), trainer)
     if masked:
@@ -103,21 +103,21 @@ def word_tokenizer(sentences: list[str], vocabulary_size: int | None, masked: bo
 
 
 def byte_pair_tokenizer(texts: list[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: every text has tokens, and they give it back to the last blank.
+    """Make a byte-level BPE. It can encode every text, and decodes it exactly.
 
     Args:
         texts: the training text.
-        vocabulary_size: at most so many tokens, those for padding, the end of a text and masks counted in.
+        vocabulary_size: the largest number of tokens, with those for padding, the end of a text and masks.
 
     Raises:
-        ValueError: a vocabulary without room for every byte.
+        ValueError: the vocabulary has no room for every byte.
     """
     special = {"pad_token": PAD, "eos_token": END, "mask_token": MASK}
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     fewest = len(special) + len(alphabet)
     if vocabulary_size < fewest:
         raise ValueError(
-            f"vocabulary_size = {vocabulary_size} is not allowed; allowed: {fewest} or more, for there is a token for every byte."
+            f"vocabulary_size = {vocabulary_size} is not allowed; allowed: {fewest} or more, because every byte needs a token."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -133,7 +133,7 @@ def saved_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder or a Hub id.
 
     Raises:
-        ValueError: there is none that can be read, or it has no token for padding or for the end of a text.
+        ValueError: it can't be read, or it has no token for padding or for the end of a text.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -151,13 +151,13 @@ def saved_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
 
 
 def splits_at_blanks(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether its tokens are the words between blanks, as those of `word_tokenizer`."""
+    """Whether its tokens are the words between blanks, as `word_tokenizer` makes them."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend is not None and isinstance(backend.model, models.WordLevel)
 
 
 def language_model_rows(sentences: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> TensorRows:
-    """The sentences one after the other, <eos> after each, as `blocks_of` cuts them.
+    """The sentences in sequence, with <eos> after each, cut into blocks by `blocks_of`.
 
     Raises:
         ValueError: as `blocks_of`.
@@ -166,10 +166,10 @@ def language_model_rows(sentences: list[str], tokenizer: PreTrainedTokenizerFast
 
 
 def token_stream(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """The tokens (N,) of all texts, one after the other, <eos> after each."""
+    """The tokens (N,) of all texts in sequence, with <eos> after each text."""
     end = tokenizer.eos_token_id
     parts = [torch.empty(0, dtype=torch.int64)]
-    # A list of all tokens would take many times the room of the tensor.
+    # In chunks, because a list of all tokens takes many times the memory of a tensor.
     for start in range(0, len(texts), _ENCODED_AT_ONCE):
         encoded = tokenizer(texts[start : start + _ENCODED_AT_ONCE], add_special_tokens=False)["input_ids"]
         parts.append(torch.tensor([token for text in encoded for token in (*text, end)]))
@@ -179,7 +179,7 @@ def token_stream(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor
 def blocks_of(stream: Tensor, length: int) -> TensorRows:
     """Tokens (N,) cut into blocks: `input_ids` and `labels` (N // length, length).
 
-    The labels are the inputs, for Transformers' models shift them. What does not fill the last block is left out.
+    The labels equal the inputs, because Transformers' models shift them. An incomplete last block is left out.
 
     Raises:
         ValueError: the text is shorter than one block.
@@ -192,7 +192,7 @@ def blocks_of(stream: Tensor, length: int) -> TensorRows:
 
 
 def sentence_rows(texts: Texts, tokenizer: PreTrainedTokenizerFast, length: int) -> TensorRows:
-    """A row for each sentence, padded or cut: `input_ids`, `attention_mask` (N, length), and `labels` (N,) if it has classes."""
+    """A row for each sentence, padded or cut: `input_ids` and `attention_mask` (N, length), and `labels` (N,) of classes."""
     encoded = tokenizer(
         texts.sentences,
         padding="max_length",

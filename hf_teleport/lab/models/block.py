@@ -1,17 +1,17 @@
-"""The pre-norm transformer block of all the sequence models here."""
+"""The pre-norm transformer block that all sequence models in this folder use."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class TransformerBlock(nn.Module):
-    """Attention and MLP, each added to the stream behind a layer norm.
+    """Attention and MLP. Each reads the residual stream through a layer norm, and adds its output to the stream.
 
     Args:
-        width: of the stream.
-        heads: a divisor of the width.
+        width: width of the residual stream.
+        heads: number of heads, a divisor of the width.
         intermediate_size: width of the MLP.
-        causal: whether a position attends only to itself and those before it.
+        causal: whether a position attends only to itself and earlier positions.
     """
 
     def __init__(self, width: int, heads: int, intermediate_size: int, causal: bool = False):
@@ -28,7 +28,7 @@ class TransformerBlock(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, width)
 
     def forward(self, stream: Tensor) -> Tensor:
-        """From (batch, length, width) to the same."""
+        """Maps (batch, length, width) to the same shape."""
         x = self.attention_norm(stream)
         # (batch, length, width) -> (batch, heads, length, width of a head)
         q, k, v = (

@@ -13,8 +13,8 @@ class CNNConfig(PreTrainedConfig):
     """Settings of `CNNForImageClassification`.
 
     Args:
-        image_size: height and width; halved by each layer's pooling.
-        channels: colour channels of the image, then those of each layer.
+        image_size: height and width. Each layer's pooling halves them.
+        channels: colour channels of the image, then the channels of each layer.
     """
 
     model_type = "teleport-cnn"

@@ -1,4 +1,4 @@
-"""The base of the image networks: flat features, a linear classifier, cross entropy."""
+"""The base class of the image networks: flat features, a linear classifier, cross entropy."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 
 class ImageClassifier(PreTrainedModel):
-    """Classifies images (batch, channels, height, width); a subclass makes `layers`, with a flat output, and `classifier`."""
+    """Classifies images (batch, channels, height, width). A subclass makes `layers`, with a flat output, and `classifier`."""
 
     main_input_name = "pixel_values"
     # The loss is a mean over the batch: Trainer divides it by the number of accumulated batches.

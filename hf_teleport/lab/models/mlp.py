@@ -17,10 +17,10 @@ class MLPConfig(PreTrainedConfig):
         image_size: height and width.
         num_channels: colour channels.
         hidden_sizes: width of each hidden layer.
-        hidden_act: the activation, by its name in Transformers. Group actions need an invertible one, "leaky_relu" for instance.
+        hidden_act: the activation, by its name in Transformers. Method 'symmetry' needs an invertible one, such as "leaky_relu".
 
     Raises:
-        ValueError: an activation that Transformers does not have.
+        ValueError: Transformers has no such activation.
     """
 
     model_type = "teleport-mlp"

@@ -15,11 +15,11 @@ class ResidualCNNConfig(PreTrainedConfig):
     """Settings of `ResidualCNNForImageClassification`.
 
     Args:
-        image_size: height and width; halved, rounding up, at the entry of each stage.
-        channels: colour channels of the image, then those of each convolution; neighbours of equal width are one stage.
+        image_size: height and width. Each stage halves them at its entry, rounding up.
+        channels: colour channels of the image, then the channels of each convolution. Neighbours of equal width form a stage.
 
     Raises:
-        ValueError: no convolution.
+        ValueError: there is no convolution.
     """
 
     model_type = "teleport-residual-cnn"
@@ -32,7 +32,7 @@ class ResidualCNNConfig(PreTrainedConfig):
     ):
         if len(channels) < 2:
             raise ValueError(
-                f"channels = {list(channels)} is not allowed; allowed: the image's channels and those of one convolution or more."
+                f"channels = {list(channels)} is not allowed; allowed: the image's channels, then one number or more."
             )
         self.image_size = image_size
         self.channels = list(channels)
@@ -40,12 +40,12 @@ class ResidualCNNConfig(PreTrainedConfig):
 
 
 class ResidualStage(nn.Module):
-    """Convolutions of one width; the first halves height and width, and the others are added to what it gives.
+    """Convolutions of one width. The first halves height and width. The output of the others is added to its output.
 
     Args:
-        channels: of the images that come in.
-        width: of every convolution.
-        count: convolutions; a stage of one has no skip connection.
+        channels: input channels.
+        width: channels of every convolution.
+        count: number of convolutions. A stage of one has no skip connection.
     """
 
     def __init__(self, channels: int, width: int, count: int):
@@ -58,7 +58,7 @@ class ResidualStage(nn.Module):
         self.branch = nn.Sequential(*branch[:-1])
 
     def forward(self, images: Tensor) -> Tensor:
-        """From (batch, channels, height, width) to half the height and width."""
+        """Maps (batch, channels, height, width) to half the height and width."""
         entered = relu(self.entry(images))
         return relu(entered + self.branch(entered)) if len(self.branch) else entered
 
@@ -76,8 +76,8 @@ class ResidualCNNForImageClassification(ImageClassifier):
             stages.append(ResidualStage(channels, width, len(list(group))))
             channels = width
         side = ceil(config.image_size / 2 ** len(stages))
-        # Flattened and not averaged, because the paper names no pooling. With 4096 features instead of 256 the classifier's
-        # inputs leave a null space on teleport batches of more than 256 images.
+        # Flattened and not averaged, because the paper names no pooling. The classifier then has 4096 features instead of 256,
+        # so its inputs have a null space also on teleport batches of more than 256 images.
         self.layers = nn.Sequential(*stages, nn.Flatten())
         self.classifier = nn.Linear(channels * side**2, config.num_labels)
         self.post_init()

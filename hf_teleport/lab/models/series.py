@@ -1,4 +1,4 @@
-"""A small pre-norm transformer that forecasts series: from (context, channels) to (horizon, channels)."""
+"""A small pre-norm transformer that forecasts series. It maps (context, channels) to (horizon, channels)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +19,9 @@ class SeriesConfig(PreTrainedConfig):
         channels: numbers at each time step.
         context: time steps that the model sees.
         horizon: time steps that it forecasts.
-        hidden_size: width.
-        num_hidden_layers: blocks.
-        num_attention_heads: heads, a divisor of the width.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: number of heads, a divisor of the width.
         intermediate_size: width of the MLP in a block.
 
     Raises:
@@ -57,14 +57,14 @@ class SeriesConfig(PreTrainedConfig):
 
 @dataclass
 class SeriesOutput(ModelOutput):
-    """Mean squared error, if there are labels, and forecast (batch, time steps, channels)."""
+    """The forecast (batch, time steps, channels), and the mean squared error if there are labels."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
 
 
 class SeriesTransformer(PreTrainedModel):
-    """Forecasts the next steps of a series from what attention has gathered at the last step seen."""
+    """Forecasts the next steps of a series from the features at the last input step."""
 
     config_class = SeriesConfig
     # The loss is a mean over the batch: Trainer divides it by the number of accumulated batches.
@@ -83,7 +83,7 @@ class SeriesTransformer(PreTrainedModel):
         self.post_init()
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None, **kwargs: Any) -> SeriesOutput:
-        """Forecast (batch, horizon, channels) of inputs (batch, context, channels); with labels, the mean squared error."""
+        """Forecast (batch, horizon, channels) from inputs (batch, context, channels). With labels also the mean squared error."""
         stream = self.embed(inputs) + self.positions
         for layer in self.layers:
             stream = layer(stream)

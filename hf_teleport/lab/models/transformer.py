@@ -1,4 +1,4 @@
-"""The paper's transformers: one pre-norm body with learned positions, and heads for classes, numbers and the next token."""
+"""The paper's transformers: a pre-norm body with learned positions, and heads for classes, numbers and the next token."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ from hf_teleport.lab.models.series import SeriesOutput
 
 
 class TransformerConfig(PreTrainedConfig):
-    """Settings of the body; the defaults are the paper's for regression and language.
+    """Settings of the body. The defaults are the paper's for regression and language.
 
     Args:
-        length: the most positions of a sequence.
-        num_attention_heads: heads.
+        length: the largest number of positions in a sequence.
+        num_attention_heads: number of heads.
         head_dim: width of a head.
-        num_hidden_layers: blocks.
-        intermediate_size: width of the MLP in a block, which the paper does not name; default: four times the width.
+        num_hidden_layers: number of blocks.
+        intermediate_size: width of the MLP in a block. Default: four times the width, because the paper does not name it.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class TransformerConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Width of the stream: that of all heads together."""
+        """Width of the residual stream, equal to the width of all heads together."""
         return self.num_attention_heads * self.head_dim
 
 
 class SequenceClassifierConfig(TransformerConfig):
-    """Settings of `TransformerForSequenceClassification`; the defaults are the paper's for sequential MNIST, a pixel a position.
+    """Settings of `TransformerForSequenceClassification`. The defaults are the paper's for sequential MNIST, by single pixels.
 
     Args:
         input_size: numbers at each position.
@@ -67,8 +67,8 @@ class SequenceRegressorConfig(TransformerConfig):
     """Settings of `TransformerForSequenceRegression`.
 
     Args:
-        input_size: numbers at each position; default: the clients of the electricity data.
-        length: as in `TransformerConfig`; default: a week of hours, for the paper does not name it.
+        input_size: numbers at each position. Default: 321, the clients of the electricity data.
+        length: as in `TransformerConfig`. Default: a week of hours, because the paper does not name it.
     """
 
     model_type = "teleport-sequence-regressor"
@@ -82,7 +82,7 @@ class CausalLMConfig(TransformerConfig):
     """Settings of `TransformerForCausalLM`.
 
     Args:
-        vocab_size: tokens; default: those of Penn Treebank.
+        vocab_size: number of tokens. Default: 10,000, as in Penn Treebank.
     """
 
     model_type = "teleport-causal-lm"
@@ -93,12 +93,12 @@ class CausalLMConfig(TransformerConfig):
 
 
 class Transformer(PreTrainedModel):
-    """The body: what `embed` makes of each position, its place added, through the blocks and a last norm.
+    """The body: embedding plus learned position, the blocks, and a last norm. Subclasses use its features and its head.
 
     Args:
-        embed: from what is at a position to the width.
-        outputs: numbers that the head gives.
-        causal: whether a position attends only to itself and those before it.
+        embed: maps the input at a position to the width.
+        outputs: number of outputs of the head.
+        causal: whether a position attends only to itself and earlier positions.
     """
 
     main_input_name = "inputs"
@@ -123,7 +123,7 @@ class Transformer(PreTrainedModel):
         """Features (batch, length, width) of inputs (batch, length, ...).
 
         Raises:
-            ValueError: the sequences are longer than there are positions.
+            ValueError: the sequences have more positions than the model.
         """
         length = inputs.shape[1]
         if length > self.config.length:
@@ -162,9 +162,9 @@ class TransformerForSequenceClassification(Transformer):
 
 
 class TransformerForSequenceRegression(Transformer):
-    """At every position, forecasts what is at some later one, 24 hours on in the paper, from the positions up to it.
+    """Forecasts at every position the values at a later time (in the paper, 24 hours later) from the positions so far.
 
-    Attention is causal, because for all but the last positions what is to be forecast lies inside the input.
+    Attention is causal, because the input contains the values to forecast, except for the last positions.
     """
 
     config_class = SequenceRegressorConfig
@@ -174,18 +174,18 @@ class TransformerForSequenceRegression(Transformer):
         super().__init__(config, embed, config.input_size, causal=True)
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None, **kwargs: Any) -> SeriesOutput:
-        """Forecasts, as `logits`, and the mean squared error if there are labels; all (batch, length, input_size)."""
+        """Forecasts as `logits`, and the mean squared error if there are labels. All have shape (batch, length, input_size)."""
         logits = self.head(self.features(inputs))
         loss = None if labels is None else F.mse_loss(logits, labels)
         return SeriesOutput(loss=loss, logits=logits)
 
 
 class TransformerForCausalLM(Transformer):
-    """Says at every position which token is next; its vocabulary output is not tied to the embedding."""
+    """Predicts the next token at every position. Its output head is not tied to the embedding."""
 
     config_class = CausalLMConfig
     main_input_name = "input_ids"
-    # The loss is a sum over tokens, divided by `num_items_in_batch` if Trainer gives it: the tokens of all accumulated batches.
+    # The loss is a sum over tokens. Trainer's `num_items_in_batch`, the tokens of all accumulated batches, divides it.
     accepts_loss_kwargs = True
 
     def __init__(self, config: CausalLMConfig):
@@ -208,12 +208,12 @@ class TransformerForCausalLM(Transformer):
         """Logits (batch, length, vocab_size) of tokens (batch, length).
 
         Args:
-            attention_mask: ones. Rows are full blocks, and a tokenizer may say so.
-            labels: the tokens, not shifted, like `input_ids`; -100 is left out. With them there is a cross entropy.
-            num_items_in_batch: what the sum over tokens is divided by; default: the number of labels, so that it is a mean.
+            attention_mask: only ones are allowed, because rows are full blocks.
+            labels: the tokens, not shifted, as in `input_ids`. -100 is left out. With labels the loss is a cross entropy.
+            num_items_in_batch: divisor of the sum over tokens. Default: the number of labels, so that the loss is a mean.
 
         Raises:
-            ValueError: an attention mask with zeros, or rows longer than there are positions.
+            ValueError: the attention mask has zeros, or rows have more positions than the model.
         """
         if attention_mask is not None and not bool(attention_mask.all()):
             raise ValueError(

@@ -86,7 +86,7 @@ class _SecondMoment(Basis):
 
 
 class GradientMoment(_SecondMoment):
-    """Eigenvectors of the gradients' second moments, of those gathered elsewhere or of those of the batches."""
+    """Eigenvectors of the gradients' second moments, gathered in training or from the teleport batches."""
 
     def __init__(self, symmetries: list[Symmetry], seed: int, moments: Moments | None = None):
         super().__init__(symmetries, seed, moments)

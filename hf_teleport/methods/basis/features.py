@@ -47,7 +47,7 @@ class Norm:
 
     Attributes:
         inputs: features that were normalised, (d,).
-        outputs: features of its output, (d,): those of the gain.
+        outputs: features of its output, (d,), which are the gain's features.
     """
 
     gain: nn.Parameter

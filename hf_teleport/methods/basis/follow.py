@@ -65,14 +65,14 @@ class Call:
         return self.follow.tag(tensor)
 
     def features(self, tensor: Any) -> Tensor | None:
-        """The features of an activation; a parameter that is used as one has those of its last axis, and the others are fixed."""
+        """The features of an activation. For a parameter used as an activation: those of its last axis; the rest is fixed."""
         tag = self.tag(tensor)
         for other in tag[:-1] if tag else ():
             self.facts.note_fixed(other, "its rows are used as values")
         return None if tag is None else tag[-1]
 
     def is_zero(self, value: Any) -> bool:
-        """Whether a value is zero whatever the batch is: a number, or a tensor that was made of zeros."""
+        """Whether a value is zero for every batch: the number 0, or a tensor that was made of zeros."""
         if isinstance(value, Tensor):
             zeros = self.follow.zeros
             return value.numel() == 0 or value in zeros or (value._base is not None and value._base in zeros)
@@ -125,7 +125,7 @@ class Follow(TorchFunctionMode):
         return self._parameters.get(id(tensor))
 
     def give(self, tensor: Tensor, tag: Tag) -> None:
-        """Let a tensor have these features; those of another shape than the tensor's are fixed instead."""
+        """Give a tensor these features. If their shape differs from the tensor's, they are fixed instead."""
         if any(features.shape != tensor.shape for features in tag):
             for features in tag:
                 self.facts.note_fixed(features, "an operation changed its shape in a way that is not followed")
@@ -134,7 +134,7 @@ class Follow(TorchFunctionMode):
         self._tags[tensor] = tuple(compact(features).expand(tensor.shape) for features in tag)
 
     def forget(self, tensor: Tensor, reason: str) -> None:
-        """Let a tensor have no features, for a reason."""
+        """Remove a tensor's features, and keep the reason."""
         self._tags.pop(tensor, None)
         self.reasons[tensor] = reason
 
@@ -198,7 +198,7 @@ class Follow(TorchFunctionMode):
         self._keep(call.output, tag)
 
     def _follow_constant(self, operands: list[Tensor], outputs: list[Tensor], written: list[Tensor]) -> None:
-        """A call without features: its output has none, for the reason of its operands."""
+        """Follow a call whose operands have no features. The outputs have none either, for the same reason."""
         reason = next((self.reasons[t] for t in operands if t in self.reasons), None)
         for tensor in outputs if reason else []:
             self.reasons[tensor] = reason
@@ -254,7 +254,7 @@ def _warn_once(name: str, error: Exception) -> None:
 
 
 def operation_name(function: Callable[..., Any]) -> str:
-    """A function's plain name: 'add' for `torch.add`, `Tensor.add_`, `__add__`, `__radd__` and `__iadd__`; that of a property."""
+    """A function's plain name: 'add' for `torch.add`, `Tensor.add_`, `__add__`, `__radd__` and `__iadd__`; a property's name."""
     name = getattr(function, "__name__", str(function))
     if name == "__get__":
         return getattr(getattr(function, "__self__", None), "__name__", name)

@@ -108,7 +108,7 @@ class _Seen:
         self._gradient, self._part, self._factors, self._mesh, self._vote = gradient, part, factors, mesh, vote
 
     def trace(self) -> Tensor:
-        """What this rank has of the trace of each block, (H,): that of its rows."""
+        """This rank's part of the trace of each block, (H,), from its rows."""
         if not isinstance(self._gradient, DTensor):
             return self.moment().diagonal(dim1=-2, dim2=-1).sum(-1)
         dim = self._part.dim
@@ -137,10 +137,10 @@ class _Seen:
         return moment if counts else torch.zeros_like(moment)
 
     def _folded(self, gradient: Tensor, spread: int | None) -> Tensor:
-        """With the gains folded.
+        """The gradient after folding the gains.
 
         Args:
-            spread: the axis of which this rank has a part; None: it has all.
+            spread: the axis that is sharded. None: this rank has the whole gradient.
         """
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         for dim, along in self._factors:

@@ -1,4 +1,4 @@
-"""Norms: those of torch by their operation, handwritten ones by what they compute."""
+"""Recognise norms: torch's norms by their operation, and handwritten norms by what they compute."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,7 +30,7 @@ def recognised_norms(model: nn.Module, follow: Follow) -> Iterator[None]:
         for module in model.modules():
             if _may_be_norm(module):
                 stack.callback(module.register_forward_pre_hook(before).remove)
-                # First, for a norm that FSDP2 shards alone has its weight only until the next hook.
+                # Must run first: if FSDP2 shards a norm by itself, the next hook takes away its weight.
                 stack.callback(module.register_forward_hook(after, prepend=True, with_kwargs=True).remove)
         yield
 
@@ -91,7 +91,7 @@ def rms_offset(x: Tensor, y: Tensor, gain: Tensor | None) -> float | None:
     """Whether `y = (offset + gain) x / rms(x)` with an offset of 0 or 1, up to the epsilon in rms; None if not.
 
     Args:
-        x, y: (..., d); the epsilon is whatever is left of `rms` and must be the same for all rows.
+        x, y: input and output, (..., d). The epsilon is what remains of `rms`, and must be the same for all rows.
     """
     if gain is not None and gain.shape != x.shape[-1:]:
         return None

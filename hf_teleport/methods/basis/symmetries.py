@@ -36,11 +36,11 @@ def find_symmetries(
 
     Args:
         immovable: parameters that must stay, each with the reason: frozen, not selected.
-        round_gains: let symmetries pass norms whose gains would have to be made uniform for it.
-        weights: those of the model; sharded ones are whole while their modules run, and gains while they are judged.
+        round_gains: allow symmetries that need norm gains to be made uniform.
+        weights: the model's weights. Sharded weights are whole while their modules run, and gains while they are judged.
 
     Returns:
-        The symmetries, those left out included; and for each parameter that none turns, why.
+        All symmetries, also those that are left out; and the reason for each parameter that no symmetry turns.
     """
     with torch.enable_grad(), weights.running(), followed(model) as follow:
         follow.fix_outputs(loss_fn(model, batch))

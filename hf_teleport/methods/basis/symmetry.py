@@ -49,7 +49,7 @@ class Fold:
 
 @dataclass(eq=False)
 class Symmetry:
-    """Blocks of features that may be turned, or would but for a reason.
+    """Blocks of features that may be turned, or that could be turned without the reason given.
 
     Attributes:
         kind: 'stream' (residual), 'value_output', 'query_key', 'chain' (a product of two weights: LoRA, a latent), or 'scaling'
@@ -60,8 +60,8 @@ class Symmetry:
         parts: the axes to turn.
         gains: norm gains inside, all ones or uniform: the turn leaves them, but their moments lose their meaning.
         folds: the norms whose gains go into their readers first.
-        rounded: gains that must be made uniform first, for they can be neither folded nor turned.
-        reason: why it is left out; empty if it is used.
+        rounded: gains that must be made uniform first, because they can be neither folded nor turned.
+        reason: why it is left out. Empty: it is used.
     """
 
     kind: str
@@ -98,7 +98,7 @@ class Symmetry:
         )
 
     def within(self, parameters: Container[nn.Parameter]) -> "Symmetry":
-        """The part of a symmetry that concerns these matrices. Norms stay in it, for they say what to multiply with."""
+        """The part of a symmetry that concerns these parameters. It keeps all norms, because their gains are needed."""
         folds = [Fold(fold.norm, [reader for reader in fold.readers if reader[0] in parameters]) for fold in self.folds]
         return replace(self, parts=[part for part in self.parts if part.parameter in parameters], folds=folds)
 

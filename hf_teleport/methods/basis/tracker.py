@@ -13,7 +13,7 @@ from hf_teleport.methods.basis.way import Leg, Way
 
 
 class Tracker:
-    """Looks at the gradients of training steps, so that an event needs no batches of its own to choose a basis.
+    """Reads the gradients of training steps, so that an event needs no teleport batches to choose a basis.
 
     Args:
         every: at which steps to look: those that it divides; 0: at none.
@@ -57,10 +57,10 @@ class Tracker:
         return {} if self.moments is None else self.moments.values
 
     def begin(self, symmetries: list[Symmetry], reasons: dict[nn.Parameter, str], immovable: frozenset[nn.Parameter]) -> None:
-        """Take in the symmetries of a model. What was gathered for those that are the same is kept."""
+        """Set the symmetries of a model. Second moments of symmetries that it had before are kept."""
         known = self.state_dict()
         self._all, self.reasons, self._immovable = symmetries, reasons, immovable
-        # In the same order in all ranks, which add up their shards of one after the other.
+        # Sorted, because all ranks must sum up their shards in the same order.
         self.moments = Moments(sorted((each for each in symmetries if not each.reason), key=_name), self.decay)
         self._fill(known)
 
@@ -84,7 +84,7 @@ class Tracker:
             self.values.update(moments)
 
     def moments_back(self, staying: Container[Leg]) -> dict[Symmetry, Tensor]:
-        """The second moments as they are once the way is gone back, but for legs that stay."""
+        """The second moments in the coordinates after turning back all legs, except those that stay."""
         back = dict(self.values)
         for symmetry in back:
             for leg in reversed(self.way.of(symmetry)):

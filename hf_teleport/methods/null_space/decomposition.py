@@ -27,14 +27,14 @@ def null_spaces(
     """The null space of each layer's rows; None where the decomposition fails.
 
     Args:
-        representations: what this process saw of each layer; a layer of which it saw nothing may be absent. Layers that saw the
-            same have the same object.
-        dtypes: for each layer that may move, in the same order in all processes, the precision of its weight.
+        representations: the rows of each layer on this process. Layers without rows may be absent. Layers with the same rows
+            share one object.
+        dtypes: the dtype of the weight, for each layer that may move. All processes must have the same order.
         energy_threshold: tau in (0, 1].
         ranks: the processes whose rows are one representation.
 
     Returns:
-        One for each layer of which some process saw rows.
+        A null space for each layer that has rows on any process.
     """
     sources = _sources(representations, dtypes, ranks)
     keys = [key for key, source in sources.items() if source == key]
@@ -70,7 +70,7 @@ def _of_each(
     gathered = {i: _gathered(known[i], shares[i], owners[i], ranks) for i in seen}
     own_work = {i: whole for i, whole in gathered.items() if whole is not None}
     subspaces = ranks.together(lambda: {i: _found(whole, energy_threshold, dtypes[keys[i]]) for i, whole in own_work.items()})
-    # The bases follow one by one; what is known of them goes ahead, for others to make room.
+    # First send the shapes of the bases, so that the other processes can allocate memory. Then send the bases one by one.
     outlines = ranks.gather({i: s and replace(s, basis=torch.empty_like(s.basis, device="meta")) for i, s in subspaces.items()})
     found: dict[_K, Subspace | None] = {}
     for i in seen:

@@ -31,8 +31,8 @@ from hf_teleport.weights.whole import WHOLE, Weights
 
 _Trace = TypeVar("_Trace", bound=Trace)
 
-# A shift is too long if it moves some input by this many times the share of its size that is meant; so many are tried. The next
-# one aims at less, but at no less than it must: the longer, the less of it is rounding.
+# A shift is too long if it moves an input by `_LONG_SHIFT` times the intended share of the input's size. Then a shorter shift is
+# tried, up to `_SHIFTS` in all. It is no shorter than it must be (`_AIM`), because rounding matters less in longer shifts.
 _LONG_SHIFT = 5
 _SHIFTS = 4
 _AIM = 3
@@ -163,7 +163,7 @@ def _arrived(
 
 
 def _relative_shift(trace: TangentTrace, layers: list[Layer], ranks: Ranks) -> float:
-    """`||X' - X|| / ||X||` of the layer whose input moved most. An input of zeros, with no scale of its own, says nothing."""
+    """`||X' - X|| / ||X||` of the layer whose input moved most. An input of zeros has no scale, and does not count."""
     squares = [trace.squares[layer.weight].get(layer.region) for layer in layers]
     means = ranks.mean_tensors(squares, (layer.weight.new_zeros(2, dtype=torch.float64) for layer in layers))
     return max((float((m[0] / m[1]).nan_to_num(0, 0, 0)) for m in means if m is not None), default=0.0) ** 0.5

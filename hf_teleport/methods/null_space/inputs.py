@@ -38,7 +38,7 @@ class Inputs:
             self._representations[layer] = shared[same]
 
     def null_spaces(self, layers: list[Layer], energy_threshold: float) -> dict[Layer, Subspace | None]:
-        """That of each layer of which some process saw rows; None where the decomposition fails."""
+        """The null space of each layer that has rows on any process. None: the decomposition failed."""
         dtypes = {layer: layer.weight.dtype for layer in layers}
         return null_spaces(self._representations, dtypes, energy_threshold, self._ranks)
 

@@ -79,7 +79,7 @@ class NullSpace(ClimbingMethod):
         objective = OBJECTIVES[config.objective]
         turn, step = 4, 2 + objective.passes
         if objective.searched:
-            # A step is tried twice, about, for it begins at twice the last length; the last one of a turn as often as it may be.
+            # A step begins at twice the last length, so it is tried about twice. A batch's last step may be tried five times.
             turn, step = turn + 5, step + 1
         return config.num_batches * (turn + step * config.steps_per_batch)
 

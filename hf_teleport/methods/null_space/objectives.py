@@ -106,8 +106,8 @@ class GradNorm(Objective):
 class PredictedDecrease(Objective):
     """`<g, u>`, the decrease of the loss that the optimizer's own next step `-u` predicts: v = u, held fixed.
 
-    For gradient descent that is the paper's objective. An optimizer that rescales g goes by its own measure: Adam's first step
-    is `lr sign(g)`, and what is climbed is `||g||_1`.
+    For gradient descent this is the paper's objective. An optimizer that rescales g has another measure: Adam's first step is
+    `lr sign(g)`, so the objective is `||g||_1`.
     """
 
     needs_optimizer = True

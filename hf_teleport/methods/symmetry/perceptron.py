@@ -46,7 +46,7 @@ class Activation:
 
 @dataclass(frozen=True)
 class Perceptron:
-    """Linear layers, each of which reads what an activation makes of the output of the one before, and nobody else does."""
+    """Linear layers in a chain: each layer reads the activated output of the layer before, and nothing else reads it."""
 
     layers: list[Layer]
     activations: list[Activation]
@@ -108,7 +108,7 @@ def _between(lower: Layer, upper: Layer, model: nn.Module, point: Point) -> Acti
 
 
 def _activations(model: nn.Module) -> list[Activation]:
-    """Those that the model has as modules, and each with its defaults, for a model that calls it as a function."""
+    """The activations that the model may use: its own modules, and defaults for models that call them as functions."""
     modules = [*model.modules(), *(kind() for kind in _INVERSES)]
     known = [m for m in modules if type(m) in _INVERSES and getattr(m, "negative_slope", 1) > 0 and getattr(m, "alpha", 1) > 0]
     # Where all outputs are positive, LeakyReLU looks like the identity, which therefore comes last.

@@ -155,11 +155,11 @@ def test_the_corpus_by_its_name(tmp_path):
 
 
 def test_options_that_do_not_suit_the_corpus(tmp_path):
-    with pytest.raises(ValueError, match="label_column = 'label' is not allowed; allowed: None, for source code has no classes"):
+    with pytest.raises(ValueError, match="label_column = 'label' is not allowed; allowed: None, as source code has no classes"):
         load("python", label_column="label")
-    with pytest.raises(ValueError, match="vocabulary_size = 400 is not allowed; allowed: none"):
+    with pytest.raises(ValueError, match="vocabulary_size = 400 is not allowed; allowed: None"):
         load("python", vocabulary_size=400, tokenizer=tmp_path)
-    with pytest.raises(ValueError, match="package_megabytes = 1 is not allowed; allowed: None, but for 'python'"):
+    with pytest.raises(ValueError, match="package_megabytes = 1 is not allowed; allowed: None, except for 'python'"):
         load("ptb", package_megabytes=1)
 
 

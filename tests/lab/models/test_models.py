@@ -448,7 +448,7 @@ def test_regressor_teleports_on_real_loads():
 def test_values_that_are_not_allowed():
     with pytest.raises(ValueError, match=r"hidden_act = 'relux' is not allowed; allowed: one of .*leaky_relu"):
         MLPConfig(hidden_act="relux")
-    with pytest.raises(ValueError, match=r"channels = \[3\] is not allowed; allowed: the image's channels and those of one"):
+    with pytest.raises(ValueError, match=r"channels = \[3\] is not allowed; allowed: the image's channels, then one number"):
         ResidualCNNConfig(channels=(3,))
     with pytest.raises(ValueError, match="num_attention_heads = 3 is not allowed; allowed: a divisor of hidden_size = 8"):
         SeriesConfig(hidden_size=8, num_attention_heads=3)

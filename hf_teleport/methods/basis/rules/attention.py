@@ -69,7 +69,7 @@ def _contract(call: Call, a: Tensor, b: Tensor) -> None:
 
 
 def _mix(call: Call, values: Tensor | None, tokens: int, shape: Sequence[int]) -> Any:
-    """Rows of values averaged over tokens, in each head with weights of its own."""
+    """Rows of values, averaged over tokens. Each head has its own weights."""
     if values is None:
         return None
     values = compact(values)
