@@ -21,7 +21,7 @@ def event_passes(config: TeleportConfig) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """An upper estimate of an event's cost.
+    """An estimate of an event's cost.
 
     Attributes:
         pass_seconds: time of a forward and backward over a teleport batch.

@@ -80,10 +80,11 @@ class BasisTurn(TurningMethod):
         return cost.longest(cost.decompositions(self._ordered(), self.ranks.size, device))
 
     def turn_seconds(self, point: Point) -> float:
-        # The weights, what the optimizer keeps of them, and the gradient that the event is checked with, before and after.
+        # The weights and the optimizer's averages are copied and turned, and the averages compared with their copy. The check's
+        # gradients are turned and compared.
         like = next(iter(point.by_parameter.values()))
         turn = self._with_gains(lambda: cost.unmoved(self._ordered(), like))
-        return (2 + self._averages) * cost.turn_seconds(turn, point.by_parameter, self.weights)
+        return (3 + 2 * self._averages) * cost.turn_seconds(turn, point.by_parameter, self.weights)
 
     def look_seconds(self, point: Point) -> float:
         if not self.config.track_every:
