@@ -294,7 +294,7 @@ def starts_anew(part: Any, group: Group, forget: Callable[[Any, list[nn.Paramete
             seed_everything(0)
             _step_all(trial, {parameter: [last] for parameter, last in zip(own, gradients[-1], strict=True)})
             updates.append(torch.stack([p.detach() - weight for p, weight in zip(own, weights, strict=True)]))
-    return torch.allclose(*updates, rtol=1e-3, atol=1e-3 * _RATE, equal_nan=True)
+    return torch.allclose(updates[0], updates[1], rtol=1e-3, atol=1e-3 * _RATE, equal_nan=True)
 
 
 # A schedule with a warm-up begins at 0, where nothing could be seen.
