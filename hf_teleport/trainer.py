@@ -157,7 +157,7 @@ class TeleportMixin(HomeMixin, _Base):
         for config in plan.settings.each_method():
             with self._teleport_bar(step) as progress, preserved_rng(), unnoted(self):
                 teleporter = self._teleporter(plan, config, progress)
-                report = self._teleport_on(teleporter, drawn.batches, drawn.held_back)
+                report = self._teleport_on(teleporter, drawn, step)
             self.teleport_reports.append(report)
             plan.rate_factor = report.matched_rate
             if self.is_world_process_zero():
@@ -170,17 +170,24 @@ class TeleportMixin(HomeMixin, _Base):
             self._tell(f"Teleport before step {step}: {report.summary()}")
         return report
 
-    def _teleport_on(self, teleporter: Teleporter, batches: list[Any], held_back: Any) -> TeleportReport:
-        """Run an event. If the loss of some batches is not a number, run it again without these batches."""
-        report = teleporter.teleport(batches, self._teleport_loss, held_back)
+    def _teleport_on(self, teleporter: Teleporter, drawn: Drawn, step: int) -> TeleportReport:
+        """Run an event. If the loss of some batches is not a number, run it again with others in their place."""
+        report = teleporter.teleport(drawn.batches, self._teleport_loss, drawn.held_back)
         if report.stopped_because != "non_finite" or not math.isnan(report.loss_before):
             return report
-        sound = [batch for batch in batches if not without_a_loss(teleporter.check(batch, self._teleport_loss))]
-        if not sound or len(sound) == len(batches):
+        sound, left_out = [], 0
+        for batch in self._draw(self._plan.settings.num_batches, step).batches:
+            if without_a_loss(teleporter.check(batch, self._teleport_loss)):
+                left_out += 1
+                continue
+            sound.append(batch)
+            if len(sound) == len(drawn.batches):
+                break
+        if not sound or not left_out:
             return report
-        line = f"{len(batches) - len(sound)} of {len(batches)} teleport batches were left out: their loss is not a number"
+        line = f"{left_out} of {left_out + len(sound)} teleport batches were left out: their loss is not a number"
         self._tell(f"{line}, as the mean over no items is not.", logging.WARNING)
-        return teleporter.teleport(sound, self._teleport_loss, held_back)
+        return teleporter.teleport(sound, self._teleport_loss, drawn.held_back)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write Trainer's model card, with a section on all teleports of this run, also those from before it was resumed."""

@@ -81,13 +81,15 @@ def _require_column(rows: Any, column: str, source: str) -> None:
 
 
 def _require_values(rows: Any, column: str, source: str) -> None:
-    """Check that no row has null or NaN in a column."""
+    """Check that no row has null, NaN or an infinite number in a column."""
     _require_column(rows, column, source)
     feature = rows.features[column]
     is_float = isinstance(feature, Value) and "float" in feature.dtype
     if not is_float and not rows.data.column(column).null_count:
         return
     for number, value in enumerate(rows[column], 1):
+        if isinstance(value, float) and math.isinf(value):
+            raise ValueError(f"{source}: row {number} has {value} in column {column!r}; allowed: finite numbers.")
         if value is None or (isinstance(value, float) and math.isnan(value)):
             raise ValueError(
                 f"{source}: row {number} has no value in column {column!r}; correct the row, take it out, or name another column."

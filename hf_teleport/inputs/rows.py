@@ -131,7 +131,7 @@ def _json(file: Path) -> str:
     text = file.read_text(encoding="utf-8-sig")
     try:
         whole = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         whole = None
     if isinstance(whole, list):
         wrong = next(((number, row) for number, row in enumerate(whole, 1) if not isinstance(row, dict)), None)
@@ -139,7 +139,7 @@ def _json(file: Path) -> str:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             row = json.loads(line or "{}", object_pairs_hook=_unique)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return f"is broken in line {number}, correct it there: {error}."
         if not isinstance(row, dict):
             return f"has {shortened(row)} in line {number}; allowed: an object a line, or one list of objects."

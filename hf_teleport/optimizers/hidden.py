@@ -5,7 +5,7 @@ is looked at, for what was put on it.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -36,6 +36,8 @@ def hidden(optimizer: Any) -> str:
         if "step" in vars(part) and not _is_trusted(vars(part)["step"], type(part).step):
             return f"the step of {name} was replaced by another function ({_name(vars(part)['step'])})"
         try:
+            if part in stepping and (place := _by_identity(part, own)):
+                return f"{name} tells weights apart by what it keeps in {place}, which a trial on other weights can't show"
             if found := next(_strays(part, part is not outer or part in stepping, own, known), None):
                 return f"{name} keeps a {found[1]} in {found[0]}, beside its state"
         except TooMuchError as error:
@@ -56,6 +58,22 @@ def _strays(part: Any, judged: bool, own: set[Any], known: set[int]) -> Iterator
             known |= {id(tensor) for tensor in (*value.parameters(), *value.buffers())}
         elif has_coordinates(value) and id(value) not in known:
             yield path, f"{type(value).__name__} {list(value.shape)}"
+
+
+def _by_identity(part: Any, own: set[Any]) -> str:
+    """Where an optimizer notes something about some weights by which they are; empty: nowhere that is seen."""
+    stepped = {p for group in part.param_groups for p in group["params"]}
+    numbers = {id(p): p for p in own}
+    attributes = own_attributes(part).items()
+    # What bitsandbytes decides for single weights is how many bits their averages have, which these show.
+    roots = [(name, value) for name, value in attributes if not type(value).__module__.startswith("bitsandbytes")]
+    for path, value in reach(roots):
+        if isinstance(value, (Mapping, set, frozenset, list, tuple)):
+            found = {id(each): each for each in (numbers.get(each) if isinstance(each, int) else each for each in value)}
+            named = {p for p in found.values() if isinstance(p, Tensor) and p in own}
+            if named and (isinstance(value, Mapping) or named < stepped):
+                return path
+    return ""
 
 
 # For each class the attributes that a new optimizer has.

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_teleport.optimizers.leaves import Leaf, leaves, opaque
 from hf_teleport.optimizers.parts import groups_of, is_count, own_attributes
-from hf_teleport.optimizers.trial import Group, Trial, at_start, carried, ones, tried
+from hf_teleport.optimizers.trial import Group, Trial, at_start, carried, marked, normal, ones, tried
 from hf_teleport.weights.isolation import preserved_rng
 
 # RAdam begins as plain momentum, and looks at each coordinate from its sixth step on.
@@ -111,7 +111,7 @@ def judge(optimizer: Any) -> dict[nn.Parameter, Judgement]:
                 # Of those in hooks there is one for each parameter.
                 kind = type(part), repr([(name, value) for name, value in own_attributes(part).items() if is_count(value)])
                 known = _JUDGED.setdefault(part, alike.setdefault(kind, {}))
-                key = (_options(group), parameter.shape, parameter.dtype)
+                key = (_options(group), marked(parameter), parameter.shape, parameter.dtype)
                 if key not in known:
                     known[key] = _judged(part, group, parameter, known)
                 found[parameter] = known[key]
@@ -159,7 +159,7 @@ def _judged(part: Any, group: Group, parameter: nn.Parameter, known: dict[Any, J
             size = list(sizes[: parameter.dim()])
             if wide:
                 size[:2] = size[1::-1]
-            key = (_options(group), parameter.dim(), wide, sizes, parameter.dtype)
+            key = (_options(group), marked(parameter), parameter.dim(), wide, sizes, parameter.dtype)
             if key not in known:
                 known[key] = _of_a_stand_in(part, small, torch.Size(size), parameter)
             judgement = known[key]
@@ -183,7 +183,7 @@ def _probed(parameter: nn.Parameter) -> torch.Size:
 def _probe(part: Any, group: Group, parameter: nn.Parameter) -> Trial:
     """Two steps on a weight of the real shape."""
     generator = torch.Generator().manual_seed(0)
-    weight, *gradients = (_normal(_probed(parameter), generator, parameter) for _ in range(3))
+    weight, *gradients = (normal(_probed(parameter), generator, parameter) for _ in range(3))
     return tried(part, group, weight, gradients, like=parameter)
 
 
@@ -191,13 +191,9 @@ def _elsewhere(shape: tuple[int, ...]) -> str:
     return f"it keeps a tensor {list(shape)} elsewhere than in its state"
 
 
-def _normal(shape: torch.Size, generator: torch.Generator, like: Tensor) -> Tensor:
-    return torch.randn(shape, generator=generator).to(device=like.device, dtype=like.dtype)
-
-
 def _of_a_stand_in(part: Any, group: Group, shape: torch.Size, like: Tensor) -> Judgement:
     generator = torch.Generator().manual_seed(0)
-    weight, *gradients = (_normal(shape, generator, like) for _ in range(_STEPS + 1))
+    weight, *gradients = (normal(shape, generator, like) for _ in range(_STEPS + 1))
     signed = [_signed_permutation(n, like) for n in shape]
     rotated = [torch.linalg.qr(torch.randn(n, n, generator=generator)).Q.to(weight) for n in shape]
     projectors: dict[str, Tensor] = {}
@@ -262,7 +258,9 @@ def _is_all(
     rules: dict[str, Rule], part: Any, group: Group, like: Tensor, weight: Tensor, gradients: list[Tensor], signed: Tensor
 ) -> bool:
     """Whether the next step is the turned one if a weight and its state turn in midst of training: nothing else was to turn."""
-    weights, of_both = [weight, -weight], [gradients, [gradient.roll(1, 0) for gradient in gradients]]
+    # The other weight's squares differ from row to row, so that its step shows if they are kept together with those that turn.
+    rows = torch.tensor([1.0 if i % 2 else 10.0 for i in range(len(weight))]).to(weight).view(-1, *[1] * (weight.dim() - 1))
+    weights, of_both = [weight, -weight], [gradients, [gradient.roll(1, 0) * rows for gradient in gradients]]
     plain, beside = carried(part, group, like, weights, of_both)
 
     def turn(own: Tensor, state: dict[str, Any], gradient: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ the rule that was chosen. If the optimizer's steps do not depend on the basis (S
 the turned update. Otherwise it is Adam's update with the squares of that rule.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -19,7 +21,7 @@ from hf_teleport.optimizers.hidden import hidden
 from hf_teleport.optimizers.leaves import Leaf, leaves
 from hf_teleport.optimizers.parts import beyond_trial, groups_of, keeps_copies, parts, states, unwrapped
 from hf_teleport.optimizers.rules import Judgement, Rule, judge
-from hf_teleport.optimizers.trial import counts, keeps_own_counts, renewed
+from hf_teleport.optimizers.trial import counts, keeps_own_counts, renewed, starts_anew
 from hf_teleport.weights.copies import tensors_in
 from hf_teleport.weights.isolation import preserved_rng
 from hf_teleport.weights.shards import whole_of
@@ -129,13 +131,26 @@ class OptimizerState:
     def objection(self, parameter: nn.Parameter) -> str:
         """Why what is kept for a parameter can't be turned, and was not known before; empty: it can be."""
         state = self.state.get(parameter)
-        if not state or self._judgement(parameter, state) is not None:
+        if not state:
+            return ""
+        if any(len(self._keeping[memory]) > 1 for memory in _memory(state)):
+            return f"{type(self.optimizer).__name__} keeps one tensor for several weights"
+        if self._judgement(parameter, state) is not None:
             return ""
         reasons = [judged.objection(state, parameter.shape) for judged in self._candidates(parameter)] or [
             "it was not trained before"
         ]
         why = next(filter(None, reasons), "weights of this shape have states with different rules")
         return f"{type(self.optimizer).__name__}: {why}"
+
+    @cached_property
+    def _keeping(self) -> dict[int, set[nn.Parameter]]:
+        """The parameters whose tensors are at each place in memory."""
+        found: dict[int, set[nn.Parameter]] = defaultdict(set)
+        for parameter in self._judged:
+            for memory in _memory(self.state.get(parameter) or {}):
+                found[memory].add(parameter)
+        return found
 
     def _turning(self, parameter: nn.Parameter, dim: int) -> Iterator[tuple[Leaf, Rule, tuple[int, ...]]]:
         """Each tensor that an axis of a parameter concerns, its rule, and its axes that go with that one."""
@@ -161,6 +176,11 @@ class OptimizerState:
     def _judgement(self, parameter: nn.Parameter, state: dict[str, Any]) -> Judgement | None:
         fitting = [j for j in self._candidates(parameter) if not j.objection(state, parameter.shape)]
         return fitting[0] if fitting and all(j.rules == fitting[0].rules for j in fitting) else None
+
+
+def _memory(state: dict[str, Any]) -> set[int]:
+    """Where the plain tensors of a state begin in memory."""
+    return {leaf.tensor.data_ptr() for leaf in leaves(state).values() if type(leaf.tensor) is Tensor}
 
 
 class _At:
@@ -267,11 +287,15 @@ def check_optimizer(optimizer: Any, *, reset: bool = False) -> None:
     if reset:
         with preserved_rng():
             kinds = {(id(part), id(group)): (part, group) for part, group in groups_of(optimizer).values()}
-            counting = [type(part).__name__ for part, group in kinds.values() if keeps_own_counts(part, group)]
-        if counting:
+            left = [
+                type(part).__name__
+                for part, group in kinds.values()
+                if keeps_own_counts(part, group) or not starts_anew(part, group, forget)
+            ]
+        if left:
             raise ValueError(
-                f"{counting[0]} counts steps where no reset of some weights reaches. Use an optimizer such as AdamW, or "
-                "teleport_method='null_space'."
+                f"{left[0]} counts steps, or keeps averages, where no reset of some weights reaches. Use an optimizer such as "
+                "AdamW, or teleport_method='null_space'."
             )
     # Norms' gains and biases see a basis that no matrix does, but there is little to win with them.
     matrices = [judgement for parameter, judgement in judged.items() if parameter.dim() > 1] or list(judged.values())

@@ -5,7 +5,7 @@ import inspect
 import math
 import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +90,11 @@ def ones(group: Group) -> nn.Parameter:
     """A small parameter of ones with as many axes as the first of a group."""
     like = group["params"][0]
     return nn.Parameter(torch.ones([4, 3, 2, 2][: max(like.dim(), 1)], device=like.device, dtype=like.dtype))
+
+
+def normal(shape: torch.Size, generator: torch.Generator, like: Tensor) -> Tensor:
+    """Random numbers, of the type of another tensor."""
+    return torch.randn(shape, generator=generator).to(device=like.device, dtype=like.dtype)
 
 
 def _without(group: Group, names: Any = ()) -> Group:
@@ -224,8 +229,24 @@ def _standing_for(like: Tensor | None, weight: Tensor) -> Any:
         own: Any = nn.Parameter(weight.clone())
     else:
         own = Tensor._make_subclass(kind, weight.clone(), True)
-    vars(own).update({name: value for name, value in vars(like).items() if is_count(value)} if like is not None else {})
+    vars(own).update({} if like is None else _marks(like))
     return own
+
+
+def marked(parameter: Tensor) -> str:
+    """What sets a parameter apart from others of its shape."""
+    return repr(sorted(_marks(parameter).items()))
+
+
+def _marks(parameter: Tensor) -> dict[str, Any]:
+    """What is written on a parameter that an optimizer may go by: numbers, texts, and containers of them."""
+    return {name: value for name, value in vars(parameter).items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    return all(map(_is_plain, value)) if isinstance(value, (list, tuple, set, frozenset)) else is_count(value)
 
 
 def _shows(shape: tuple[int, ...], of: torch.Size) -> bool:
@@ -254,6 +275,26 @@ def carried(
         seed_everything(0)
         _step_all(trial, {first: [last], second: gradients[1][-1:]})
     return first.detach() - before[0], second.detach() - before[1]
+
+
+def starts_anew(part: Any, group: Group, forget: Callable[[Any, list[nn.Parameter]], None]) -> bool:
+    """Whether the step after `forget(optimizer, parameters)` is that of a new optimizer: it steps by what is in its state."""
+    generator, like = torch.Generator().manual_seed(0), ones(group)
+    weights, *gradients = ([normal(like.shape, generator, like) for _ in range(2)] for _ in range(5))
+    updates = []
+    with _real_ones_aside(part):
+        for steps in (0, 3):
+            own = [nn.Parameter(weight.clone()) for weight in weights]
+            trial = _at_one_rate(part, at_start(part, group), *own)
+            if steps:
+                _step_all(trial, dict(zip(own, zip(*gradients[:steps], strict=True), strict=True)))
+                forget(trial, own)
+            for parameter, weight in zip(own, weights, strict=True):
+                parameter.data.copy_(weight)
+            seed_everything(0)
+            _step_all(trial, {parameter: [last] for parameter, last in zip(own, gradients[-1], strict=True)})
+            updates.append(torch.stack([p.detach() - weight for p, weight in zip(own, weights, strict=True)]))
+    return torch.allclose(updates[0], updates[1], rtol=1e-3, atol=1e-3 * _RATE, equal_nan=True)
 
 
 # A schedule with a warm-up begins at 0, where nothing could be seen.

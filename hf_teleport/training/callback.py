@@ -1,5 +1,6 @@
 """Trainer callbacks that make the plan of a run, and carry it out between steps."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,8 @@ from transformers import TrainerCallback
 
 from hf_teleport.training.plan import Plan
 from hf_teleport.training.summary import console, table
+
+logger = logging.getLogger(__name__)
 
 
 class TeleportCallback(TrainerCallback):
@@ -28,6 +31,12 @@ class TeleportCallback(TrainerCallback):
         self.plan = self._make(train_dataloader)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if self.plan.missed(state.global_step):
+            self.plan.steps = {}
+            logger.warning(
+                "No teleports: the trainer's training_step does not call TeleportMixin's, with which they come. Call "
+                "super().training_step in it, or name TeleportMixin first among the bases of its class."
+            )
         self.plan.look(state.global_step)
         _scale_rates(optimizer, self.plan.rate_factor)
         for parameter in self.plan.holds(state.global_step):

@@ -133,6 +133,10 @@ class Plan:
         new, self._seen = step != self._seen, step
         return new and step in self.steps
 
+    def missed(self, step: int) -> bool:
+        """Whether an event was to come before this step, and nobody has asked if it is due."""
+        return step in self.steps and step != self._seen
+
     def holds(self, step: int) -> list[nn.Parameter]:
         """The parameters that this step must not train."""
         # Gains are held after the last turn too if the run turns back, because an uneven gain would prevent that.

@@ -80,7 +80,12 @@ def doubling(warmup_steps: int, steps_per_epoch: int, max_steps: int, prefix: st
         ValueError: the first step lies beyond the run.
     """
     first = max(warmup_steps, min(BASIS_STEP, steps_per_epoch // 2, max_steps // 2))
-    scheduled = _listed([first], max_steps, prefix)
+    if first >= max_steps:
+        raise ValueError(
+            f"{prefix}warmup_steps = {warmup_steps}: all teleports lie beyond the run, which has {max_steps} optimizer steps "
+            f"(0 to {max_steps - 1}); lower it, or train for longer."
+        )
+    scheduled = [first]
     while 0 < 2 * scheduled[-1] <= max_steps // 2:
         scheduled.append(2 * scheduled[-1])
     return scheduled

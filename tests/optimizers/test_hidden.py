@@ -130,6 +130,31 @@ def test_what_is_kept_elsewhere_is_refused_before_training(make, reset):
         check_optimizer(make(list(net().parameters())), reset=reset)
 
 
+class Chosen(optim.AdamW):
+    """Knows some weights by what they are."""
+
+    def __init__(self, params, choose):
+        super().__init__(params)
+        self.chosen = choose([p for group in self.param_groups for p in group["params"]])
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda p: {id(p[-1])},
+        lambda p: {p[-1]: "muon"},
+        lambda p: [p[-1]],
+        lambda p: {"muon": tuple(p[1:])},
+        lambda p: SimpleNamespace(names={id(q): str(i) for i, q in enumerate(p)}),
+    ],
+)
+def test_weights_that_are_known_by_what_they_are_are_refused_before_training(choose):
+    own = list(net().parameters())
+    with pytest.raises(ValueError, match="tells weights apart by what it keeps in chosen"):
+        check_optimizer(Chosen(own, choose))
+    check_optimizer(Chosen(own, lambda p: {"all": p, "sizes": {1: 2}}))
+
+
 def test_what_is_kept_in_the_state_is_not():
     check_optimizer(Momentum(net().parameters(), lambda self, p: self.state[p]))
 

@@ -61,6 +61,11 @@ def write(name, content):
         ("a.jsonl", '{"text": "a", "text": "b"}\n', "is broken in line 1, correct it there: the key 'text' stands there twice"),
         ("a.jsonl", "[1, 2]\n[3, 4]\n", "has [1, 2] in line 1; allowed: an object a line"),
         ("a.json", "3\n", "has 3 in line 1"),
+        (
+            "a.jsonl",
+            '{"text": ' + "[" * 3000 + "]" * 3000 + "}\n",
+            "is broken in line 1, correct it there: maximum recursion depth",
+        ),
         ("a.json", json.dumps([{"text": "a"}] * 3 + [4]), "row 4"),
         ("a.jsonl", '{"text": "a b c"}\n{"text": null}\n' * 5, "row 2 has None in column 'text'; allowed: a text in every row"),
         ("a.jsonl", '{"text": "a b c"}\n{"text": 3}\n' * 5, "row 2 has 3 in column 'text'"),
@@ -106,6 +111,7 @@ def test_folders_and_columns(refused):
     ("rows", "said"),
     [
         ("text,label\n" + "a b,1.5\nc d,\n" * 5, "row 2 has no value in column 'label'"),
+        ("text,label\n" + "a b,1.5\nc d,inf\n" * 5, "row 2 has inf in column 'label'; allowed: finite numbers"),
         ("text,label\n" + "a b,1\nc d,\ne f,0\n" * 5, "row 2 has no value in column 'label'"),
         ("text,label\n" + "a b,1\nc d,1\n" * 5, "has the one label 1"),
         ("text,label\n" + "a b,-1\nc d,1\n" * 5, "labels such as -1; allowed: whole numbers from 0"),

@@ -1,8 +1,9 @@
 """Where a teleport, and the trainer's own callback, stand among the callbacks of a run."""
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
+from hf_teleport import TeleportMixin, TeleportTrainer
 from hf_teleport.training.callback import TeleportCallback
 
 from tiny_runs import flat, make, teleports
@@ -79,3 +80,25 @@ def test_a_matched_rate_is_seen_by_callbacks_added_later_and_gone_for_them_after
     assert factor["on_pre_optimizer_step", "added"] == factor["on_optimizer_step", "given"] == report.matched_rate
     assert abs(factor["on_optimizer_step", "added"] - 1) < 1e-12
     assert any(isinstance(callback, TeleportCallback) for callback in trainer.callback_handler.callbacks)
+
+
+class StepsItself:
+    """A step of its own, without Trainer's."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def test_events_that_a_step_of_ones_own_leaves_out_are_told_once(tmp_path, caplog):
+    def told(*bases):
+        caplog.clear()
+        config = teleports("null_space", steps=[1, 2])
+        trainer = make(tmp_path, config=config, trainer_class=type("Tried", bases, {}), max_steps=4)
+        trainer.train()
+        return len(trainer.teleport_reports), caplog.text.count("does not call TeleportMixin's")
+
+    assert told(StepsItself, TeleportTrainer) == (0, 1)
+    assert told(TeleportMixin, type("Own", (StepsItself, Trainer), {})) == (2, 0)

@@ -1,13 +1,16 @@
 """Batches with nothing to learn from are no data, and losses are weighted by their items as in training."""
 
+import math
+
 import pytest
 import torch
 from transformers import Trainer
 
+from hf_teleport import TeleportTrainer
 from hf_teleport.event.batches import num_items
 
 from drawn_runs import rows_of, run
-from tiny_runs import Texts, llama, make, teleports
+from tiny_runs import Texts, llama, make, pad, teleports
 
 # All batches of an event, whatever it costs and training has told.
 OF_AUTO = {"auto": {"budget": None, "track_every": 0}, "null_space": {}}
@@ -85,6 +88,29 @@ def test_the_mean_over_no_items_of_a_loss_of_ones_own(tmp_path, caplog, method):
     (report,) = trainer.teleport_reports
     assert report.steps
     assert report.method == ("basis" if method == "auto" else "null_space")
+
+
+class Pairs:
+    """Batches that are tuples, whose labels nobody can count."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(input_ids=inputs[0], labels=inputs[1]).loss
+
+
+def as_pairs(rows):
+    batch = pad(rows)
+    return batch["input_ids"], batch["labels"]
+
+
+def test_an_event_of_a_single_batch_draws_another_if_its_loss_is_no_number(tmp_path, caplog):
+    config = teleports("basis", steps=[1, 2, 3], num_batches=16, batch_size=1)
+    made = {"train_dataset": Padded(range(1, 32, 3), count=32), "data_collator": as_pairs}
+    own = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 4}
+    trainer = make(tmp_path, config=config, trainer_class=type("Tried", (Pairs, TeleportTrainer), {}), made=made, **own)
+    trainer.train()
+    assert len(trainer.teleport_reports) == 3
+    assert all(report.steps and not math.isnan(report.loss_before) for report in trainer.teleport_reports)
+    assert "teleport batches were left out" in caplog.text
 
 
 def test_losses_of_batches_are_weighted_by_their_items_as_in_training(tmp_path):

@@ -187,3 +187,9 @@ def test_a_schedule_that_cannot_be_is_said_by_the_name_that_the_user_wrote(tmp_p
         run = trainer(tmp_path, config=TeleportConfig(method="null_space", **settings), arguments_class=TrainingArguments)
     with pytest.raises(ValueError, match=said.format("teleport_" if argued else "")):
         run.train()
+
+
+def test_a_warm_up_that_outlasts_the_run_is_said_by_its_name(tmp_path):
+    run = trainer(tmp_path, teleport_method="basis", teleport_warmup_steps=99)
+    with pytest.raises(ValueError, match=r"^teleport_warmup_steps = 99: all teleports lie beyond the run"):
+        run.train()
