@@ -41,7 +41,7 @@ After a turn and a step of all weights, the way home changes the loss by at most
 - *turned*: blocks of each kind that turn when all gains and biases are uneven. `+ stream` means that the residual
   stream turns only while gains are uniform.
 - *loss*, *gradient*: the two differences, with uneven gains.
-- *home*: how far a weight is from where it was, at most, once two turns were undone by the composed way; relative to the
+- *home*: how far a weight is from where it was, at most, once two turns are undone by the composed way. The unit is the
   largest weight of its parameter, or 1 if that is less.
 - *trained*: the relative change of the loss on the way home, after a turn and a random step of all weights. What the
   step keeps from coming home stays turned, such as a stream whose gains can't be folded.
