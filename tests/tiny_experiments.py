@@ -66,6 +66,7 @@ MODELS = {
     "gpt2": {**PTB, "sizes": {"n_embd": 16, "n_layer": 1, "n_head": 2}},
     "bert_mlm": {**PTB, "sizes": {**NARROW, "initializer_range": 0.1}},
     "bert": {"dataset": "sst2", "sizes": {**NARROW, "initializer_range": 0.1}, "length": 16},
+    "llama_classifier": {"dataset": "sst2", "sizes": {**NARROW, "num_key_value_heads": 1}, "length": 16},
     "vit": {"dataset": "mnist", "sizes": {**NARROW, "patch_size": 14}},
     "forecaster": {"dataset": "etth1", "sizes": NARROW, "context": 8, "horizon": 3, "shift": None},
 }

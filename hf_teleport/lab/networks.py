@@ -117,6 +117,10 @@ def _sentence(data: Pipeline) -> dict[str, Any]:
     return {**_tokens(data), **_classes(data)}
 
 
+def _last_token(data: Pipeline) -> dict[str, Any]:
+    return {**_next_token(data), **_classes(data)}
+
+
 _IMAGES, _TEXTS, _WORDS = AutoModelForImageClassification, AutoModelForSequenceClassification, AutoModelForCausalLM
 
 NETWORKS: dict[str, Network] = {
@@ -128,6 +132,7 @@ NETWORKS: dict[str, Network] = {
     "forecaster": Network("series", "teleport-series", AutoModelForTimeSeriesPrediction, _forecast),
     "transformer_lm": Network("text", "teleport-causal-lm", _WORDS, _text),
     "llama": Network("text", "llama", _WORDS, _next_token),
+    "llama_classifier": Network("text", "llama", _TEXTS, _last_token),
     "qwen3": Network("text", "qwen3", _WORDS, _next_token),
     "gemma": Network("text", "gemma", _WORDS, _next_token),
     "gpt2": Network("text", "gpt2", _WORDS, _next_token),

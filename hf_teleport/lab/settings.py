@@ -164,8 +164,9 @@ def _runs(arm: str, training: Settings, rates: list[float], seeds: list[int], wo
             decisive = {key: plain[key] for key in [*training, *own] if key not in _WITHOUT_EFFECT}
             decisive |= {"arm": arm, "processes": arguments.world_size}
             of_workload = {f.name: getattr(workload, f.name) for f in fields(Workload) if f.name != "options"} | workload.options
-            # Left out as in the folders of runs from before there was such a key, which are still good.
-            decisive |= {key: value for key, value in of_workload.items() if (key, value) != ("pretrained", None)}
+            # Left out as in the folders of runs from before there were such keys, which are still good.
+            new = ("pretrained", None), ("adapter", None)
+            decisive |= {key: value for key, value in of_workload.items() if (key, value) not in new}
             runs.append(Run(arm, rate, seed, arguments, json.loads(json.dumps(decisive))))
     return runs
 

@@ -1,5 +1,6 @@
 """The data and the model of an experiment."""
 
+import inspect
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -7,12 +8,13 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Subset
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_teleport.lab.data import Pipeline, load
 from hf_teleport.lab.data.catalogue import KINDS, find
 from hf_teleport.lab.keys import require_known
 from hf_teleport.lab.networks import NETWORKS, Network
+from hf_teleport.reporting.extras import require_extra
 
 # Options of `data.load`, by the kind of data.
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -40,8 +42,9 @@ class Workload:
     Args:
         dataset: a name of the catalogue, a Hub id, or a local folder, as for `data.load`.
         model: the network's name. The paper has 'mlp', 'cnn', 'residual_cnn', 'transformer_classifier', 'transformer_regressor'
-            and 'transformer_lm'. Transformers has 'llama', 'qwen3', 'gemma', 'gpt2', 'bert' (a classifier), 'bert_mlm' (a masked
-            language model) and 'vit'. 'forecaster' is a small transformer that forecasts the next `horizon` steps of series.
+            and 'transformer_lm'. Transformers has 'llama', 'qwen3', 'gemma', 'gpt2', 'bert' and 'llama_classifier' (classifiers),
+            'bert_mlm' (a masked language model) and 'vit'. 'forecaster' is a small transformer that forecasts the next `horizon`
+            steps of series.
         folder: a local copy of the data set.
         kind: the kind of data. Default: the catalogue's.
         options: options of `data.load`, see `OPTIONS`.
@@ -50,13 +53,17 @@ class Workload:
             than 768 does not learn with an `initializer_range` of 0.02: give 0.02 * (768 / hidden_size) ** 0.5.
         pretrained: a folder with a saved model, such as `model` in the folder of a run with `save_model`. Training starts from
             its weights and sizes, and uses its tokenizer. A classifier for another number of classes gets a new head.
+        adapter: settings of `peft.LoraConfig`. Such adapters are trained, and the model is frozen. A classifier of texts also
+            trains its head.
         train_rows: train on this many rows, evenly spread over the training set. Default: all.
         test_rows: test on this many rows, evenly spread. Default: all.
         train_loss_rows: measure the training loss on this many of the training rows, evenly spread.
 
     Raises:
         ValueError: the model is unknown, does not take such data, or differs from the saved model. An option or size is unknown.
+            PEFT does not take the settings of `adapter`.
         FileNotFoundError: `pretrained` has no saved model.
+        ModuleNotFoundError: PEFT is not installed, and `adapter` is given.
     """
 
     dataset: str
@@ -66,6 +73,7 @@ class Workload:
     options: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)
     pretrained: str | None = None
+    adapter: dict[str, Any] | None = None
     train_rows: int | None = None
     test_rows: int | None = None
     train_loss_rows: int = 10_000
@@ -98,6 +106,8 @@ class Workload:
             raise ValueError(f"mask_probability = {share!r} is not allowed; allowed: a number between 0 and 1.")
         if self.pretrained is not None:
             self._check_pretrained()
+        if self.adapter is not None:
+            self._adapter_config()
         for name in ("train_rows", "test_rows", "train_loss_rows"):
             rows = getattr(self, name)
             if rows is not None and (not isinstance(rows, int) or rows < 1):
@@ -131,6 +141,19 @@ class Workload:
                 "tokenizer of pretraining there, or name it as tokenizer."
             )
 
+    def _adapter_config(self) -> Any:
+        """PEFT's."""
+        if not isinstance(self.adapter, dict):
+            raise ValueError(
+                f"adapter = {self.adapter!r} is not allowed; allowed: a mapping of settings of peft.LoraConfig, such as "
+                "{r: 4, target_modules: all-linear}."
+            )
+        peft = require_extra("peft")
+        for name in self.adapter:
+            require_known(name, inspect.signature(peft.LoraConfig).parameters, "adapter, settings of peft.LoraConfig")
+        task = "SEQ_CLS" if self.network.auto is AutoModelForSequenceClassification else None
+        return peft.LoraConfig(**{"task_type": task, **self.adapter})
+
     @property
     def network(self) -> Network:
         """The network that `model` names."""
@@ -152,12 +175,19 @@ class Workload:
             own["mask_probability"] = _MASKED_SHARE
         return load(self.dataset, self.folder, self.kind, **{**own, **self.options})
 
-    def make_model(self, data: Pipeline) -> PreTrainedModel:
+    def make_model(self, data: Pipeline) -> Any:
         """Make a new model with random weights from torch's generator, or load the saved one with a head that fits the data.
 
+        Returns:
+            With `adapter` a model of PEFT, else one of Transformers.
+
         Raises:
-            ValueError: the saved model does not suit the data or the sizes.
+            ValueError: the saved model does not suit the data or the sizes, or has no such layers as `adapter` names.
         """
+        model = self._make_base(data)
+        return model if self.adapter is None else require_extra("peft").get_peft_model(model, self._adapter_config())
+
+    def _make_base(self, data: Pipeline) -> PreTrainedModel:
         decided = self.network.from_data(data)
         if self.pretrained is None:
             return self.network.auto.from_config(self.network.config(**{**decided, **self.sizes}))

@@ -3,10 +3,12 @@
     python scripts/studies/tables.py runs/study/ptb_tuned docs/results/ptb_tuned.csv    # evaluations of an experiment into a CSV
     python scripts/studies/tables.py docs/results/ptb_tuned.csv                         # tables from it
     python scripts/studies/tables.py docs/results/ptb_tuned.csv --reference muon        # against another arm
+    python scripts/studies/tables.py runs/study/fine_tuning docs/results/fine_tuning.csv    # a folder of experiments: one table
 
 The first table has every run with one seed, by its final training loss: the trials of a search. The second one compares what
 was run with more seeds: mean and 95 % interval (Student's t) over the seeds, and when the reference's final training loss is
-passed, in shares of the reference's own steps and CPU seconds.
+passed, in shares of the reference's own steps and CPU seconds. Of a folder of experiments there is one table: in each of them
+every arm against the reference, both at their own best learning rate, with the mean difference over the seeds and its interval.
 """
 
 import argparse
@@ -14,15 +16,21 @@ from pathlib import Path
 
 import pandas as pd
 
-from hf_teleport.lab.results import evaluations, final
+from hf_teleport.lab.results import best_rates, evaluations, final
+from hf_teleport.lab.runs import ALL_SETTINGS
 from hf_teleport.lab.verdict import Contestant, interval, verdict
 
 COLUMNS = ["arm", "learning_rate", "seed", "step", "samples", "cpu_seconds", "train_loss", "test_loss", "metric"]
 
 
 def export(runs: Path, target: Path) -> None:
-    """Write the evaluations of an experiment's finished runs."""
-    frame = evaluations(runs)[COLUMNS].sort_values(COLUMNS[:4])
+    """Write the evaluations of an experiment's finished runs, or of several experiments in one folder."""
+    folders = [runs] if (runs / ALL_SETTINGS).exists() else sorted(path.parent for path in runs.glob(f"*/{ALL_SETTINGS}"))
+    frames = [evaluations(folder)[COLUMNS].sort_values(COLUMNS[:4]) for folder in folders]
+    if folders != [runs]:
+        for folder, frame in zip(folders, frames, strict=True):
+            frame.insert(0, "experiment", folder.name)
+    frame = pd.concat(frames)
     frame.round({"cpu_seconds": 1, "train_loss": 4, "test_loss": 4, "metric": 4}).to_csv(target, index=False)
 
 
@@ -52,10 +60,29 @@ def comparison(frame: pd.DataFrame, reference: Contestant) -> list[str]:
     return lines
 
 
+def pairs(frame: pd.DataFrame, reference: str) -> list[str]:
+    """A Markdown table of several experiments: each arm against the reference with the same seeds, both at their best rates."""
+    lines = [
+        f"| run | arm | rates | training loss, {reference} | arm | difference | difference in test loss |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, own in frame.groupby("experiment", sort=False):
+        rates = best_rates(own)
+        ends = final(own).set_index(["arm", "learning_rate", "seed"])[["train_loss", "test_loss"]]
+        base = ends.loc[reference, rates[reference]]
+        for arm in sorted(rates.keys() - {reference}):
+            found = ends.loc[arm, rates[arm]]
+            train, test = (interval((found - base)[column].dropna().to_numpy()) for column in ("train_loss", "test_loss"))
+            losses = [interval(part["train_loss"].to_numpy()) for part in (base, found)]
+            cells = [name.replace("_", " "), arm, f"{rates[reference]:g}, {rates[arm]:g}", *losses, train, test]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
 def main() -> None:
     """Export or print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="an experiment's folder, or a CSV file")
+    parser.add_argument("source", type=Path, help="an experiment's folder, a folder of several, or a CSV file")
     parser.add_argument("target", type=Path, nargs="?", help="the CSV file to write")
     parser.add_argument("--reference", default="baseline", help="the arm to compare with, at its best run of several seeds")
     arguments = parser.parse_args()
@@ -63,6 +90,9 @@ def main() -> None:
         export(arguments.source, arguments.target)
         return
     frame = pd.read_csv(arguments.source)
+    if "experiment" in frame:
+        print(*pairs(frame, arguments.reference), sep="\n")
+        return
     print(*trials(frame), sep="\n")
     seeds = frame.groupby(["arm", "learning_rate"])["seed"].transform("nunique")
     several = final(frame[seeds > 1])

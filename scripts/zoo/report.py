@@ -1,7 +1,7 @@
 """Teleport tiny versions of the architectures that Transformers ships, or turn their symmetries, and write down how it went.
 
     python scripts/zoo/report.py teleports --output docs/zoo.md                # all of them, a few minutes on one core
-    python scripts/zoo/report.py symmetries --output docs/zoo_symmetries.md    # all of them, two minutes on one core
+    python scripts/zoo/report.py symmetries --output docs/zoo_symmetries.md    # all of them, five minutes on one core
     python scripts/zoo/report.py teleports llama mixtral vit                   # some, to the screen
 
 Rerun both for a new release of Transformers.

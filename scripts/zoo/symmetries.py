@@ -1,15 +1,18 @@
 """The zoo's report on symmetries: all that an architecture has are turned by random rotations, and how exact that was.
 
 Each architecture twice in float64: as it comes from its config, with uniform gains; and with every norm's gain and every bias
-perturbed, as training would. A second turn follows, and the way home from both.
+perturbed, as training would. A second turn follows, and the way home from both. Then a third turn, a random step of all weights
+in place of training, and the way home from there.
 """
 
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 from hf_teleport.layers.double import KeepDouble
 from hf_teleport.layers.point import evaluate
@@ -33,16 +36,19 @@ run so. Made by `python scripts/zoo/report.py symmetries --output docs/zoo_symme
 gains are uneven, and in {fresh} when they are uniform, as at initialisation. In float64 the largest relative change of
 the loss is {loss:.0e}, and the largest relative difference between the gradient after and the turned gradient before
 {gradient:.0e}. After a second random turn and the way home, no weight is further from where it was than {home:.0e}.
+After a turn and a step of all weights, the way home changes the loss by at most {trained:.0e}.
 
 - *turned*: blocks of each kind that turn when all gains and biases are uneven. `+ stream` means that the residual
   stream turns only while gains are uniform.
 - *loss*, *gradient*: the two differences, with uneven gains.
-- *home*: how far a weight is from where it was, at most, once two turns were undone by the composed way; beside the largest
-  weight of its parameter, or 1 if that is less.
+- *home*: how far a weight is from where it was, at most, once two turns are undone by the composed way. The unit is the
+  largest weight of its parameter, or 1 if that is less.
+- *trained*: the relative change of the loss on the way home, after a turn and a random step of all weights. What the
+  step keeps from coming home stays turned, such as a stream whose gains can't be folded.
 - *left out*: the reasons for the widest symmetries that do not turn.
 
-| family | architecture | turned | loss | gradient | home | left out |
-| --- | --- | --- | --- | --- | --- | --- |
+| family | architecture | turned | loss | gradient | home | trained | left out |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -54,6 +60,7 @@ class Turned:
     loss: float
     gradient: float
     home: float
+    trained: float
     left_out: list[str]
     exact: bool  # in float64
 
@@ -94,6 +101,8 @@ def turn_all(name: str, dtype: torch.dtype, *, uneven: bool) -> Turned:
         for now, then in zip(model.parameters(), first, strict=True)
         if then.numel()
     ]
+    with evaluation_mode(model), KeepDouble() if dtype == torch.float64 else nullcontext():
+        trained = _home_after_a_step(model, batch, used)
     found = dict(zip(after.parameters, after.gradients, strict=True))
     differences = [g - (0 if found[p] is None else found[p]) for p, g in expected.items()]
     turned: Counter[str] = Counter()
@@ -105,9 +114,24 @@ def turn_all(name: str, dtype: torch.dtype, *, uneven: bool) -> Turned:
         abs(after.loss / before.loss - 1),
         norm(differences) / before.grad_norm,
         max(off),
+        trained,
         list(dict.fromkeys(s.reason for s in widest))[:2],
         dtype == torch.float64,
     )
+
+
+def _home_after_a_step(model: nn.Module, batch: Any, used: list[Symmetry]) -> float:
+    """The relative change of the loss on the way home."""
+    way, turn = Way(), _random_turn(used, seed=2)
+    turn.carry_out()
+    way.add(turn)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    losses = [evaluate(model, loss_fn, batch, seed=0).loss]
+    way.turn_back(way.staying({parameter: name for name, parameter in model.named_parameters()}))
+    losses.append(evaluate(model, loss_fn, batch, seed=0).loss)
+    return abs(losses[1] / losses[0] - 1)
 
 
 def _random_turn(used: list[Symmetry], seed: int) -> Turn:
@@ -136,6 +160,7 @@ def header(rows: list[Row], failed: int) -> str:
         loss=max((turned.loss for turned in exact), default=0.0),
         gradient=max((turned.gradient for turned in exact), default=0.0),
         home=max((turned.home for turned in exact), default=0.0),
+        trained=max((turned.trained for turned in exact), default=0.0),
     )
 
 
@@ -145,4 +170,5 @@ def cells(row: Row) -> list[str]:
     turned = ", ".join(f"{count} {kind}" for kind, count in sorted(uneven.turned.items()))
     if row.uniform.turned.get("stream", 0) > uneven.turned.get("stream", 0):
         turned += " + stream"
-    return [turned, f"{uneven.loss:.0e}", f"{uneven.gradient:.0e}", f"{uneven.home:.0e}", "; ".join(uneven.left_out)]
+    numbers = [f"{number:.0e}" for number in (uneven.loss, uneven.gradient, uneven.home, uneven.trained)]
+    return [turned, *numbers, "; ".join(uneven.left_out)]

@@ -55,6 +55,10 @@ def clone(tmp_path_factory):
     for name in ("configs", "scripts", "docs", "Makefile", "pyproject.toml", "setup.cfg", "constraints.txt"):
         (folder / name).symlink_to(ROOT / name)
     llama(vocab_size=128).save_pretrained(folder / "path" / "to" / "saved" / "model")
+    for name in ("untied", "tied"):
+        pretrained = folder / "runs" / "study" / "pretrained" / name / "baseline" / "lr0.001" / "seed7" / "model"
+        llama(vocab_size=128).save_pretrained(pretrained)
+        (pretrained / "tokenizer_config.json").write_text("{}")
     Dataset.from_list([{"input_ids": list(range(8)), "labels": list(range(8))}] * 4).to_parquet(folder / "rows.parquet")
     (folder / "my.yaml").write_text(yaml.safe_dump({"base": str(ROOT / "configs/compare/digits_mlp_sgd.yaml")}))
     other = folder / "runs/compare/ptb_llama_adamw/experiment.yaml"

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from hf_teleport.lab.runs import execute, make_trainer
@@ -20,6 +21,7 @@ CLASSES = {
     "gpt2": "GPT2LMHeadModel",
     "bert_mlm": "BertForMaskedLM",
     "bert": "BertForSequenceClassification",
+    "llama_classifier": "LlamaForSequenceClassification",
     "vit": "ViTForImageClassification",
     "forecaster": "SeriesTransformer",
 }
@@ -34,7 +36,7 @@ def test_models_of_transformers_train_and_teleport(short, name):
     assert event["teleport/loss_after"] == pytest.approx(event["teleport/loss_before"], rel=1e-3)
     (test,) = [row for row in rows if "eval_test_loss" in row]
     assert 0 < test["eval_test_loss"] < 20
-    measure = {"bert": "accuracy", "vit": "accuracy", "forecaster": "mse"}.get(name, "perplexity")
+    measure = {"bert": "accuracy", "llama_classifier": "accuracy", "vit": "accuracy", "forecaster": "mse"}.get(name, "perplexity")
     assert f"eval_test_{measure}" in test
     # Trainer divides GPT-2's loss by all tokens, the first ones too, for its config names no loss.
     if measure == "perplexity" and name != "gpt2":
@@ -50,7 +52,7 @@ def test_models_of_transformers_train_and_teleport(short, name):
     else:
         assert (config.vocab_size, config.max_position_embeddings) == (len(tokens), 16)
         assert config.pad_token_id == tokens.pad_token_id
-    if name == "bert":
+    if name in ("bert", "llama_classifier"):
         assert config.num_labels == 2
     if name in ("llama", "qwen3"):
         tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
@@ -81,6 +83,9 @@ def test_models_of_transformers_train_and_teleport(short, name):
         ),
         ("bert_mlm", ["--mask_probability", "2"], r"mask_probability = 2 is not allowed; allowed: a number between 0 and 1"),
         ("bert_mlm", ["--dataset", "sst2"], r"'bert_mlm' reads running text, but label_column = 'label'"),
+        ("llama", ["--adapter", "4"], r"adapter = 4 is not allowed; allowed: a mapping of settings of peft.LoraConfig, such as"),
+        ("llama", ["--adapter.rank", "4"], r"unknown key 'rank' in adapter, settings of peft.LoraConfig; the nearest is"),
+        ("llama", ["--adapter.layers_pattern", "[layers]"], r"`layers_to_transform` must also be specified"),
         ("vit", ["--save_model", "maybe"], r"save_model = 'maybe' is not allowed; allowed: true or false"),
     ],
 )
@@ -161,6 +166,33 @@ def test_saved_models_that_do_not_fit(short, config, tmp_path):
     (saved / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="has no tokenizer, and its embeddings are useless without it"):
         plan(read(short("bert"), ["--pretrained", str(saved)]))
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["llama", "llama_classifier"])
+def test_adapters_of_a_saved_model_are_trained_and_the_model_is_not(short, tmp_path, name):
+    _, first = trained(short("llama"), "--save_model", "true", "--output_dir", str(tmp_path / "pretraining"))
+    saved = first.folder / "model"
+    arms = {"basis": {"teleport_method": "basis", "teleport_steps": "1", "teleport_frozen_weights": "turn"}}
+    adapter = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
+    settings = {"teleport_warmup_steps": 0, "teleport_steps_per_batch": 8, "sizes": {}, "save_model": True}
+    settings |= {"arms": arms, "pretrained": str(saved), "adapter": adapter}
+    workload, one = trained(short(name, **settings))
+    (event,) = [row for row in history(one) if "teleport/steps" in row]
+    assert event["teleport/loss_after"] == pytest.approx(event["teleport/loss_before"], rel=1e-4)
+    model, kept = workload.make_model(workload.data), workload.network.auto.from_pretrained(saved)
+    trainable = {part for n, p in model.named_parameters() if p.requires_grad for part in n.split(".") if part != "weight"}
+    assert {"lora_A", "lora_B", "q_proj", "down_proj"} <= trainable
+    assert ("score" in trainable) == (name == "llama_classifier")
+    torch.testing.assert_close(model.get_base_model().model.norm.weight, kept.model.norm.weight, rtol=0, atol=0)
+    # What a run saves is the adapter, which fits the saved model.
+    tuned = PeftModel.from_pretrained(kept, one.folder / "model").state_dict()
+    assert sum(bool(value.any()) for name, value in tuned.items() if "lora_B" in name) == 7
+    with pytest.raises(ValueError, match=r"adapter = .* is not allowed; allowed: {'r': 2"):
+        execute(plan(read(short(name, **settings), ["--adapter.r", "3"])))
+    words = ["--adapter.target_modules", "[q_prj]", "--output_dir", str(tmp_path / "other")]
+    with pytest.raises(ValueError, match=r"Target modules .*'q_prj'.* not found in the base model|No modules were targeted"):
+        execute(plan(read(short(name, **settings), words)))
 
 
 # --- masked words, and what a seed decides --------------------------------------------------------------------------------------

@@ -200,6 +200,30 @@ def test_a_trained_gain_does_not_go_into_a_frozen_weight(tmp_path):
     )
 
 
+ROTATION = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0))).Q
+
+
+@pytest.mark.parametrize(
+    ("reads", "writes", "exact"),
+    [(ROTATION, torch.eye(8), True), (torch.eye(8), ROTATION, False), (torch.diag(torch.arange(1.0, 9)), torch.eye(8), False)],
+    ids=["inputs", "outputs", "gain"],
+)
+@pytest.mark.parametrize("dora", [False, True])
+def test_dora_leaves_rotations_of_its_inputs_free_and_nothing_else(dora, reads, writes, exact):
+    """LoRA leaves all of them free. Why DoRA's base stays: docs/basis.md."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["0"], use_dora=dora, init_lora_weights=False)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8, bias=False)), config)
+    layer, x = model.base_model.model[0], torch.randn(5, 8)
+    before = model(x) @ writes.T
+    with torch.no_grad():
+        layer.base_layer.weight.copy_(writes @ layer.base_layer.weight @ reads)
+        layer.lora_A["default"].weight.copy_(layer.lora_A["default"].weight @ reads)
+        layer.lora_B["default"].weight.copy_(writes @ layer.lora_B["default"].weight)
+    after = model(x @ torch.linalg.inv(reads).T)
+    assert torch.allclose(after, before, atol=1e-4) == (exact or not dora)
+
+
 class Quantized(nn.Parameter):
     """A weight as libraries of quantization keep it: a parameter of a class of their own."""
 

@@ -1,5 +1,6 @@
 """The tables of docs/results.md are what scripts/studies/tables.py makes of the committed evaluations."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -32,6 +33,29 @@ def test_the_page_has_the_numbers_of_the_tuned_arms():
     for line in tuned:
         cells = [cell.strip() for cell in line.split("|")]
         assert f"| {cells[3]} | {cells[4]} | {cells[6]}" in page, line
+
+
+def test_the_page_has_the_table_of_fine_tuning():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    table = "\n".join(tables.pairs(pd.read_csv(RESULTS / "fine_tuning.csv"), "baseline"))
+    assert f"\n\n{table}\n\n" in page
+
+
+def test_each_arm_of_several_experiments_is_compared_seed_by_seed_at_its_own_best_rate(tmp_path):
+    ends = {("baseline", 0.1): (1.0, 2.0), ("baseline", 0.2): (0.5,), ("basis", 0.2): (0.9, 1.7)}
+    for (arm, rate), losses in ends.items():
+        for seed, loss in enumerate(losses):
+            folder = tmp_path / "runs" / "tied_full" / arm / f"lr{rate}" / f"seed{seed}"
+            folder.mkdir(parents=True)
+            (folder / "settings.json").write_text(json.dumps({"arm": arm, "learning_rate": rate, "seed": seed}))
+            row = {"step": 3, "seconds": 1.0, "cpu_seconds": 1.0, "eval_train_loss": loss, "eval_test_loss": 2 * loss}
+            (folder / "history.json").write_text(json.dumps([row]))
+            (folder / "done").touch()
+    (tmp_path / "runs" / "tied_full" / "experiment.yaml").touch()
+    tables.export(tmp_path / "runs", tmp_path / "all.csv")
+    (line,) = tables.pairs(pd.read_csv(tmp_path / "all.csv"), "baseline")[2:]
+    # 0.2 has the baseline's lowest loss, but with one seed alone.
+    assert line == "| tied full | basis | 0.1, 0.2 | 1.5 ± 6.4 | 1.3 ± 5.1 | -0.2 ± 1.3 | -0.4 ± 2.5 |"
 
 
 def test_trials_are_sorted_within_an_arm_and_are_those_of_the_first_seed():
