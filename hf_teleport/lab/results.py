@@ -76,7 +76,7 @@ def _samples(settings: dict[str, Any], log: list[dict[str, Any]]) -> Callable[[i
         return settings.get(name, _DEFAULTS[name])
 
     batch = value("per_device_train_batch_size") * settings.get("processes", 1)
-    of_a_turn: Any = SimpleNamespace(**{name: value(f"teleport_{name}") for name in ("basis", "second_moment", "track_every")})
+    of_a_turn: Any = SimpleNamespace(**{name: value(f"teleport_{name}") for name in ("basis", "track_every")})
     told = value("teleport_method") == "basis" and BasisTurn.is_told(of_a_turn)
     # A basis that follows training's gradients takes two batches an event: one for its check, and one that is held back.
     drawn = ((1 if told else value("teleport_num_batches")) + 1) * (value("teleport_batch_size") or batch)

@@ -68,8 +68,7 @@ class BasisTurn(TurningMethod):
     @staticmethod
     def is_told(config: TeleportConfig) -> bool:
         """Whether training's gradients tell all that an event needs to know, so that one batch is enough to check it on."""
-        told = config.basis in ("gradient", "random", "identity") and config.second_moment != "measure"
-        return bool(config.track_every) and told
+        return bool(config.track_every) and config.basis in ("gradient", "random", "identity")
 
     @staticmethod
     def passes(config: TeleportConfig) -> int:
