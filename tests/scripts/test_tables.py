@@ -35,9 +35,10 @@ def test_the_page_has_the_numbers_of_the_tuned_arms():
         assert f"| {cells[3]} | {cells[4]} | {cells[6]}" in page, line
 
 
-def test_the_page_has_the_table_of_fine_tuning():
+@pytest.mark.parametrize("name", ["fine_tuning.csv", "following_variants.csv"])
+def test_the_page_has_the_table_of_several_experiments(name):
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    table = "\n".join(tables.pairs(pd.read_csv(RESULTS / "fine_tuning.csv"), "baseline"))
+    table = "\n".join(tables.pairs(pd.read_csv(RESULTS / name), "baseline"))
     assert f"\n\n{table}\n\n" in page
 
 
