@@ -196,7 +196,7 @@ class BasisSettings:
         "factors",
         "For method 'basis', what becomes of the optimizer's averages of squared gradients. 'factors': their sum over a turned "
         "axis stays, and each coordinate gets its share in the gradients' second moment; 'turn': they are multiplied by the "
-        "squared rotation; 'keep': they stay; 'measure': their sum stays, with shares from the event's own batches after the turn.",
+        "squared rotation; 'keep': they stay; 'measure': their sum stays, with shares from the event's batches after the turn.",
     )
     track_every: int = setting(
         5,
