@@ -11,7 +11,7 @@ import transformers.modeling_utils
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
 
-from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer, TeleportTrainingArguments
+from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer, TeleportTrainingArguments, teleporter
 from hf_teleport.layers.layer import Layer
 from hf_teleport.methods import BasisTurn, NullSpace
 from hf_teleport.methods.basis import turn
@@ -33,7 +33,7 @@ PHASES = {
     "weights_copied": (Snapshot, "__init__", 2),
     "weights_shifted": (direction, "_forward", 1),  # they are elsewhere for as long as it lasts
     "half_a_step": (Layer, "add_", 2),
-    "shortened": (Teleporter, "_shorten", 1),
+    "shortened": (teleporter, "shorten", 1),
     "null_space_kept": (Teleporter, "_keep", 1),
     "logged_between_methods": (Trainer, "log", 1),
     "basis_chosen": (BasisTurn, "fit", 1),

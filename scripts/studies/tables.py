@@ -68,7 +68,7 @@ def pairs(frame: pd.DataFrame, reference: str) -> list[str]:
     ]
     for name, own in frame.groupby("experiment", sort=False):
         rates = best_rates(own)
-        ends = final(own).set_index(["arm", "learning_rate", "seed"])[["train_loss", "test_loss"]]
+        ends = final(own).set_index(["arm", "learning_rate", "seed"]).sort_index()[["train_loss", "test_loss"]]
         base = ends.loc[reference, rates[reference]]
         for arm in sorted(rates.keys() - {reference}):
             found = ends.loc[arm, rates[arm]]
