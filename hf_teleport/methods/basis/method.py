@@ -7,6 +7,7 @@ not see it; Adam, which scales each coordinate alone, does. docs/basis.md has th
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -26,7 +27,7 @@ from hf_teleport.methods.basis.smallest import mean_angle
 from hf_teleport.methods.basis.symmetries import find_symmetries
 from hf_teleport.methods.basis.symmetry import Part, Symmetry
 from hf_teleport.methods.basis.tracker import Tracker
-from hf_teleport.methods.basis.turn import Turn
+from hf_teleport.methods.basis.turn import Turn, slices
 from hf_teleport.optimizers.hidden import hidden
 from hf_teleport.optimizers.state import OptimizerState, check_optimizer
 from hf_teleport.report import SymmetryReport
@@ -53,7 +54,7 @@ class BasisTurn(TurningMethod):
         self._moments = Moments([])
         self._basis: Basis = BASES[self.config.basis]([], self.config.seed)
         self._first: dict[nn.Parameter, Tensor] = {}
-        self._squares: dict[tuple[nn.Parameter, int], Tensor] = {}
+        self._squares: dict[Part, Tensor] = {}  # of each coordinate's gradients after the turn, (H, k)
         self._after: dict[Symmetry, Tensor] = {}  # second moments once turned
         self._before = Snapshot([])
         self._state: OptimizerState | None = None
@@ -299,18 +300,13 @@ class BasisTurn(TurningMethod):
         self.ranks.together(lambda: self._look_again(point))
 
     def _look_again(self, point: Point) -> None:
+        if self.config.second_moment != "measure":
+            return
         gradients = point.by_parameter
-        if self.config.second_moment == "measure":
-            for parameter, dim in self._turned_axes():
-                if parameter in gradients:
-                    squares = self.weights.gathered(parameter, gradients[parameter]).square().double()
-                    others = [d for d in range(squares.dim()) if d != dim]
-                    self._squares[parameter, dim] = self._squares.get((parameter, dim), 0) + (
-                        squares.sum(others) if others else squares
-                    )
-
-    def _turned_axes(self) -> list[tuple[nn.Parameter, int]]:
-        return list(dict.fromkeys((part.parameter, part.dim) for symmetry in self._ordered() for part in symmetry.parts))
+        for part in (part for symmetry in self._ordered() if symmetry.kind != "scaling" for part in symmetry.parts):
+            if part.parameter in gradients:
+                rows = slices(self.weights.gathered(part.parameter, gradients[part.parameter]), part)
+                self._squares[part] = self._squares.get(part, 0) + rows.double().square().sum((1, 3))
 
     def _judge(self, off: dict[nn.Parameter, tuple[float, float]], moved: dict[nn.Parameter, float]) -> None:
         """A symmetry turns the gradient as it turns the weights: what does not, by more than rounding, was none."""
@@ -332,11 +328,13 @@ class BasisTurn(TurningMethod):
             ).carry_out()
         if self._state is None:
             return
-        for (parameter, dim), squares in self._squares.items():
-            if squares.sum() > 0:
-                whole = Part(parameter, dim, torch.arange(len(squares)).reshape(1, 1, -1), False)
-                with self.weights.changing(parameter, [dim], self._state.state):
-                    self._state.put_shares(whole, (squares / squares.sum())[None])
+        for part, squares in self._squares.items():
+            sums = squares.sum(-1, keepdim=True)
+            known = ((sums > 0) & sums.isfinite()).squeeze(-1).cpu()  # a head or an expert that the batch did not use is not
+            if known.any():
+                own = replace(part, positions=part.positions[known])
+                with self.weights.changing(part.parameter, [part.dim], self._state.state):
+                    self._state.put_shares(own, (squares / sums)[known])
         turned = self.in_order()
         moved = [self._state.second_moment_moved(p, self._before.kept.get(p, {})) for p in turned]
         norms = self.weights.joined([norm for pair in moved for norm in pair])

@@ -190,6 +190,24 @@ def test_second_moments(second_moment):
         assert torch.allclose(after["exp_avg_sq"], share * squares.sum(0), rtol=1e-3, atol=0)
 
 
+def test_second_moments_are_measured_within_each_head_that_turned():
+    """Queries and keys lie in the same weight as the values. Theirs stay, and a head keeps its sum."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**sizes, vocab_size=VOCAB, rotary_pct=1.0, use_cache=False)).double()
+    optimizer = trained(model)
+    weight = model.gpt_neox.layers[0].attention.query_key_value.weight
+    before = optimizer.state[weight]["exp_avg_sq"].view(4, 3, 8, 32).clone()  # heads; queries, keys and values
+    config = basis(second_moment="measure", symmetries=["value_output"])
+    Teleporter(model, config, optimizer=optimizer).teleport(batches(), loss_fn)
+    after = optimizer.state[weight]["exp_avg_sq"].view(4, 3, 8, 32)
+    assert torch.equal(after[:, :2], before[:, :2])
+    torch.testing.assert_close(after[:, 2].sum(1), before[:, 2].sum(1))
+    gradients = [torch.autograd.grad(loss_fn(model, batch), weight)[0].square().view(4, 3, 8, 32)[:, 2] for batch in batches()]
+    share = sum(gradients).sum(2, keepdim=True) / sum(gradients).sum((1, 2), keepdim=True)
+    torch.testing.assert_close(after[:, 2], share * before[:, 2].sum(1, keepdim=True), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.Adamax, torch.optim.Adafactor])
 def test_an_event_says_how_far_the_second_moments_moved(optimizer_class):
     """Of Adafactor's factors both count, and Adamax keeps roots of squares."""
