@@ -39,13 +39,13 @@ def turn_back(
     if not way:
         way.frozen.restore()
         return []
-    with isolated(model, states, ranks) as weights:
+    with isolated(model, states, ranks, on_shards=True) as weights:
         names = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
         state = None
         if optimizer is not None and config.optimizer_state == "keep":
             state = OptimizerState(optimizer, "keep" if config.second_moment == "keep" else "turn")
         objection = (lambda parameter: "") if state is None else state.objection
-        staying = way.staying(names, objection, tracker.averages, weights.stand_in)
+        staying = ranks.together(lambda: way.staying(names, objection, tracker.averages, weights))
         turned = [weights.stand_in(parameter) for parameter in way.parameters]
         snapshot = Snapshot(turned, None if state is None else state.state)
         moments = tracker.moments_back(staying)
@@ -53,14 +53,15 @@ def turn_back(
         # Frozen weights are restored from their copies, so only the others are turned.
         only = set(way.parameters) - set(way.frozen.originals) if way.frozen.originals else None
         try:
-            ranks.together(lambda: way.turn_back(staying, state, weights.stand_in, only))
+            ranks.together(lambda: way.turn_back(staying, state, weights.stand_in, only, weights))
         except BaseException:
             snapshot.restore()
             raise
         for average in tracker.averages:
             way.turn_back(staying, None, average)
-        kept = [] if state is None else [tensor for parameter in turned for tensor in state.tensors(parameter)]
-        ranks.broadcast([parameter.data for parameter in turned] + kept)
+        if weights.whole:
+            kept = [] if state is None else [tensor for parameter in turned for tensor in state.tensors(parameter)]
+            ranks.broadcast([parameter.data for parameter in turned] + kept)
         if optimizer is not None and config.optimizer_state == "reset":
             forget(optimizer, turned, weights.origin)
     tracker.turned(moments)

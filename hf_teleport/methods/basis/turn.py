@@ -128,16 +128,19 @@ class Turn:
 
 
 @torch.no_grad()
-def unfold(fold: Fold, gain: Tensor, state: OptimizerState | None = None) -> None:
+def unfold(fold: Fold, gain: Tensor, state: OptimizerState | None = None, weights: Weights = WHOLE) -> None:
     """Give a norm whose gain was folded (it multiplies with one) this gain, and divide its readers by it.
 
     Args:
         gain: what the norm is to multiply with, (d,) in float64, so that an offset leaves its last digits.
+        weights: those that the parameters belong to.
     """
     own = fold.norm.gain
-    for _, _, change in _scalings(fold, 1 / gain.to(own)):
-        change(state)
-    own.copy_(gain - fold.norm.offset)
+    for parameter, dim, change in _scalings(fold, 1 / gain.to(own)):
+        with weights.changing(parameter, [dim], None if state is None else state.state):
+            change(state)
+    with weights.changing(own, [0]):
+        own.copy_(gain - fold.norm.offset)
 
 
 def folded(gains: dict[Fold, Tensor], gradients: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:

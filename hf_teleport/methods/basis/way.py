@@ -22,6 +22,7 @@ from hf_teleport.methods.basis.symmetry import SMALLEST_GAIN, Fold, Part, Symmet
 from hf_teleport.methods.basis.turn import Turn, unfold
 from hf_teleport.optimizers.state import OptimizerState
 from hf_teleport.report import SymmetryReport
+from hf_teleport.weights.whole import WHOLE, Weights
 
 # What a symmetry is described by besides its parameters, and where all of it stands in a file.
 _PLAIN = ("kind", "name", "blocks", "size", "centred")
@@ -103,7 +104,7 @@ class Way:
         names: Mapping[nn.Parameter, str],
         objection: Callable[[nn.Parameter], str] = lambda parameter: "",
         averages: Iterable[Average] = (),
-        stand_in: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
+        weights: Weights = WHOLE,
     ) -> dict[Leg, str]:
         """The legs that can't be undone now, each with the reason.
 
@@ -111,14 +112,15 @@ class Way:
             names: of the parameters.
             objection: why what an optimizer keeps for a parameter can't be turned; empty: it can be.
             averages: which turn along.
-            stand_in: the parameter to look at in place of one; `names` and `objection` take these.
+            weights: have the stand-ins to look at; `names` and `objection` take these.
         """
         averages = list(averages)
         reasons: dict[Leg, str] = {}
         for leg in reversed(self.legs):
             later = next((other for other in reasons if _overlap(other.symmetry, leg.symmetry)), None)
-            symmetry = leg.symmetry.of(stand_in)
-            why = reasons[later] if later else _blocked(symmetry, names)
+            symmetry = leg.symmetry.of(weights.stand_in)
+            with weights.reading(_gains(symmetry)):
+                why = reasons[later] if later else _blocked(symmetry, names)
             why = why or next(filter(None, map(objection, symmetry.parameters)), "")
             why = why or next(filter(None, (average.objection(leg.symmetry) for average in averages)), "")
             if why:
@@ -132,6 +134,7 @@ class Way:
         state: OptimizerState | None = None,
         stand_in: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
         only: Container[nn.Parameter] | None = None,
+        weights: Weights = WHOLE,
     ) -> None:
         """Undo all legs but those that stay, in the parameters of the model or in an average of them.
 
@@ -141,17 +144,21 @@ class Way:
                 that they leave, the gradient's are nearly uncorrelated.
             stand_in: the parameter to turn in place of one.
             only: turn these and no others; `stand_in` gives copies of norms that are not among them.
+            weights: those that the stand-ins belong to. A sharded one is whole only if its rows are mixed, and only meanwhile.
         """
         staying = list(staying)
         going = [leg for leg in self.legs if leg not in staying]
         for leg in reversed(going):
             symmetry = leg.symmetry if only is None else leg.symmetry.within(only)
-            Turn({symmetry.of(stand_in): leg.back}).carry_out(state)
+            symmetry = symmetry.of(stand_in)
+            with weights.reading(_gains(symmetry)):
+                turn = Turn({symmetry: leg.back})
+            turn.carry_out(state, weights)
         for gain in self._unfolded(staying):
             fold, before = self.gains[gain]
             if only is not None:
                 fold = Fold(fold.norm, [reader for reader in fold.readers if reader[0] in only])
-            unfold(fold.of(stand_in), before.to(stand_in(gain).device), state)
+            unfold(fold.of(stand_in), before.to(stand_in(gain).device), state, weights)
 
     @torch.no_grad()
     def turned_frozen(self) -> dict[nn.Parameter, Tensor]:
@@ -297,6 +304,11 @@ def _overlap(one: Symmetry, other: Symmetry) -> bool:
         for a in one.parts
         for b in other.parts
     )
+
+
+def _gains(symmetry: Symmetry) -> list[nn.Parameter]:
+    """The gains that decide whether and how a symmetry turns."""
+    return [*symmetry.blocking, *(fold.norm.gain for fold in symmetry.folds)]
 
 
 def _blocked(symmetry: Symmetry, names: Mapping[nn.Parameter, str]) -> str:
