@@ -306,7 +306,8 @@ class BasisTurn(TurningMethod):
         for part in (part for symmetry in self._ordered() if symmetry.kind != "scaling" for part in symmetry.parts):
             if part.parameter in gradients:
                 rows = slices(self.weights.gathered(part.parameter, gradients[part.parameter]), part)
-                self._squares[part] = self._squares.get(part, 0) + rows.double().square().sum((1, 3))
+                squares = torch.linalg.vector_norm(rows, dim=(1, 3), dtype=torch.float64).square()
+                self._squares[part] = self._squares.get(part, 0) + squares
 
     def _judge(self, off: dict[nn.Parameter, tuple[float, float]], moved: dict[nn.Parameter, float]) -> None:
         """A symmetry turns the gradient as it turns the weights: what does not, by more than rounding, was none."""
