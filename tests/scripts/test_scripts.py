@@ -34,9 +34,9 @@ def test_the_symmetries_of_some_architectures(tmp_path):
 
 
 def test_the_cost_of_a_step_after_a_turn():
-    out = run("bench/step_cost.py", "--hidden_size", 32, "--layers", 1, "--repeats", 2)
-    assert "median ratio" in out
-    assert "the event:" in out
+    out = run("bench/step_cost.py", "--hidden_size", 32, 48, "--layers", 1, "--repeats", 4)
+    assert [line.partition(":")[0] for line in out.splitlines()] == ["width 32", "width 48"]
+    assert out.count("steps; a reading") == 2
 
 
 def kept_run(folder, arm, seed, losses, seconds):
