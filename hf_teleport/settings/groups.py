@@ -192,11 +192,11 @@ class BasisSettings:
         "head), 'chain' (two weights with nothing between; LoRA has some), 'scaling' (balance gated and ReLU units).",
         within(words, lambda kinds: bool(kinds) and set(kinds) <= set(SYMMETRIES), f"some of {', '.join(SYMMETRIES)}"),
     )
-    second_moment: Literal["measure", "factors", "turn", "keep"] = setting(
-        "measure",
-        "For method 'basis', what becomes of the optimizer's averages of squared gradients. 'measure': their sum over the "
-        "coordinates that turned together stays, and each gets its share in the squared gradients of the event's batches after "
-        "the turn; 'factors': with shares in the gathered second moments; 'turn': they are multiplied by the squared rotation; "
+    second_moment: Literal["factors", "measure", "turn", "keep"] = setting(
+        "factors",
+        "For method 'basis', what becomes of the optimizer's averages of squared gradients. 'factors': their sum over the "
+        "coordinates that turned together stays, and each gets its share in the gathered second moments; 'measure': with shares "
+        "in the squared gradients of the event's batches after the turn; 'turn': they are multiplied by the squared rotation; "
         "'keep': they stay.",
     )
     track_every: int = setting(
