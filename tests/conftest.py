@@ -13,6 +13,14 @@ from hypothesis import settings
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
+# Files of half a minute and more. A worker takes a whole file: started last, one of these would leave the others idle.
+LONGEST = ["test_trainer_parity", "test_gpu", "test_ranks", "test_killed", "test_sharded", "test_examples", "test_packages"]
+LONGEST += ["test_frozen", "test_fsdp_trainer", "test_packaging", "test_compare", "test_compiled_runs", "test_hub"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_collection():

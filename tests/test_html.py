@@ -216,6 +216,7 @@ def test_no_name_breaks_the_page(run, tmp_path):
     assert page.text.count("&lt;script&gt;") > 5
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_numbers_that_are_not_finite_and_an_event_that_was_undone(run, tmp_path):
     def change(found):
         event = found["events"][2]
@@ -278,6 +279,7 @@ def test_without_a_log_the_file_tells_the_events(run, tmp_path):
     assert any(f"There is no {STATE}" in text for text in page.words("p"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_of_very_many_events_the_layers_of_some_are_told(run, tmp_path):
     def change(found):
         found["events"] = [{**found["events"][0], "step": 100 + i, "seconds": float(i)} for i in range(30)]

@@ -78,7 +78,11 @@ class AgainstEager:
         return compiled
 
 
-def compiling(folder, graphs, model=None, **settings):
+def small():
+    return llama(num_hidden_layers=1)
+
+
+def compiling(folder, graphs, model, **settings):
     # All batches are alike, so that nothing but a teleport could make the compiler start again.
     rows = [{name: ids[:6] for name, ids in row.items()} for row in Texts(16)]
     trainer_class = looking(graphs, TeleportMixin, AgainstEager, Trainer)
@@ -94,29 +98,29 @@ def assert_compiled_once_and_never_stale(run, graphs):
 
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["float32", "bf16"])
 def test_torch_compile_by_the_argument(tmp_path, graphs, precision):
-    run = moved(compiling(tmp_path, graphs, torch_compile_backend="aot_eager", **precision))
+    run = moved(compiling(tmp_path, graphs, small(), torch_compile_backend="aot_eager", **precision))
     assert hasattr(run.model_wrapped, "_orig_mod")
     assert_compiled_once_and_never_stale(run, graphs)
 
 
 def compiled_model():
-    return torch.compile(llama(), backend="aot_eager")
+    return torch.compile(small(), backend="aot_eager")
 
 
 def compiled_in_place():
-    model = llama()
+    model = small()
     model.compile(backend="aot_eager")
     return model
 
 
 def compiled_forward():
-    model = llama()
+    model = small()
     model.forward = torch.compile(model.forward, backend="aot_eager")
     return model
 
 
 def compiled_part():
-    model = llama()
+    model = small()
     model.model.layers[0].mlp = torch.compile(model.model.layers[0].mlp, backend="aot_eager")
     return model
 
@@ -130,7 +134,7 @@ def test_a_model_that_the_user_compiled(tmp_path, graphs, model):
 def test_the_names_of_a_compiled_model_are_those_of_the_model(tmp_path):
     names = [
         [layer.name for layer in make(tmp_path, model, remove_unused_columns=False).teleport().layers]
-        for model in (llama(), compiled_model())
+        for model in (small(), compiled_model())
     ]
     assert names[0] == names[1]
 

@@ -256,9 +256,10 @@ def test_bfloat16_bases_come_back_bit_for_bit(base, tmp_path):
 # --- merging --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def two(tmp_path):
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
     """A base, and two adapters at random values, each saved untouched and saved by a run that turned it with its base."""
+    tmp_path = tmp_path_factory.mktemp("two")
     folder = saved(tmp_path / "base")
     for name in ("a", "b"):
         torch.manual_seed(ord(name))

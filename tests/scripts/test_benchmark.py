@@ -3,7 +3,6 @@
 import csv
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -220,8 +219,9 @@ def test_work_draws_at_least_one_sample():
 def test_decompositions_are_spread_over_processes(tmp_path, monkeypatch):
     from benchmark_ranks import main, mp
 
+    start = mp.start_processes
     forks.start()
-    monkeypatch.setattr(mp, "start_processes", partial(mp.start_processes, start_method="forkserver"))
+    monkeypatch.setattr(mp, "start_processes", lambda *args, **kwargs: start(*args, **{**kwargs, "start_method": "forkserver"}))
     words = ["--width", "24", "--blocks", "1", "--repeats", "1", "--processes", "1", "2"]
     found = main([*words, "--json", str(tmp_path / "ranks.json")])
     assert list(found["seconds"]) == [1, 2]

@@ -1,11 +1,13 @@
 """The quickstart on tiny sizes: what it prints and draws, and that README shows what it prints."""
 
+import io
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import quickstart
-import torch
 from datasets import config
 from matplotlib.image import imread
 from pages import ROOT, blocks
@@ -44,25 +46,25 @@ def test_the_table_says_where_adamws_loss_is_passed():
     assert printed({"AdamW": base, "bad": evaluations([8.0, 7.0, 6.0], [0.0, 20.0, 40.0])}).rstrip().endswith("never")
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """What the quickstart prints, and says on stderr, in 22 steps."""
-    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(quickstart, "SETTINGS", quickstart.SETTINGS | TINY)
-    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output", str(tmp_path), "--steps", "22"])
-    threads = torch.get_num_threads()
-    quickstart.main()
-    torch.set_num_threads(threads)
-    return capsys.readouterr()
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What the quickstart prints, and says on stderr, in 22 steps, and the folder of its plots."""
+    folder, out, err = tmp_path_factory.mktemp("quickstart"), io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(config, "HF_DATASETS_CACHE", folder / "cache")
+        patch.setattr(quickstart, "SETTINGS", quickstart.SETTINGS | TINY)
+        patch.setattr(sys, "argv", ["quickstart.py", "--output", str(folder), "--steps", "22"])
+        quickstart.main()
+    return SimpleNamespace(out=out.getvalue(), err=err.getvalue(), folder=folder)
 
 
-def test_one_bar_a_run_a_table_and_two_plots(run, tmp_path):
+def test_one_bar_a_run_a_table_and_two_plots(run):
     assert "{'" not in run.out + run.err
     finished = [line for line in run.err.replace("\r", "\n").splitlines() if "22/22" in line]
     assert {name for name in NAMES if any(line.startswith(f"{name}: 100%") for line in finished)} == set(NAMES)
     table = run.out[run.out.index("run ") :].splitlines()
     assert [line.split("  ")[0] for line in table[1:3]] == NAMES
-    plots = [imread(tmp_path / name)[..., :3] for name in ("quickstart.png", "quickstart_dark.png")]
+    plots = [imread(run.folder / name)[..., :3] for name in ("quickstart.png", "quickstart_dark.png")]
     light, dark = (float(plot.mean()) for plot in plots)
     assert light > 0.8 > 0.3 > dark
     assert "quickstart.png" in run.out
