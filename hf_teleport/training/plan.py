@@ -341,8 +341,8 @@ def cost_warning(costs: list[Cost], events: int, training_passes: float, looks: 
     if share_of_time <= LARGE_SHARE:
         return ""
     return (
-        f"Teleports may take about {100 * share_of_time:.0f} % of the time of training itself. Fewer events or a smaller "
-        "batch_size take less, and so does a smaller num_batches if the method reads it: see docs/performance.md."
+        f"Teleports may take about {100 * share_of_time:.0f} % of the time of training itself. Fewer events and a smaller "
+        "teleport batch_size make them cheaper: see docs/performance.md."
     )
 
 
