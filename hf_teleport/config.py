@@ -39,7 +39,7 @@ class TeleportConfig(AutoSettings, BasisSettings, NullSpaceSettings, ScopeSettin
         for setting in fields(self):
             setattr(self, setting.name, read(setting, getattr(self, setting.name)))
         tau, joint = self.energy_threshold, self.scope == "joint" and self.step_size == "relative"
-        allowed = "0 < tau <= 1" + (", or None" if joint else " (None: with scope 'joint' and step_size 'relative')")
+        allowed = "above 0, at most 1" + (", or None" if joint else " (None: with scope 'joint' and step_size 'relative')")
         require(joint if tau is None else 0 < tau <= 1, "energy_threshold", tau, allowed)
         alone = self.method == "null_space" and self.scope == "joint"
         require(self.control is None or alone, "control", self.control, "None, but with method 'null_space' and scope 'joint'")

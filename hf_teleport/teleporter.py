@@ -104,10 +104,12 @@ class Teleporter:
             What was done, for each layer too: by the last method, if `config.method` names several.
 
         Raises:
-            ValueError: no batch, a loss that is no scalar or has no gradient, or a target module that matches nothing. The
-                weights are untouched.
+            ValueError: no batch, a batch that is not in a list, a loss that is no scalar or has no gradient, or a target module
+                that matches nothing. The weights are untouched.
         """
         start = time.perf_counter()
+        if isinstance(batches, Mapping):
+            raise ValueError(f"batches = a {type(batches).__name__} is not allowed; allowed: a list of batches, such as [batch].")
         with preserved_rng():
             batches = list(batches)
         if not batches:

@@ -14,7 +14,7 @@ from hf_teleport.journal import JOURNAL
     ("settings", "named"),
     [
         ({"energy_threshold": 0}, "energy_threshold = 0"),
-        ({"energy_threshold": 1.5}, "0 < tau <= 1"),
+        ({"energy_threshold": 1.5}, "allowed: above 0, at most 1, or None"),
         ({"learning_rate": -1}, "learning_rate"),
         ({"learning_rate": "fast"}, "a finite number"),
         ({"num_batches": 0}, "num_batches"),
@@ -38,7 +38,10 @@ from hf_teleport.journal import JOURNAL
         ({"epochs": "often"}, "epochs = 'often'"),
         ({"epochs": -1}, "epochs = -1"),
         ({"epochs": [0, -2]}, "list of epoch indices"),
-        ({"steps": "soon"}, "steps = 'soon'"),
+        (
+            {"steps": "soon"},
+            "steps = 'soon' is not allowed; allowed: optimizer steps from 0, for instance '10,100', or 'doubling'",
+        ),
         ({"steps": [-1]}, "optimizer steps from 0"),
         ({"steps": 3.5}, "steps = 3.5"),
         ({"symmetries": None}, "a list of words"),

@@ -270,6 +270,8 @@ def test_errors_say_what_to_do():
     model = mlp()
     with pytest.raises(ValueError, match="pass at least one batch"):
         Teleporter(model).teleport([], cross_entropy)
+    with pytest.raises(ValueError, match=r"batches = a dict is not allowed; allowed: a list of batches, such as \[batch\]"):
+        Teleporter(model).teleport({"x": data()}, cross_entropy)
     frozen = nn.Sequential(mlp().requires_grad_(False), nn.LayerNorm(4).double())
     with pytest.raises(ValueError, match=r"no weight of the model.*requires_grad is False \(6\); elementwise.*\(2\)"):
         Teleporter(frozen).check(data(), cross_entropy).require_movable()

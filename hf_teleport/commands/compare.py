@@ -19,7 +19,7 @@ def add_to(subparsers: Subparsers) -> None:
         ".json, .png into output_dir; hf-teleport report makes one page of them.",
         epilog="For instance:\n  hf-teleport compare configs/compare/digits_mlp_sgd.yaml --seeds 0 1\n\n"
         "--clock cpu_seconds compares CPU time, for a machine that has other work to do. It works for one process on a CPU. "
-        "--controls some of warmup, random_move, matched_rate; '[]' for none.",
+        "--controls some of warmup, random_move, identity, matched_rate; '[]' for none.",
     )
     add_config(command, "configs/compare/mnist_mlp_sgd.yaml")
 

@@ -61,7 +61,7 @@ class Prognosis:
     """What teleportation would do to a model.
 
     Attributes:
-        roles: a line for each role of weights: how many move on this batch, and why the others do not.
+        roles: a line for each role of weights: how many move on this batch by method 'null_space', and why the others do not.
         method: the method that 'auto' chooses with AdamW.
         why: why 'auto' does not choose 'basis'. Empty: it does.
     """
@@ -250,8 +250,9 @@ def sentences(findings: list[Finding], prognosis: Prognosis | None = None) -> li
         row = f"{mark:3} {finding.subject:{subjects}}  {finding.found or 'missing':{founds}}  {detail}"
         lines.append(row.rstrip() + (f"  -> {finding.advice}" if finding.advice else ""))
     if prognosis is not None:
-        turn = "" if prognosis.method == "basis" else f" ({prognosis.why.rstrip('.')})"
-        lines += ["", *prognosis.roles, "", f"Method 'auto' with AdamW: {prognosis.method}{turn}."]
+        turns = "`hf-teleport inspect --method basis` says what turns"
+        more = f". {turns}" if prognosis.method == "basis" else f" ({prognosis.why.rstrip('.')})"
+        lines += ["", "Method 'null_space':", *prognosis.roles, "", f"Method 'auto' with AdamW: {prognosis.method}{more}."]
     bad = [finding.subject for finding in findings if finding.required and not finding.ok]
     return [*lines, "", f"Missing or unsupported: {', '.join(bad)}." if bad else "Everything required is installed."]
 

@@ -77,7 +77,7 @@ def _print_symmetries(name: str, symmetries: list[SymmetryReport]) -> None:
             symmetry.name,
             f"{symmetry.blocks} x {symmetry.size}",
             count(symmetry.weights),
-            f"no: {symmetry.reason}" if symmetry.reason else "yes",
+            _turns(symmetry),
         ]
         for symmetry in sorted(symmetries, key=lambda s: bool(s.reason))
     ]
@@ -87,6 +87,12 @@ def _print_symmetries(name: str, symmetries: list[SymmetryReport]) -> None:
             "Such gains are uniform before training. In a run from scratch, method 'auto' or teleport_blocking_gains='hold' "
             "keeps them uniform until the turn. In a trained model, 'round' makes them uniform, if the loss allows it."
         )
+
+
+def _turns(symmetry: SymmetryReport) -> str:
+    if symmetry.reason:
+        return f"no: {symmetry.reason}"
+    return "yes" if symmetry.kind in TeleportConfig().symmetries else "only if `symmetries` names it"
 
 
 def _say_cost(run: "RunCost") -> None:
@@ -124,18 +130,19 @@ def _print_inspection(arguments: argparse.Namespace, inspection: "Inspection") -
         ]
         for layer in inspection.layers
     }
-    title = f"{arguments.model}: what a teleport would move; null dimensions at tau"
+    title = f"{arguments.model}: what method 'null_space' would move; null dimensions at tau"
     _print_layers(title, inspection.layers, columns, numbers)
     _say(
         f"{inspection.movable_share:.1%} of the elements may move, {inspection.moved_share:.1%} did in one step on this batch; "
         f"the decompositions took {duration(sum(layer.seconds for layer in inspection.layers))}."
     )
-    _say(f"An event at the default settings, on batches like this one, may take {inspection.cost}.")
+    _say(f"A null space event at its default settings, on batches like this one, may take {inspection.cost}.")
     _say(
         f"These are null spaces of {count(arguments.batch_size)} {'rows' if arguments.data else 'random samples'}. A teleport "
         "reads num_batches x batch_size samples, and more samples leave smaller null spaces: try --batch_size"
         f"{'' if arguments.data else ' and --data'}."
     )
+    _say("The default method, 'auto', may change the basis instead: see --method basis, and `hf-teleport doctor --model`.")
 
 
 def _print_layers(

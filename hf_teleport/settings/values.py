@@ -130,7 +130,10 @@ def parse_steps(steps: list[int] | int | str | None) -> list[int] | str | None:
         numbers: Iterable[Any] = [part for part in steps.strip("[] ").split(",") if part.strip()]
     else:
         numbers = steps if isinstance(steps, Iterable) else [steps]
-    parsed = sorted({integer("steps", number) for number in numbers})
+    try:
+        parsed = sorted({integer("steps", number) for number in numbers})
+    except ValueError:
+        parsed = [-1]
     require(all(number >= 0 for number in parsed), "steps", steps, "optimizer steps from 0, for instance '10,100', or 'doubling'")
     return parsed
 

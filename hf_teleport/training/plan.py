@@ -279,15 +279,17 @@ class Plan:
             self._warn(f"Teleports will be skipped as long as this lasts: {problems[0]}.")
             return
         for config, check in zip(self.settings.each_method(), checks, strict=True):
-            movable = sum(layer.movable for layer in check.layers)
             elements = share(check.layers, lambda layer: layer.movable)
             line = (
                 f"Teleports ({config.method}) before steps {_shortened(self.upcoming)}: "
-                f"{movable} of {len(check.layers)} weights ({elements:.0%} of the elements) may move. "
-                f"An event makes at most {event_passes(config)} passes over a teleport batch: it may take "
+                f"{sum(layer.movable for layer in check.layers)} of {len(check.layers)} weights ({elements:.0%} of the elements) "
+                f"may move. An event makes at most {event_passes(config)} passes over a teleport batch: it may take "
                 f"{check.cost}. The check took {duration(seconds)}."
             )
             self.notes.append((logging.INFO, line))
+        if self.held:
+            until = "the run ends" if self.turns_back else "the last teleport"
+            self.notes.append((logging.INFO, f"Gains that are not trained until {until} (blocking_gains): {len(self.held)}."))
         passes = self._passes(course.max_steps - course.start, course)
         looks = len([step for step in range(course.start, max(self.upcoming)) if self.tracker.looks_at(step)])
         if line := cost_warning([check.cost for check in checks], len(self.upcoming), passes, looks):
@@ -340,10 +342,8 @@ def cost_warning(costs: list[Cost], events: int, training_passes: float, looks: 
     share_of_time = share_of_run(sum(cost.of_run(events, looks) for cost in costs), training_passes, costs[0].pass_seconds)
     if share_of_time <= LARGE_SHARE:
         return ""
-    return (
-        f"Teleports may take about {100 * share_of_time:.0f} % of the time of training itself. Fewer events or a smaller "
-        "batch_size take less, and so does a smaller num_batches if the method reads it: see docs/performance.md."
-    )
+    advice = "Fewer events and a smaller teleport batch_size make them cheaper: see docs/performance.md."
+    return f"Teleports may take about {100 * share_of_time:.0f} % of the time of training itself. {advice}"
 
 
 def _shortened(steps: list[int]) -> str:

@@ -142,6 +142,7 @@ def test_a_model_by_name_on_rows_of_data(tmp_path, capsys):
     assert main(["doctor", "--model", "bert", "--set", *SIZES]) == 0
     out = capsys.readouterr().out
     assert "Method 'auto' with AdamW: basis." in out
+    assert "\nMethod 'null_space':\n" in out
     (tmp_path / "rows.jsonl").write_text('{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}\n' * 2)
     words = ["doctor", "--model", "bert", "--set", *SIZES, "--data", str(tmp_path / "rows.jsonl"), "--json"]
     assert main(words) == 0

@@ -14,7 +14,7 @@ SIZES = ["hidden_size=32", "intermediate_size=48", "num_hidden_layers=1", "num_a
 def test_inspect_a_config_name_as_a_table(capsys):
     assert main(["inspect", "bert", "--set", *SIZES]) == 0
     out = capsys.readouterr().out
-    assert "what a teleport would move" in out
+    assert "what method 'null_space' would move" in out
     assert "tied" in out
     assert "of the elements may move" in out
     assert "null spaces of 2 random samples" in out
@@ -93,6 +93,7 @@ def test_symmetries_of_a_config_name(capsys):
     table = capsys.readouterr().out
     assert "symmetries that a change of basis can turn" in table
     assert "rotary" in table
+    assert "only if `symmetries` names it" in " ".join(table.split())  # 'scaling', which is off by default
     assert "blocking_gains" not in table
     assert main(["inspect", "llama", "--set", *sizes, "--method", "basis", "--json"]) == 0
     found = {s["kind"]: (s["blocks"], s["size"]) for s in json.loads(capsys.readouterr().out) if not s["reason"]}
@@ -148,7 +149,7 @@ def test_models_that_cannot_be_loaded(tmp_path, monkeypatch, capsys):
 def test_encoder_decoders_by_name(name, capsys):
     sizes = ["d_model=16", "d_kv=8", "d_ff=24", "num_layers=1", "num_heads=2", "vocab_size=30"]
     assert main(["inspect", name, "--set", *sizes, "--batch_size", "1", "--length", "3"]) == 0
-    assert "what a teleport would move" in capsys.readouterr().out
+    assert "what method 'null_space' would move" in capsys.readouterr().out
 
 
 def test_sizes_that_make_no_model(capsys):

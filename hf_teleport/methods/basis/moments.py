@@ -85,7 +85,9 @@ def turned(moment: Tensor, matrices: Tensor) -> Tensor:
 def misalignment(moment: Tensor) -> float:
     """The share of a second moment's squares that lies off the diagonal, over all blocks (H, k, k)."""
     total = moment.square().sum()
-    return float(1 - moment.diagonal(dim1=-2, dim2=-1).square().sum() / total) if total > 0 else 0.0
+    off_diagonal = 1 - moment.diagonal(dim1=-2, dim2=-1).square().sum() / total
+    # Rounding makes the share of a diagonal matrix a little less than zero.
+    return float(off_diagonal.clamp_min(0.0)) if total > 0 else 0.0
 
 
 def shares(moment: Tensor) -> Tensor:

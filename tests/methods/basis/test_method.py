@@ -330,7 +330,7 @@ def test_a_resumed_run_ends_with_the_same_weights_and_optimizer(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(state_of(resumed.optimizer), state_of(whole.optimizer), strict=True))
 
 
-def test_held_gains_stay_uniform_until_the_first_event(tmp_path):
+def test_held_gains_stay_uniform_until_the_first_event(tmp_path, caplog):
     gains = {}
 
     class Watch(tf.TrainerCallback):
@@ -338,7 +338,9 @@ def test_held_gains_stay_uniform_until_the_first_event(tmp_path):
             gains[state.global_step] = model.transformer.ln_f.weight.detach().clone()
 
     run = trainer(tmp_path, gpt2(), basis(steps=[4], num_batches=2, blocking_gains="hold"), callbacks=[Watch()])
-    run.train()
+    with caplog.at_level("INFO", logger="hf_teleport.trainer"):
+        run.train()
+    assert "Gains that are not trained until the last teleport (blocking_gains): 1." in caplog.text
     assert "stream" in {s.kind for s in run.teleport_reports[0].symmetries if not s.reason}
     assert all(torch.equal(gains[step], torch.ones(16)) for step in range(1, 5))
     assert not torch.equal(gains[6], torch.ones(16))

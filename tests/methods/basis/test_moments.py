@@ -101,3 +101,11 @@ def test_misalignment_and_shares():
     off = turned(diagonal, quarter)
     assert misalignment(off) == pytest.approx(2 / 10)  # off the diagonal stand 1 and 1, on it 2 and 2
     torch.testing.assert_close(shares(off), torch.tensor([[0.5, 0.5]]).double())
+
+
+def test_rounding_makes_no_misalignment_negative():
+    sizes = torch.arange(2, 400)
+    moments = [torch.diag(torch.rand(int(k), generator=torch.Generator().manual_seed(int(k))))[None] for k in sizes]
+    unclamped = [float(1 - m.diagonal(dim1=-2, dim2=-1).square().sum() / m.square().sum()) for m in moments]
+    assert min(unclamped) < 0  # the case is there
+    assert all(0 <= misalignment(moment) < 1e-6 for moment in moments)
