@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# The tests start many processes. Without compiled files each would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: quickstart test lint docs versions clean
 
 # The quickstart needs no test tools and no optimizer packages. One of these, torchao, prints warnings whenever Transformers loads.
