@@ -72,7 +72,7 @@ def test_compare_says_what_it_does_and_what_is_wrong(tmp_path, capsys):
         main(["compare", "--help"])
     assert ended.value.code == 0
     told = " ".join(capsys.readouterr().out.split())
-    for words in ("--clock cpu_seconds", "warmup, random_move, matched_rate", "at equal time and at equal samples"):
+    for words in ("--clock cpu_seconds", "warmup, random_move, identity, matched_rate", "at equal time and at equal samples"):
         assert words in told
     assert main(["compare", str(tmp_path / "none.yaml")]) == 2
     assert "there is no file" in capsys.readouterr().err
