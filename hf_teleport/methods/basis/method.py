@@ -331,8 +331,8 @@ class BasisTurn(TurningMethod):
             return
         for part, squares in self._squares.items():
             sums = squares.sum(-1, keepdim=True)
-            known = ((sums > 0) & sums.isfinite()).squeeze(-1).cpu()  # a head or an expert that the batch did not use is not
-            if known.any():
+            known = ((sums > 0) & sums.isfinite()).squeeze(-1).cpu()
+            if known.any():  # the batch may not have used a head, or an expert
                 own = replace(part, positions=part.positions[known])
                 with self.weights.changing(part.parameter, [part.dim], self._state.state):
                     self._state.put_shares(own, (squares / sums)[known])
