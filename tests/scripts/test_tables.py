@@ -25,11 +25,18 @@ def test_the_page_has_the_numbers_of_the_table(name, reference):
             assert number.strip() in page, line
 
 
-def test_the_page_has_the_numbers_of_the_tuned_arms():
+@pytest.mark.parametrize(
+    ("name", "reference", "count"),
+    [
+        ("ptb_tuned.csv", ("baseline+warmup_steps-20+weight_decay-0.1", 0.001), 4),
+        ("quickstart_tuned.csv", ("baseline", 0.0005), 1),
+    ],
+)
+def test_the_page_has_the_numbers_of_the_tuned_arms(name, reference, count):
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    lines = lines_of("ptb_tuned.csv", ("baseline+warmup_steps-20+weight_decay-0.1", 0.001))[2:]
+    lines = lines_of(name, reference)[2:]
     tuned = [line for line in lines if line.split("|")[1].strip() not in ("baseline", "following")]
-    assert len(tuned) == 3
+    assert len(tuned) == count
     for line in tuned:
         cells = [cell.strip() for cell in line.split("|")]
         assert f"| {cells[3]} | {cells[4]} | {cells[6]}" in page, line
