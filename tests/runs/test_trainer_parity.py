@@ -2,7 +2,6 @@
 bit, and with one everything is the same but the weights and what follows from them."""
 
 import os
-from itertools import cycle
 from types import SimpleNamespace
 from unittest import mock
 
@@ -19,11 +18,9 @@ from hf_teleport.training.plan import TRACKED
 
 from tiny_runs import Stream, Texts, arguments, assert_moved, flat, hub_texts, llama, pad, teleports
 
-BOTH = teleports(steps_per_batch=1)
+TELEPORT = teleports(steps_per_batch=1)
 NULL_SPACE = teleports("null_space", steps_per_batch=1)
 OFF = teleports(steps=[])
-# What goes on around an event is the same for all methods: most cases have one of the two, in turn.
-IN_TURN = cycle([teleports("basis"), NULL_SPACE])
 
 
 def model(layers=1):
@@ -134,9 +131,9 @@ def sgd(model):
     return {"optimizers": (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step))}
 
 
-def case(name, made=lambda model: {}, model=model, mixin=object, config=None, marks=(), **settings):
+def case(name, made=lambda model: {}, model=model, mixin=object, config=TELEPORT, marks=(), **settings):
     """How to make a run: training arguments, what the trainer gets besides (made anew for each run), and what else is special."""
-    own = SimpleNamespace(settings=settings, made=made, model=model, mixin=mixin, config=config or next(IN_TURN))
+    own = SimpleNamespace(settings=settings, made=made, model=model, mixin=mixin, config=config)
     return pytest.param(own, id=name, marks=marks)
 
 
@@ -158,11 +155,11 @@ ASKED = {"should_log": [2, 3], "should_evaluate": [2, 3], "should_save": [2]}
 
 CASES = [
     # how long, and what on
-    case("epochs", config=BOTH),
+    case("epochs"),
     case("half_an_epoch_more", num_train_epochs=1.5),
     case("max_steps_in_an_epoch", max_steps=4),
     case("max_steps_over_epochs", max_steps=7),
-    case("accumulation", config=BOTH, gradient_accumulation_steps=2),
+    case("accumulation", gradient_accumulation_steps=2),
     case("accumulation_beyond_an_epoch", gradient_accumulation_steps=8, num_train_epochs=4),
     case("drop_last", dataloader_drop_last=True),
     case("grouped_by_length", train_sampling_strategy="group_by_length"),
@@ -186,21 +183,21 @@ CASES = [
     case("nan_loss_logged", mixin=NanLoss, logging_nan_inf_filter=False),
     case("neftune", neftune_noise_alpha=5.0),
     # optimizers and schedules
-    case("adafactor", config=BOTH, optim="adafactor"),
-    case("adagrad", config=BOTH, optim="adagrad"),
-    case("rmsprop", config=BOTH, optim="rmsprop"),
-    case("weight_decay", config=BOTH, weight_decay=0.1, adam_beta2=0.95),
+    case("adafactor", optim="adafactor"),
+    case("adagrad", optim="adagrad"),
+    case("rmsprop", optim="rmsprop"),
+    case("weight_decay", weight_decay=0.1, adam_beta2=0.95),
     case("sgd", optim="sgd", config=NULL_SPACE),
     case("own_optimizer_and_schedule", made=sgd, config=NULL_SPACE),
-    case("optimizer_class", made=lambda model: {"optimizer_cls_and_kwargs": (torch.optim.NAdam, {"lr": 1e-2})}, config=BOTH),
+    case("optimizer_class", made=lambda model: {"optimizer_cls_and_kwargs": (torch.optim.NAdam, {"lr": 1e-2})}),
     case("cosine_with_warmup", lr_scheduler_type="cosine", warmup_steps=3),
     case("plateau", lr_scheduler_type="reduce_lr_on_plateau", lr_scheduler_kwargs={"threshold": 1e9, "patience": 0}, **EVERY_2),
     case("no_clipping", max_grad_norm=0.0),
     case("model_init", made=lambda _: {"model": None, "model_init": lambda: model()}),
-    case("frozen", config=BOTH, model=half_frozen),
+    case("frozen", model=half_frozen),
     # precision and memory
-    case("bf16", config=BOTH, bf16=True),
-    case("activation_checkpointing", config=BOTH, activation_checkpointing=True),
+    case("bf16", bf16=True),
+    case("activation_checkpointing", activation_checkpointing=True),
     case("empty_cache", torch_empty_cache_steps=1),
     case("full_determinism", full_determinism=True),
     # logs
@@ -306,7 +303,7 @@ def test_a_teleport_leaves_the_rest_of_a_run_as_it_is(tmp_path, case):
 @pytest.mark.parametrize(
     "case",
     [
-        case("as_it_was", config=BOTH),
+        case("as_it_was"),
         case("with_smaller_batches", per_device_train_batch_size=2),
         case("with_accumulation", gradient_accumulation_steps=2),
         case("for_longer", num_train_epochs=3),

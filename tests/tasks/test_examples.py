@@ -129,15 +129,19 @@ def test_a_task_trains_teleports_evaluates_and_saves(task, tmp_path, monkeypatch
 
 
 @needs_data
-def test_the_saved_model_is_plain_transformers_and_a_run_goes_on_from_it(tmp_path):
-    config, sizes, _ = EXAMPLES["glue"]
+def test_the_saved_model_loads_without_this_package_and_a_run_goes_on_from_it(tmp_path, monkeypatch, capsys):
+    config, sizes, auto = EXAMPLES["glue"]
     first, second = tmp_path / "first", tmp_path / "second"
     train("glue", [str(CONFIGS / f"{config}.yaml"), *words(output_dir=first, **sizes)])
-    assert not any("hf_teleport" in (first / name).read_text() for name in ("config.json", "tokenizer_config.json"))
-    classify = transformers.pipeline("text-classification", model=str(first))
-    assert type(classify.model).__module__.startswith("transformers.models.")
-    assert type(classify.model).__name__ == "BertForSequenceClassification"
-    assert classify("a good film")[0]["label"] in ("negative", "positive")
+    program = f"""
+import sys
+sys.modules["hf_teleport"] = None  # an import of it fails
+from transformers import {auto}, pipeline
+print(pipeline("text-classification", model={str(first)!r})("a good film")[0]["label"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() in ("negative", "positive")
 
     # From the saved model and its tokenizer, on files of another kind, with a split of their own.
     rows = Dataset.from_dict({"review": [f"a {w} film" for w in ("good", "bad") * 20], "mood": ["yes", "no"] * 20})
