@@ -130,11 +130,12 @@ def parse_steps(steps: list[int] | int | str | None) -> list[int] | str | None:
         numbers: Iterable[Any] = [part for part in steps.strip("[] ").split(",") if part.strip()]
     else:
         numbers = steps if isinstance(steps, Iterable) else [steps]
+    allowed = "optimizer steps from 0, for instance '10,100', or 'doubling'"
     try:
         parsed = sorted({integer("steps", number) for number in numbers})
     except ValueError:
-        parsed = [-1]
-    require(all(number >= 0 for number in parsed), "steps", steps, "optimizer steps from 0, for instance '10,100', or 'doubling'")
+        raise ValueError(f"steps = {steps!r} is not allowed; allowed: {allowed}.") from None
+    require(all(number >= 0 for number in parsed), "steps", steps, allowed)
     return parsed
 
 

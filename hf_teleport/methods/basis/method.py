@@ -300,7 +300,7 @@ class BasisTurn(TurningMethod):
         self.ranks.together(lambda: self._look_again(point))
 
     def _look_again(self, point: Point) -> None:
-        if self.config.second_moment != "measure":
+        if self._state is None or self.config.second_moment != "measure":
             return
         gradients = point.by_parameter
         for part in (part for symmetry in self._ordered() if symmetry.kind != "scaling" for part in symmetry.parts):
