@@ -53,7 +53,7 @@ def turn_back(
         # Frozen weights are restored from their copies, so only the others are turned.
         only = set(way.parameters) - set(way.frozen.originals) if way.frozen.originals else None
         try:
-            ranks.together(lambda: way.turn_back(staying, state, weights.stand_in, only, weights))
+            ranks.together(lambda: way.turn_back(staying, state, only=only, weights=weights))
         except BaseException:
             snapshot.restore()
             raise

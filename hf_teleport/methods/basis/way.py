@@ -132,7 +132,7 @@ class Way:
         self,
         staying: Iterable[Leg] = (),
         state: OptimizerState | None = None,
-        stand_in: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
+        stand_in: Callable[[nn.Parameter], nn.Parameter] | None = None,
         only: Container[nn.Parameter] | None = None,
         weights: Weights = WHOLE,
     ) -> None:
@@ -142,11 +142,11 @@ class Way:
             staying: which stay; `forget` the others when all is turned.
             state: what an optimizer keeps, turned along. Averages of squares turn by the squared matrices: in the coordinates
                 that they leave, the gradient's are nearly uncorrelated.
-            stand_in: the parameter to turn in place of one.
+            stand_in: the parameter to turn in place of one; default: as `weights` says.
             only: turn these and no others; `stand_in` gives copies of norms that are not among them.
-            weights: those that the stand-ins belong to. A sharded one is whole only if its rows are mixed, and only meanwhile.
+            weights: those that are turned. A sharded one is whole only if its rows are mixed, and only meanwhile.
         """
-        staying = list(staying)
+        staying, stand_in = list(staying), stand_in or weights.stand_in
         going = [leg for leg in self.legs if leg not in staying]
         for leg in reversed(going):
             symmetry = leg.symmetry if only is None else leg.symmetry.within(only)
