@@ -140,15 +140,20 @@ class Ranks:
             return tensors
         present = torch.tensor([t is not None for t in tensors], dtype=torch.uint8, device=self.device)
         dist.all_reduce(present, dist.ReduceOp.MAX)
-        means: list[Tensor | None] = []
-        for tensor, other, some in zip(tensors, like, present.tolist(), strict=True):
-            mean = None
-            if some:
-                own = torch.zeros_like(other) if tensor is None else tensor.detach()
-                mean = own.clone(memory_format=torch.contiguous_format)
-                dist.all_reduce(mean)
-                mean /= self.size
-            means.append(mean)
+        own = {
+            i: torch.zeros_like(other) if tensor is None else tensor.detach()
+            for i, (tensor, other, some) in enumerate(zip(tensors, like, present.tolist(), strict=True))
+            if some
+        }
+        means: list[Tensor | None] = [None] * len(tensors)
+        # All tensors of a dtype are one message, because a message costs more time than most tensors in it.
+        for dtype in dict.fromkeys(tensor.dtype for tensor in own.values()):
+            sent = {i: tensor for i, tensor in own.items() if tensor.dtype == dtype}
+            sums = torch.cat([tensor.flatten() for tensor in sent.values()])
+            dist.all_reduce(sums)
+            sums /= self.size
+            for i, mean in zip(sent, sums.split([tensor.numel() for tensor in sent.values()]), strict=True):
+                means[i] = mean.view(sent[i].shape)
         return means
 
     def gather(self, value: _T) -> list[_T]:

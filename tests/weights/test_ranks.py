@@ -239,8 +239,16 @@ def faults(rank, size):
     return found
 
 
+def means(rank, size):
+    """Of tensors of two dtypes, of another layout, that one process has, and that nobody has."""
+    like = [torch.zeros(2, 3), torch.zeros(4, dtype=torch.float64), torch.zeros(3, 2), torch.zeros(()), torch.zeros(5)]
+    own = [tensor + rank + i for i, tensor in enumerate(like)]
+    own[0], own[2] = torch.arange(6.0).view(3, 2).T * (rank + 1), own[2] if rank else None
+    return Ranks().mean_tensors([*own[:4], None], like), own
+
+
 def one_sided(rank, size):
-    return faults(rank, size), trusting(rank, size)
+    return faults(rank, size), trusting(rank, size), means(rank, size)
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +258,7 @@ def sides(tmp_path_factory):
 
 
 def test_a_fault_in_one_process_is_everybodys(sides):
-    first, second = (found for found, _ in sides)
+    first, second = (found for found, *_ in sides)
     for (method, kind, at), (outcome, unchanged, weights) in first.items():
         assert torch.equal(weights, second[method, kind, at][2]), (method, kind, at)
         if kind == "error":
@@ -299,7 +307,7 @@ def trusting(rank, size):
 
 
 def test_a_loss_that_moves_in_one_process_is_no_longer_trusted_in_any(sides):
-    first, second = (found for _, found in sides)
+    first, second = (found for _, found, _ in sides)
     for mine, theirs, limit in zip(first, second, (1e-3, 1e-9), strict=True):
         began, steps, unchanged, weights, loss_before, loss_after = mine
         assert began == theirs[0] == [True, False]  # the event was made again
@@ -307,6 +315,16 @@ def test_a_loss_that_moves_in_one_process_is_no_longer_trusted_in_any(sides):
         assert torch.equal(weights, theirs[3])
         assert unchanged == (steps == 0)
         assert abs(loss_after - loss_before) <= limit * loss_before
+
+
+def test_means_are_those_of_each_tensor(sides):
+    (first, own), (second, others) = (found for *_, found in sides)
+    assert first[-1] is second[-1] is None
+    for i in range(4):
+        mean = others[i] / 2 if own[i] is None else (own[i] + others[i]) / 2
+        assert torch.equal(first[i], mean)
+        assert torch.equal(second[i], mean)
+        assert first[i].dtype == mean.dtype
 
 
 def dying(rank, size):
