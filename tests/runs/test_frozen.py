@@ -114,6 +114,30 @@ def test_an_adapter_of_a_turned_base_fits_the_base_that_was_loaded(base, tmp_pat
     assert not (tmp_path / "out" / TRACKED).exists()
 
 
+class LongestSteps(TrainerCallback):
+    """The longest step of any adapter's number, by step."""
+
+    def __init__(self):
+        self.before, self.longest = {}, []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.before = copies(model, trained=True)
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        after = copies(model, trained=True)
+        self.longest.append(max(float((after[name] - p).abs().max()) for name, p in self.before.items()))
+
+
+@pytest.mark.parametrize("second_moment", ["factors", "measure"])
+def test_few_gradients_of_low_rank_make_no_long_steps(tmp_path, second_moment):
+    """Two looks at adapters of rank 4 show nothing of most of the stream."""
+    steps = LongestSteps()
+    config = turning(steps=[4], track_every=2, second_moment=second_moment)
+    model = adapted(saved(tmp_path / "base"), "attention")
+    run(tmp_path / "out", model, config, [steps], learning_rate=1e-3, lr_scheduler_type="constant").train()
+    assert max(steps.longest) < 5e-3
+
+
 def test_a_run_that_is_killed_and_resumed_is_the_same_bit_for_bit(base, tmp_path):
     def train(folder, checkpoint=None):
         watch = Watch()

@@ -244,7 +244,7 @@ class BasisTurn(TurningMethod):
             report.misalignment_after = misalignment(moment)
             report.angle = mean_angle(rotations[symmetry])
         factors = self.config.second_moment == "factors"
-        spread = {symmetry: shares(moment) for symmetry, moment in self._after.items()} if factors else {}
+        spread = {s: shares(moment.diagonal(dim1=-2, dim2=-1)) for s, moment in self._after.items()} if factors else {}
         self.turn = self.ranks.together(lambda: self._with_gains(lambda: Turn(rotations, spread)))
 
     def _is_turned(self, symmetry: Symmetry) -> bool:
@@ -330,12 +330,12 @@ class BasisTurn(TurningMethod):
         if self._state is None:
             return
         for part, squares in self._squares.items():
-            sums = squares.sum(-1, keepdim=True)
-            known = ((sums > 0) & sums.isfinite()).squeeze(-1).cpu()
+            sums = squares.sum(-1)
+            known = ((sums > 0) & sums.isfinite()).cpu()
             if known.any():  # the batch may not have used a head, or an expert
                 own = replace(part, positions=part.positions[known])
                 with self.weights.changing(part.parameter, [part.dim], self._state.state):
-                    self._state.put_shares(own, (squares / sums)[known])
+                    self._state.put_shares(own, shares(squares[known]))
         turned = self.in_order()
         moved = [self._state.second_moment_moved(p, self._before.kept.get(p, {})) for p in turned]
         norms = self.weights.joined([norm for pair in moved for norm in pair])

@@ -90,10 +90,21 @@ def misalignment(moment: Tensor) -> float:
     return float(off_diagonal.clamp_min(0.0)) if total > 0 else 0.0
 
 
-def shares(moment: Tensor) -> Tensor:
-    """The share of each coordinate in a second moment's trace, (H, k), above zero."""
-    diagonal = moment.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(moment.dtype).tiny)
-    return diagonal / diagonal.sum(-1, keepdim=True)
+# How much of every share is the same for all coordinates.
+_EQUAL = 0.05
+
+
+def shares(squares: Tensor) -> Tensor:
+    """The share of each coordinate in its block's squared gradients, (H, k), above zero.
+
+    A twentieth is spread evenly. A few gradients of low rank, as LoRA has, show nothing of most directions. With a second moment
+    of zero there, Adam's next steps would be many times the learning rate.
+
+    Args:
+        squares: sums of squared gradients, (H, k). A block that has none gets equal shares.
+    """
+    squares = squares.clamp_min(torch.finfo(squares.dtype).tiny)
+    return (1 - _EQUAL) * squares / squares.sum(-1, keepdim=True) + _EQUAL / squares.shape[-1]
 
 
 class _Seen:

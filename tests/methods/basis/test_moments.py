@@ -93,14 +93,18 @@ def test_moments_turn_as_the_gradients_do():
             )
 
 
-def test_misalignment_and_shares():
+def test_misalignment():
     diagonal = torch.diag(torch.tensor([3.0, 1.0]).double())[None]
     assert misalignment(diagonal) == 0
-    torch.testing.assert_close(shares(diagonal), torch.tensor([[0.75, 0.25]]).double())
     quarter = torch.tensor([[1.0, -1.0], [1.0, 1.0]]).double()[None] / 2**0.5
     off = turned(diagonal, quarter)
     assert misalignment(off) == pytest.approx(2 / 10)  # off the diagonal stand 1 and 1, on it 2 and 2
-    torch.testing.assert_close(shares(off), torch.tensor([[0.5, 0.5]]).double())
+
+
+def test_a_twentieth_of_the_shares_is_spread_evenly():
+    squares = torch.tensor([[3.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]).double()
+    expected = torch.tensor([[0.725, 0.25, 0.0125, 0.0125], [0.25, 0.25, 0.25, 0.25]]).double()
+    torch.testing.assert_close(shares(squares), expected)
 
 
 def test_rounding_makes_no_misalignment_negative():
