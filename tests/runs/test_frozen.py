@@ -135,7 +135,7 @@ def test_few_gradients_of_low_rank_make_no_long_steps(tmp_path, second_moment):
     config = turning(steps=[4], track_every=2, second_moment=second_moment)
     model = adapted(saved(tmp_path / "base"), "attention")
     run(tmp_path / "out", model, config, [steps], learning_rate=1e-3, lr_scheduler_type="constant").train()
-    assert max(steps.longest) < 5e-3
+    assert max(steps.longest) < 6e-3
 
 
 def test_a_run_that_is_killed_and_resumed_is_the_same_bit_for_bit(base, tmp_path):

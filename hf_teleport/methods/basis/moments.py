@@ -91,13 +91,13 @@ def misalignment(moment: Tensor) -> float:
 
 
 # How much of every share is the same for all coordinates.
-_EQUAL = 0.05
+_EQUAL = 0.02
 
 
 def shares(squares: Tensor) -> Tensor:
     """The share of each coordinate in its block's squared gradients, (H, k), above zero.
 
-    A twentieth is spread evenly. A few gradients of low rank, as LoRA has, show nothing of most directions. With a second moment
+    A fiftieth is spread evenly. A few gradients of low rank, as LoRA has, show nothing of most directions. With a second moment
     of zero there, Adam's next steps would be many times the learning rate.
 
     Args:

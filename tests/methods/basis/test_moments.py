@@ -101,9 +101,9 @@ def test_misalignment():
     assert misalignment(off) == pytest.approx(2 / 10)  # off the diagonal stand 1 and 1, on it 2 and 2
 
 
-def test_a_twentieth_of_the_shares_is_spread_evenly():
+def test_a_fiftieth_of_the_shares_is_spread_evenly():
     squares = torch.tensor([[3.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]).double()
-    expected = torch.tensor([[0.725, 0.25, 0.0125, 0.0125], [0.25, 0.25, 0.25, 0.25]]).double()
+    expected = torch.tensor([[0.74, 0.25, 0.005, 0.005], [0.25, 0.25, 0.25, 0.25]]).double()
     torch.testing.assert_close(shares(squares), expected)
 
 
