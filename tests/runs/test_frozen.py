@@ -252,6 +252,24 @@ class Quantized(nn.Parameter):
     """A weight as libraries of quantization keep it: a parameter of a class of their own."""
 
 
+def test_a_base_without_embeddings_turns():
+    """Transformers raises NotImplementedError when it is asked for them."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "conv_dim": (8, 8)}
+    config = tf.Wav2Vec2Config(
+        **sizes, conv_kernel=(4, 4), conv_stride=(4, 4), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2
+    )
+    model = peft.get_peft_model(tf.Wav2Vec2Model(config), peft.LoraConfig(r=2, target_modules="all-linear")).eval()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+    def mean_square(model, batch):
+        return model(batch).last_hidden_state.diff(dim=1).square().mean()
+
+    report = Teleporter(model, turning(), optimizer=optimizer).teleport([torch.randn(2, 400)], mean_square)
+    assert report.stopped_because == "steps_done"
+    assert "value_output" in kinds(report)
+
+
 def test_a_quantized_base_stays_and_says_why(tmp_path):
     model = adapted(saved(tmp_path / "base"))
     for module in model.get_base_model().modules():

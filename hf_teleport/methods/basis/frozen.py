@@ -77,7 +77,10 @@ class Frozen:
         if inner is None or not hasattr(model, "peft_config"):
             return
         base = inner()
-        ends: list[Any] = [getattr(base, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+        try:
+            ends: list[Any] = [getattr(base, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+        except NotImplementedError:  # Transformers' way to say that a model has none: wav2vec2, ResNet
+            return
         weights: list[Any] = [getattr(end, "weight", None) for end in ends]
         embedding, head = weights
         if isinstance(embedding, nn.Parameter) and head is embedding and not embedding.requires_grad:
