@@ -28,7 +28,7 @@ def test_the_page_has_the_numbers_of_the_table(name, reference):
 @pytest.mark.parametrize(
     ("name", "reference", "count"),
     [
-        ("ptb_tuned.csv", ("baseline+warmup_steps-20+weight_decay-0.1", 0.001), 4),
+        ("ptb_tuned.csv", ("baseline+warmup_steps-20+weight_decay-0.1", 0.001), 5),
         ("quickstart_tuned.csv", ("baseline", 0.0005), 1),
     ],
 )
