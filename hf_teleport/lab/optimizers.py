@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
 
-from hf_teleport.layers.roles import role_of
+from hf_teleport.layers.roles import end_layer, role_of
 from hf_teleport.reporting.extras import require_extra
 
 MUON_ADAMW = "muon+adamw"
@@ -149,9 +149,8 @@ def accepted(kind: type[Optimizer]) -> list[str]:
 
 def outer_parameters(model: nn.Module) -> set[nn.Parameter]:
     """The parameters of embeddings and output head. The head is the model's own, or all layers with a head's name."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    head = end_layer(model, "output")
+    modules: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     modules += [head] if head is not None else [module for name, module in model.named_modules() if role_of(name, "") == "head"]
     return {parameter for module in modules for parameter in module.parameters()}
 

@@ -14,7 +14,7 @@ from torch import nn
 from hf_teleport.config import TeleportConfig
 from hf_teleport.layers.layer import Layer, bias_error, laid_out_like, weight_error
 from hf_teleport.layers.point import Point
-from hf_teleport.layers.roles import plain_name, role_of
+from hf_teleport.layers.roles import end_layer, plain_name, role_of
 from hf_teleport.layers.trace import Use
 from hf_teleport.report import LayerReport
 from hf_teleport.weights.region import Region
@@ -76,7 +76,7 @@ def describe(
     Raises:
         ValueError: as `audit`.
     """
-    head = _output_layer(model)
+    head = end_layer(model, "output")
     owners = _owners(model)
     places = Counter(parameter.data_ptr() for parameter in owners)
     check_targets(config, [name for name, _, _ in owners.values()])
@@ -112,14 +112,6 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, tuple[str, nn.Module, bool]]
             name = module_name if is_weight else f"{module_name}.{own_name}".lstrip(".")
             owners.setdefault(parameter, (name, module, is_weight))
     return owners
-
-
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    try:
-        return get() if callable(get) else None
-    except (NotImplementedError, AttributeError):
-        return None
 
 
 def _role_of_other(module: nn.Module, name: str) -> str:

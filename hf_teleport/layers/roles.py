@@ -1,6 +1,12 @@
-"""The role of a layer, read from its name: attention's q, k, v, o (separate or fused), mlp, conv, head."""
+"""The role of a layer, read from its name: attention's q, k, v, o (separate or fused), mlp, conv, head.
+
+Also the layers that a model itself names as its embedding and its output layer.
+"""
 
 import re
+from typing import Literal
+
+from torch import nn
 
 # Names in Transformers' model files. A layer's own name decides. If it is ambiguous, the names around it decide.
 _PROJECTIONS = {
@@ -53,6 +59,15 @@ def role_of(name: str, default: str, *, is_head: bool = False) -> str:
     if in_mlp or _MLP.fullmatch(own) or around[-1:] == ["output"]:
         return default if default == "conv" else "mlp"
     return default
+
+
+def end_layer(model: nn.Module, end: Literal["input", "output"]) -> nn.Module | None:
+    """The layer that a model of Transformers names as its embedding or its output layer. None: it names none."""
+    get = getattr(model, f"get_{end}_embeddings", None)
+    try:
+        return get() if callable(get) else None
+    except (NotImplementedError, AttributeError):  # so Transformers says that there is none
+        return None
 
 
 def plain_name(name: str) -> str:

@@ -1,6 +1,10 @@
 import pytest
+import transformers as tf
+from torch import nn
 
-from hf_teleport.layers.roles import plain_name, role_of
+from hf_teleport.layers.roles import end_layer, plain_name, role_of
+
+from tiny_runs import llama
 
 
 @pytest.mark.parametrize(
@@ -59,3 +63,14 @@ def test_what_the_model_calls_its_head_is_one():
 def test_a_plain_name_has_no_wrappers():
     assert plain_name("_orig_mod.model.layers.0._checkpoint_wrapped_module._orig_mod.mlp.up_proj") == "model.layers.0.mlp.up_proj"
     assert plain_name("") == ""
+
+
+def test_the_layers_at_a_models_ends():
+    model = llama()
+    assert end_layer(model, "input") is model.model.embed_tokens
+    assert end_layer(model, "output") is model.lm_head
+    assert end_layer(nn.Linear(2, 2), "input") is None
+    resnet = tf.ResNetModel(tf.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic"))
+    with pytest.raises(NotImplementedError):
+        resnet.get_input_embeddings()
+    assert end_layer(resnet, "input") is None

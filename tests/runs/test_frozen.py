@@ -248,10 +248,6 @@ def test_dora_leaves_rotations_of_its_inputs_free_and_nothing_else(dora, reads, 
     assert torch.allclose(after, before, atol=1e-4) == (exact or not dora)
 
 
-class Quantized(nn.Parameter):
-    """A weight as libraries of quantization keep it: a parameter of a class of their own."""
-
-
 def test_a_base_without_embeddings_turns():
     """Transformers raises NotImplementedError when it is asked for them."""
     torch.manual_seed(0)
@@ -268,6 +264,10 @@ def test_a_base_without_embeddings_turns():
     report = Teleporter(model, turning(), optimizer=optimizer).teleport([torch.randn(2, 400)], mean_square)
     assert report.stopped_because == "steps_done"
     assert "value_output" in kinds(report)
+
+
+class Quantized(nn.Parameter):
+    """A weight as libraries of quantization keep it: a parameter of a class of their own."""
 
 
 def test_a_quantized_base_stays_and_says_why(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hf_teleport.layers.roles import end_layer
 from hf_teleport.methods.basis.symmetry import Symmetry
 from hf_teleport.report import LayerReport
 
@@ -77,10 +78,7 @@ class Frozen:
         if inner is None or not hasattr(model, "peft_config"):
             return
         base = inner()
-        try:
-            ends: list[Any] = [getattr(base, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
-        except NotImplementedError:  # Transformers' way to say that a model has none: wav2vec2, ResNet
-            return
+        ends: list[Any] = [end_layer(base, "input"), end_layer(base, "output")]
         weights: list[Any] = [getattr(end, "weight", None) for end in ends]
         embedding, head = weights
         if isinstance(embedding, nn.Parameter) and head is embedding and not embedding.requires_grad:

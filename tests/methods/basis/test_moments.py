@@ -105,6 +105,11 @@ def test_a_fiftieth_of_the_shares_is_spread_evenly():
     squares = torch.tensor([[3.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]).double()
     expected = torch.tensor([[0.74, 0.25, 0.005, 0.005], [0.25, 0.25, 0.25, 0.25]]).double()
     torch.testing.assert_close(shares(squares), expected)
+    diagonal = torch.diag(torch.tensor([3.0, 1.0]).double())[None]
+    torch.testing.assert_close(shares(diagonal.diagonal(dim1=1, dim2=2)), torch.tensor([[0.745, 0.255]]).double())
+    quarter = torch.tensor([[1.0, -1.0], [1.0, 1.0]]).double()[None] / 2**0.5
+    off = turned(diagonal, quarter)
+    torch.testing.assert_close(shares(off.diagonal(dim1=1, dim2=2)), torch.tensor([[0.5, 0.5]]).double())
 
 
 def test_rounding_makes_no_misalignment_negative():
