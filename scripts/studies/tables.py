@@ -8,7 +8,8 @@
 The first table has every run with one seed, by its final training loss: the trials of a search. The second one compares what
 was run with more seeds: mean and 95 % interval (Student's t) over the seeds, and when the reference's final training loss is
 passed, in shares of the reference's own steps and CPU seconds. Of a folder of experiments there is one table: in each of them
-every arm against the reference, both at their own best learning rate, with the mean difference over the seeds and its interval.
+every arm against the reference, both at their own best settings, with the mean difference over the seeds and its interval, and
+when the reference's final training loss is passed.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import pandas as pd
 
 from hf_teleport.lab.results import best_rates, evaluations, final
 from hf_teleport.lab.runs import ALL_SETTINGS
-from hf_teleport.lab.verdict import Contestant, interval, verdict
+from hf_teleport.lab.verdict import Contestant, Verdict, interval, verdict
 
 COLUMNS = ["arm", "learning_rate", "seed", "step", "samples", "cpu_seconds", "train_loss", "test_loss", "metric"]
 
@@ -60,11 +61,19 @@ def comparison(frame: pd.DataFrame, reference: Contestant) -> list[str]:
     return lines
 
 
+def passed(found: Verdict) -> str:
+    """Steps to the reference's final training loss, as a multiple of the reference's own."""
+    if found.never == found.seeds:
+        return "never"
+    some = f" ({found.seeds - found.never} of {found.seeds} seeds)" if found.never else ""
+    return f"x {found.steps_to_loss}{some}"
+
+
 def pairs(frame: pd.DataFrame, reference: str) -> list[str]:
     """A Markdown table of several experiments: each arm against the reference with the same seeds, both at their best rates."""
     lines = [
-        f"| run | arm | rates | training loss, {reference} | arm | difference | difference in test loss |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| run | arm | rates | training loss, {reference} | arm | difference | difference in test loss | passes it: steps |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, own in frame.groupby("experiment", sort=False):
         rates = best_rates(own)
@@ -74,7 +83,8 @@ def pairs(frame: pd.DataFrame, reference: str) -> list[str]:
             found = ends.loc[arm, rates[arm]]
             train, test = (interval((found - base)[column].dropna().to_numpy()) for column in ("train_loss", "test_loss"))
             losses = [interval(part["train_loss"].to_numpy()) for part in (base, found)]
-            cells = [name.replace("_", " "), arm, f"{rates[reference]:g}, {rates[arm]:g}", *losses, train, test]
+            against = verdict(own, (reference, rates[reference]), (arm, rates[arm]), "cpu_seconds")
+            cells = [name.replace("_", " "), arm, f"{rates[reference]:g}, {rates[arm]:g}", *losses, train, test, passed(against)]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 

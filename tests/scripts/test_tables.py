@@ -51,6 +51,7 @@ def test_the_page_has_the_table_of_several_experiments(name):
 
 def test_each_arm_of_several_experiments_is_compared_seed_by_seed_at_its_own_best_rate(tmp_path):
     ends = {("baseline", 0.1): (1.0, 2.0), ("baseline", 0.2): (0.5,), ("basis", 0.2): (0.9, 1.7)}
+    ends |= {("random", 0.1): (0.9, 2.7), ("reset", 0.1): (3.0, 3.0)}
     for (arm, rate), losses in ends.items():
         for seed, loss in enumerate(losses):
             folder = tmp_path / "runs" / "tied_full" / arm / f"lr{rate}" / f"seed{seed}"
@@ -61,9 +62,10 @@ def test_each_arm_of_several_experiments_is_compared_seed_by_seed_at_its_own_bes
             (folder / "done").touch()
     (tmp_path / "runs" / "tied_full" / "experiment.yaml").touch()
     tables.export(tmp_path / "runs", tmp_path / "all.csv")
-    (line,) = tables.pairs(pd.read_csv(tmp_path / "all.csv"), "baseline")[2:]
+    line, random, reset = tables.pairs(pd.read_csv(tmp_path / "all.csv"), "baseline")[2:]
     # 0.2 has the baseline's lowest loss, but with one seed alone.
-    assert line == "| tied full | basis | 0.1, 0.2 | 1.5 ± 6.4 | 1.3 ± 5.1 | -0.2 ± 1.3 | -0.4 ± 2.5 |"
+    assert line == "| tied full | basis | 0.1, 0.2 | 1.5 ± 6.4 | 1.3 ± 5.1 | -0.2 ± 1.3 | -0.4 ± 2.5 | x 1 |"
+    assert random.endswith("| x 1 (1 of 2 seeds) |") and reset.endswith("| never |")
 
 
 def test_trials_are_sorted_within_an_arm_and_are_those_of_the_first_seed():
