@@ -28,9 +28,11 @@ from hf_teleport.event.measurement import Measurement, landing, measure
 from hf_teleport.event.reasons import NO_STEP, explain, why_unmoved
 from hf_teleport.event.verdict import held_back_loss, shorten, verdict
 from hf_teleport.layers.point import LossFn
+from hf_teleport.layers.roles import plain_name
 from hf_teleport.methods import METHODS, BasisTurn, ClimbingMethod, NullSpace, TurningMethod
 from hf_teleport.methods.basis.averages import taken_in
 from hf_teleport.methods.basis.tracker import Tracker
+from hf_teleport.methods.basis.way import Way, is_of_way
 from hf_teleport.methods.null_space.objectives import OBJECTIVES
 from hf_teleport.optimizers.parts import states, steps_copies
 from hf_teleport.optimizers.rehearsal import Rehearsal, RehearsalError
@@ -83,6 +85,7 @@ class Teleporter:
         self.tracker = tracker or (Tracker(self.config.track_every, self.config.track_decay) if follows else Tracker())
         self._guard = Guard(self.config)
         self._progress = progress or (lambda step, total: None)
+        self._averages: tuple[nn.Module | Mapping[str, Tensor], ...] = ()
         self._ranks = Ranks(next((p.device for p in model.parameters()), "cpu"))
 
     def teleport(self, batches: Iterable[Any], loss_fn: LossFn, held_back: Any = None) -> TeleportReport:
@@ -115,6 +118,7 @@ class Teleporter:
         if not batches:
             raise ValueError("there are no teleport batches: pass at least one batch of data to teleport on.")
         self._settle(batches[0], loss_fn)
+        self._take_in_averages()
         reports = []
         for config in self.config.each_method():
             reports.append(self._with(config)._by_one_method(batches, loss_fn, held_back, start))
@@ -149,6 +153,7 @@ class Teleporter:
         Returns:
             What had been turned. A symmetry with a reason stays turned, and a later call may bring it back.
         """
+        self._take_in_averages()
         return turn_back(self.model, self.config, self.tracker, self.optimizer, self._state, self._ranks)
 
     def register_average(self, *averages: nn.Module | Mapping[str, Tensor]) -> None:
@@ -161,7 +166,32 @@ class Teleporter:
         Raises:
             ValueError: a trained parameter is missing in one, has another shape, or is sharded.
         """
-        self.tracker.averages = taken_in(self.model, averages)
+        self._averages = averages
+        self._take_in_averages()
+
+    def _take_in_averages(self) -> None:
+        if self._averages:  # again before each event: a dict may have other tensors now
+            self.tracker.averages = taken_in(self.model, self._averages)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed loop needs besides weights and optimizer: the way back, and second moments gathered from training steps.
+
+        `accelerator.register_for_checkpointing(teleporter)` saves it with everything else.
+        """
+        names = {parameter: plain_name(name) for name, parameter in self.model.named_parameters()}
+        return {**self.tracker.way.state_dict(names), **self.tracker.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take in what `state_dict` returned.
+
+        Raises:
+            ValueError: it is of another model.
+        """
+        named = {plain_name(name): parameter for name, parameter in self.model.named_parameters()}
+        frozen = self.tracker.way.frozen
+        self.tracker.way = Way.from_state_dict(state, named)
+        self.tracker.way.frozen = frozen
+        self.tracker.load_state_dict({name: tensor for name, tensor in state.items() if not is_of_way(name)})
 
     def check(self, batch: Any, loss_fn: LossFn) -> Check:
         """What a teleport on this batch could move, without moving anything.

@@ -30,9 +30,10 @@ def add_to(subparsers: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Load, turn back, save, and print what was turned."""
+    from hf_teleport.config import TeleportConfig
     from hf_teleport.inputs.models import load_model
     from hf_teleport.teleporter import Teleporter
-    from hf_teleport.training.plan import TRACKED, load_way
+    from hf_teleport.training.plan import TRACKED, Plan, load_way
 
     folder, output = arguments.folder, arguments.output or arguments.folder / "turned_back"
     if not (folder / TRACKED).exists():
@@ -42,13 +43,17 @@ def run(arguments: argparse.Namespace) -> None:
     if output.resolve() == folder.resolve():
         raise ValueError(f"--output = {str(output)!r} is the folder itself, which is not allowed; give another one.")
     model = load_model(str(folder))
-    teleporter = Teleporter(model)
-    teleporter.tracker.way = load_way(folder, model)
+    plan = Plan(TeleportConfig())
+    plan.tracker.way = load_way(folder, model)
+    if not plan.tracker.way:
+        raise ValueError(f"{folder} was saved before the first change of basis, so there is nothing to turn back.")
+    teleporter = Teleporter(model, tracker=plan.tracker)
     found = teleporter.turn_back()
     for symmetry in found:
         what = f"{symmetry.kind} of {symmetry.name}, {symmetry.blocks} x {symmetry.size}"
         print(f"{what}: " + (f"stays turned: {symmetry.reason}" if symmetry.reason else "turned back"))
     model.save_pretrained(output)  # type: ignore[operator]
+    plan.save(output, model)  # the way of what stays turned
     for path in [path for pattern in _BESIDE for path in folder.glob(pattern)]:
         if not any(path.match(pattern) for pattern in _OF_TRAINING) and not (output / path.name).exists():
             shutil.copy(path, output / path.name)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from hf_teleport.lab.keys import require_known
 
 _T = TypeVar("_T")
 
+_ADAPTER = "adapter_config.json"
 _WAYS = "give a folder as model.save_pretrained writes it, or a Hub id such as openai-community/gpt2"
 
 
@@ -50,7 +52,7 @@ def model_and_batch(
 
 
 def load_model(name: str, sizes: dict[str, Any] | None = None) -> nn.Module:
-    """A saved model from a folder or the Hub, or one with random weights from a config name.
+    """A saved model from a folder or the Hub, or one with random weights from a config name. PEFT's adapters come on their base.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -77,10 +79,24 @@ def load_model(name: str, sizes: dict[str, Any] | None = None) -> nn.Module:
             f"--set gives the sizes of a config name, but {name!r} is none; known are llama, bert, vit, ... For a saved model "
             "leave --set out."
         )
+    if Path(name, _ADAPTER).exists():
+        return _adapted(name)
     config = from_saved(AutoConfig.from_pretrained, "model", name)
     heads = [getattr(transformers, head, None) for head in config.architectures or []]
     model_class = next((head for head in heads if head is not None), transformers.AutoModel)
     return from_saved(model_class.from_pretrained, "model", name)
+
+
+def _adapted(name: str) -> nn.Module:
+    from peft import PeftModel
+
+    base = json.loads(Path(name, _ADAPTER).read_text())["base_model_name_or_path"]
+    if not base:
+        raise ValueError(
+            f"model = {name!r} is an adapter whose {_ADAPTER} names no base model: write its folder or Hub id there, as "
+            "base_model_name_or_path."
+        )
+    return from_saved(partial(PeftModel.from_pretrained, load_model(base)), "model", name)
 
 
 def from_saved(load: Callable[..., _T], argument: str, name: str, **settings: Any) -> _T:

@@ -105,7 +105,14 @@ class HomeMixin(_Base):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_best_model(self) -> None:
+        # Averages stay those of the last step, and go to the coordinates of the best checkpoint.
+        self._take_in_averages(self._plan)
+        tracker = self._plan.tracker
+        way = tracker.way
         super()._load_best_model()
         if self._plan.saves_at_home(self.model):  # the saved adapters are turned back, so the base must be too
             self._plan.tracker.way.frozen.restore()
         self._plan.load(str(self.state.best_model_checkpoint), self.model)
+        for average in tracker.averages:
+            if why := way.move(average, tracker.way):
+                self._tell(f"An average of the weights stays in the coordinates of the last step: {why}.", logging.WARNING)

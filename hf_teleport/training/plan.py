@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -311,14 +312,19 @@ def load_way(folder: str | Path, model: nn.Module) -> Way:
         model: the model that has these weights.
 
     Raises:
-        ValueError: the file belongs to another model.
+        ValueError: the file belongs to another model, or is broken.
     """
     return Way.from_state_dict(_saved(folder), _named(model))
 
 
 def _saved(folder: str | Path) -> dict[str, Tensor]:
     path = Path(folder, TRACKED)
-    return load_file(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut short or broken: {error}. Copy it again from where the run wrote it.") from error
 
 
 def _named(model: nn.Module) -> dict[str, nn.Parameter]:

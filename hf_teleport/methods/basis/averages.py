@@ -5,6 +5,7 @@ and what it goes on averaging is in the same coordinates.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ class Average:
         given: a module with parameters of the same names, `AveragedModel` and the like included; or tensors by these names.
 
     Raises:
-        ValueError: a trained parameter is missing, has another shape, or is sharded.
+        ValueError: a trained parameter is missing, has another shape, or is sharded; a tensor is the model's own, or weights that
+            are tied in the model are two tensors.
     """
 
     def __init__(self, model: nn.Module, given: nn.Module | Mapping[str, Tensor]):
@@ -50,12 +52,28 @@ class Average:
                     f"the average ({self.kind}) can't turn along: FSDP2 shards it. Begin to average after the last teleport, or "
                     "use teleport_method='null_space'."
                 )
+            if not isinstance(parameter, DTensor) and tensor.data_ptr() == parameter.data_ptr():
+                raise ValueError(
+                    f"the average ({self.kind}) has the model's own {name}, which turns anyway. Give tensors of its own."
+                )
             own = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
             self._own[parameter] = own
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            twin = known.get(plain_name(name))
+            if parameter in self._own and twin is not None and twin.data_ptr() != self._own[parameter].data_ptr():
+                raise ValueError(
+                    f"the average ({self.kind}) can't turn along: {plain_name(name)} is tied in the model and not in the "
+                    "average. Leave it out, as model.named_parameters() does."
+                )
 
     def __call__(self, parameter: nn.Parameter) -> nn.Parameter:
         """What stands for a parameter of the model."""
         return self._own[parameter]
+
+    @property
+    def places(self) -> set[int]:
+        """Where its tensors lie in memory."""
+        return {own.data_ptr() for own in self._own.values()}
 
     def objection(self, symmetry: Symmetry) -> str:
         """Why a symmetry of the model can't be turned in the average; empty: it can."""
@@ -67,9 +85,9 @@ class Average:
 
 
 def averages_of(trainer: Any) -> Iterator[nn.Module | Mapping[str, Tensor]]:
-    """The averages that a trainer or its callbacks keep as attributes: torch's, timm's and TRL's."""
+    """The averages that a trainer or its callbacks keep as attributes, or in lists and dicts: torch's, timm's and TRL's."""
     for keeper in (trainer, *trainer.callback_handler.callbacks):
-        for value in vars(keeper).values():
+        for value in chain.from_iterable(map(_elements, vars(keeper).values())):
             if isinstance(value, AveragedModel) or type(value).__name__ in _EMA_MODELS:
                 yield value
         kinds = {base.__name__ for base in type(keeper).__mro__}
@@ -82,8 +100,18 @@ def averages_of(trainer: Any) -> Iterator[nn.Module | Mapping[str, Tensor]]:
 
 
 def taken_in(model: nn.Module, given: Iterable[nn.Module | Mapping[str, Tensor]]) -> list[Average]:
-    """The averages, each object once."""
-    return [Average(model, each) for each in {id(each): each for each in given}.values()]
+    """The averages, each once: an `AveragedModel` and a dict of its parameters are the same."""
+    averages: list[Average] = []
+    for average in sorted((Average(model, each) for each in given), key=lambda average: -len(average.places)):
+        if not any(average.places <= other.places for other in averages):
+            averages.append(average)
+    return averages
+
+
+def _elements(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _tensors(given: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -52,12 +52,21 @@ def find_symmetries(
 def followed(model: nn.Module) -> Iterator[Follow]:
     """Follow the model's forwards while the context is open."""
     follow = Follow(model, RULES)
-    outputs = model.register_forward_hook(lambda module, inputs, output: follow.fix_outputs(output))
+
+    def run_original(wrapper: Any, args: Any, kwargs: Any, output: Any) -> None:
+        follow.fix_outputs(wrapper.original_module(*args, **kwargs))
+
+    hooks = [model.register_forward_hook(lambda module, inputs, output: follow.fix_outputs(output))]
+    # PEFT trains a copy of a module in `modules_to_save`. The original reads the same features, but no forward uses it.
+    originals = [each for each in model.modules() if hasattr(each, "modules_to_save") and hasattr(each, "original_module")]
+    linear = [each for each in originals if isinstance(each.original_module, nn.Linear)]
+    hooks += [wrapper.register_forward_hook(run_original, with_kwargs=True) for wrapper in linear]
     try:
         with recognised_norms(model, follow), follow:
             yield follow
     finally:
-        outputs.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 class Solver:

@@ -160,6 +160,25 @@ class Way:
                 fold = Fold(fold.norm, [reader for reader in fold.readers if reader[0] in only])
             unfold(fold.of(stand_in), before.to(stand_in(gain).device), state, weights)
 
+    def move(self, average: Average, to: "Way") -> str:
+        """Bring an average from the coordinates to which this way leads to those of another way of the same model.
+
+        Returns:
+            Why it can't be brought there; empty: it was.
+        """
+        same = len(self.legs) == len(to.legs) and all(
+            _key(ours.symmetry) == _key(other.symmetry) and torch.equal(ours.matrices, other.matrices)
+            for ours, other in zip(self.legs, to.legs, strict=True)
+        )
+        if same:
+            return ""
+        if why := next(filter(None, (average.objection(leg.symmetry) for leg in [*self.legs, *to.legs])), ""):
+            return why
+        self.turn_back(stand_in=average)
+        for leg in to.legs:
+            Turn({leg.symmetry.of(average): leg.matrices}).carry_out()
+        return ""
+
     @torch.no_grad()
     def turned_frozen(self) -> dict[nn.Parameter, Tensor]:
         """Frozen weights in the coordinates to which the way leads, from what was loaded; in float32 at least."""
@@ -249,28 +268,30 @@ class Way:
         if _WAY not in state:
             return way
         written = json.loads(bytes(state[_WAY].tolist()))
+        other = "the turns were made in another model: {}. Give the model that was trained."
 
         def named(name: str) -> nn.Parameter:
             if name not in parameters:
-                raise ValueError(
-                    f"the turns were made in another model: this one has no parameter {name}. Give the model that was trained."
-                )
+                raise ValueError(other.format(f"this one has no parameter {name}"))
             return parameters[name]
+
+        def axis(name: str, dim: int, positions: Tensor) -> tuple[nn.Parameter, int, Tensor]:
+            shape = list(named(name).shape)
+            if dim >= len(shape) or int(positions.max()) >= shape[dim]:
+                raise ValueError(other.format(f"{name} has the shape {shape} here"))
+            return named(name), dim, positions.long()
 
         folds: dict[str, Fold] = {}
         for i, own in enumerate(written["gains"]):
             gain, bias = named(own["gain"]), own["bias"]
             nothing = torch.empty(0, dtype=torch.long)  # features have numbers only while a forward is followed
             norm = Norm(gain, None if bias is None else named(bias), own["offset"], nothing, nothing)
-            readers = [
-                (named(name), dim, state[f"{_WAY}/gain/{i}/reader/{j}"].long()) for j, (name, dim) in enumerate(own["readers"])
-            ]
+            readers = [axis(name, dim, state[f"{_WAY}/gain/{i}/reader/{j}"]) for j, (name, dim) in enumerate(own["readers"])]
             folds[own["gain"]] = Fold(norm, readers)
             way.gains[gain] = folds[own["gain"]], state[f"{_WAY}/gain/{i}"].to(gain.device)
         for i, own in enumerate(written["legs"]):
             parts = [
-                Part(named(name), dim, state[f"{_WAY}/{i}/part/{j}"].long(), reads)
-                for j, (name, dim, reads) in enumerate(own["parts"])
+                Part(*axis(name, dim, state[f"{_WAY}/{i}/part/{j}"]), reads) for j, (name, dim, reads) in enumerate(own["parts"])
             ]
             symmetry = Symmetry(**{name: own[name] for name in _PLAIN}, parts=parts)
             symmetry.gains = [named(name) for name in own["gains"]]
