@@ -34,12 +34,13 @@ class Averaging(TrainerCallback):
         self.average.update_parameters(model)
 
 
-def run(folder, model, config, callbacks=(), **settings):
+def run(folder, model, config, callbacks=(), trainer_class=TeleportTrainer, eval_dataset=None, **settings):
     given = {"max_steps": 8, "learning_rate": 1e-3, **settings}
-    return TeleportTrainer(
+    return trainer_class(
         model,
         arguments(folder, **given),
         train_dataset=Texts(64),
+        eval_dataset=eval_dataset,
         data_collator=pad,
         teleport_config=config,
         callbacks=list(callbacks),
@@ -135,6 +136,81 @@ def test_what_an_average_computes_stays_in_events_and_on_the_way_home():
     assert not any(report.reason for report in teleporter.turn_back())
     for a, b in zip(before, computed(), strict=True):
         torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("turn_back", ["end", "never"])
+def test_an_average_goes_to_the_coordinates_of_the_best_checkpoint(tmp_path, turn_back):
+    class First(TeleportTrainer):
+        def _determine_best_metric(self, metrics, trial):
+            return super()._determine_best_metric({**metrics, "eval_loss": float(self.state.global_step)}, trial)
+
+    model = uneven()
+    before = [p.detach().clone() for p in model.parameters()]
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    settings = {
+        "save_strategy": "steps",
+        "eval_strategy": "steps",
+        "save_steps": 3,
+        "eval_steps": 3,
+        "load_best_model_at_end": True,
+    }
+    trainer = run(
+        *(tmp_path, model, following(turn_back=turn_back), [Averaging(average)], First),
+        **{"eval_dataset": Texts(9, seed=1), "learning_rate": 0.0, **settings},
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-3")
+    for a, b in zip(model.parameters(), average.module.parameters(), strict=True):
+        torch.testing.assert_close(b, a, atol=2e-6, rtol=0)
+    at_home = [torch.allclose(a, p, atol=2e-6) for a, p in zip(before, model.parameters(), strict=True)]
+    assert all(at_home) == (turn_back == "end")
+
+
+def test_an_average_turns_once_however_often_it_is_given(tmp_path):
+    model = uneven()
+    before = [p.detach().clone() for p in model.parameters()]
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+
+    class InAList(TrainerCallback):
+        averages = None
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            self.averages[0].update_parameters(model)
+
+    callback = InAList()
+    callback.averages = [average]
+    trainer = run(tmp_path, model, following(turn_back="end"), [callback], learning_rate=0.0)
+    trainer.register_average(dict(average.module.named_parameters()))
+    trainer.register_average(average.module)
+    trainer.train()
+    for a, b in zip(before, average.module.parameters(), strict=True):
+        torch.testing.assert_close(b, a, atol=2e-6, rtol=0)
+
+
+def test_a_dict_may_get_other_tensors_between_events():
+    model = uneven().double()
+    average = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    teleporter = Teleporter(model, TeleportConfig(method="basis", basis="random"))
+    teleporter.register_average(average)
+    for seed in range(2):
+        teleporter.config = TeleportConfig(method="basis", basis="random", seed=seed)
+        assert teleporter.teleport([batch()], lambda model, batch: model(**batch).loss).steps
+        for name in average:
+            average[name] = 1.0 * average[name]
+    teleporter.turn_back()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(average[name], parameter.detach(), atol=1e-12, rtol=0)
+
+
+def test_tensors_that_would_turn_wrongly_are_refused(tmp_path):
+    tied = llama(tie_word_embeddings=True)
+    trainer = run(tmp_path, tied, following())
+    with pytest.raises(ValueError, match="is tied in the model and not in the average"):
+        trainer.register_average({name: tensor.clone() for name, tensor in tied.state_dict().items()})
+    trainer.register_average({name: tensor.clone() for name, tensor in tied.named_parameters()})
+    for own in (tied, tied.state_dict()):
+        with pytest.raises(ValueError, match="has the model's own"):
+            trainer.register_average(own)
 
 
 def test_trls_averages_are_found(tmp_path):

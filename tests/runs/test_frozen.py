@@ -114,6 +114,53 @@ def test_an_adapter_of_a_turned_base_fits_the_base_that_was_loaded(base, tmp_pat
     assert not (tmp_path / "out" / TRACKED).exists()
 
 
+def scores(model):
+    inputs = {name: tensor for name, tensor in batch().items() if name != "labels"}
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
+def of_classes(rows):
+    return {**pad(rows), "labels": torch.tensor([int(row["input_ids"][0]) % 2 for row in rows])}
+
+
+def test_a_classifier_that_is_trained_beside_adapters_lets_the_stream_turn(base, tmp_path):
+    """PEFT keeps the frozen original of the classifier, which no forward uses while adapters are on."""
+
+    class WithoutAdapters(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            with model.disable_adapter():
+                self.scores = scores(model)
+            model.train()
+
+    torch.manual_seed(0)
+    fresh = tf.LlamaForSequenceClassification.from_pretrained(base, num_labels=2, pad_token_id=0)
+    fresh.save_pretrained(tmp_path / "fresh")
+    before, model = (
+        scores(fresh),
+        peft.get_peft_model(fresh, peft.LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")),
+    )
+    frozen, watch = copies(model, trained=False), WithoutAdapters()
+    trainer = TeleportTrainer(
+        *(model, arguments(tmp_path / "out", max_steps=8, learning_rate=1e-2)),
+        train_dataset=Texts(64),
+        data_collator=of_classes,
+        callbacks=[watch],
+        teleport_config=turning(),
+    )
+    trainer.train()
+    for report in trainer.teleport_reports:
+        assert report.stopped_because == "steps_done"
+        assert "stream" in kinds(report)
+    torch.testing.assert_close(watch.scores, before, atol=1e-5, rtol=1e-5)
+    assert same(copies(model, trained=False), frozen)
+    trainer.save_model()
+    plain = peft.PeftModel.from_pretrained(
+        tf.LlamaForSequenceClassification.from_pretrained(tmp_path / "fresh"), tmp_path / "out"
+    )
+    torch.testing.assert_close(scores(plain), scores(model), atol=1e-5, rtol=1e-5)
+
+
 class LongestSteps(TrainerCallback):
     """The longest step of any adapter's number, by step."""
 

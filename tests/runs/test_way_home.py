@@ -1,11 +1,14 @@
 """Runs that end in the coordinates in which they began."""
 
 import json
+import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers as tf
+from accelerate import Accelerator
 from transformers import TrainerCallback
 
 from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer
@@ -162,6 +165,87 @@ def test_a_saved_model_that_is_turned_is_turned_back_by_the_command(saved, tmp_p
         assert main(["turn-back", str(wrong)]) == 2
         assert message in capsys.readouterr().err
     assert main(["turn-back", str(folder), "--output", str(folder)]) == 2
+
+
+def test_the_command_turns_an_adapter_back_that_was_saved_in_mid_run(saved, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = peft.get_peft_model(loaded(saved), peft.LoraConfig(r=4, target_modules="all-linear"))
+    trainer = run(tmp_path / "out", model, following(turn_back="end"), save_strategy="steps", save_steps=12)
+    trainer.train()
+    assert main(["turn-back", str(tmp_path / "out" / "checkpoint-12"), "--output", str(tmp_path / "home")]) == 0
+    assert "turned back" in capsys.readouterr().out
+    home, turned = (
+        peft.PeftModel.from_pretrained(loaded(saved), folder)
+        for folder in (tmp_path / "home", tmp_path / "out" / "checkpoint-12")
+    )
+    assert near(weights(home), weights(model))
+    assert not near(weights(turned), weights(model), 1e-3)
+    config = tmp_path / "home" / "adapter_config.json"
+    shutil.copy(tmp_path / "out" / "checkpoint-12" / TRACKED, tmp_path / "home")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": None}))
+    assert main(["turn-back", str(tmp_path / "home")]) == 2
+    assert "names no base model: write its folder" in capsys.readouterr().err
+
+
+def test_the_command_says_why_a_file_is_of_no_use(saved, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(out, loaded(saved), following(turn_back="never", steps=[4]), save_strategy="steps", save_steps=3).train()
+    wrong = {
+        "checkpoint-3": "saved before the first change of basis, so there is nothing",
+        "checkpoint-6": "is cut short or broken",
+    }
+    (out / "checkpoint-6" / TRACKED).write_bytes((out / "checkpoint-12" / TRACKED).read_bytes()[:-9])
+    llama(hidden_size=16).save_pretrained(out / "other")
+    shutil.copy(out / "checkpoint-12" / TRACKED, out / "other")
+    wrong["other"] = "turns were made in another model: model.layers.0.self_attn.q_proj.weight has the shape [16, 16] here"
+    for name, message in wrong.items():
+        assert main(["turn-back", str(out / name)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_command_keeps_the_way_of_what_stays_turned(tmp_path, capsys):
+    model = llama(tie_word_embeddings=True)
+    trainer = run(
+        tmp_path / "out", model, following(turn_back="never", blocking_gains="hold"), save_strategy="steps", save_steps=12
+    )
+    trainer.train()
+    folder = tmp_path / "out" / "checkpoint-12"
+    home = tmp_path / "home"
+    assert main(["turn-back", str(folder), "--output", str(home)]) == 0
+    out = capsys.readouterr().out  # the last norm's gain is trained after the last event
+    assert "stream of model.embed_tokens, 1 x 32: stays turned" in out
+    assert "value_output of model.layers.0.self_attn.v_proj, 2 x 16: turned back" in out
+    assert main(["turn-back", str(home)]) == 0
+    out = capsys.readouterr().out
+    assert "stream" in out
+    assert "value_output" not in out
+
+
+def test_a_loop_goes_on_from_what_the_teleporter_saves(saved, tmp_path):
+    def event(teleporter):
+        return teleporter.teleport([batch()], lambda model, batch: model(**batch).loss)
+
+    first, second = (Teleporter(loaded(saved).double(), TeleportConfig(method="basis")) for _ in range(2))
+    before = weights(first.model)
+    event(first)
+    second.model.load_state_dict(first.model.state_dict())
+    for teleporter in (first, second):
+        accelerator = Accelerator(cpu=True)
+        accelerator.register_for_checkpointing(teleporter)
+        if teleporter is first:
+            accelerator.save_state(str(tmp_path / "state"))
+    accelerator.load_state(str(tmp_path / "state"))
+    event(second)
+    assert not near(before, weights(second.model), 1e-3)
+    assert len(second.turn_back()) == len(first.turn_back()) > 0
+    assert near(before, weights(second.model), 1e-12)
+
+
+def test_what_a_teleporter_saves_is_of_its_model(saved):
+    teleporter = Teleporter(loaded(saved), TeleportConfig(method="basis"))
+    teleporter.teleport([batch()], lambda model, batch: model(**batch).loss)
+    with pytest.raises(ValueError, match="turns were made in another model"):
+        Teleporter(llama(hidden_size=16)).load_state_dict(teleporter.state_dict())
 
 
 def test_what_lies_beside_saved_weights_is_about_them(saved, tmp_path):
