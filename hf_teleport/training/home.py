@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
+from hf_teleport.layers.roles import end_layer
 from hf_teleport.methods.basis.averages import Average, averages_of, taken_in
 from hf_teleport.report import SymmetryReport
 from hf_teleport.settings.groups import reads
@@ -82,7 +83,7 @@ class HomeMixin(_Base):
         """Save as Trainer does. If weights are turned, also save what is needed to turn them back (`hf-teleport turn-back`)."""
         folder, saving = output_dir or self.args.output_dir, self._saving_at_home
         home = not saving and self._plan.saves_at_home(self.model)
-        with self._plan.tracker.way.trained_at_home() if home else nullcontext():
+        with self._plan.tracker.way.trained_at_home(self._ends()) if home else nullcontext():
             try:
                 self._saving_at_home = saving or home  # a push to the Hub calls save_model again
                 super().save_model(output_dir, _internal_call)
@@ -90,6 +91,12 @@ class HomeMixin(_Base):
                 self._saving_at_home = saving
         if self.args.should_save and Path(folder).is_dir():
             self._plan.save(folder, self.model)
+
+    def _ends(self) -> set[nn.Parameter]:
+        """The weights of embedding and head: PEFT saves them with an adapter that is on them."""
+        base = self.model.get_base_model()
+        layers = (end_layer(base, "input"), end_layer(base, "output"))
+        return {parameter for layer in layers if layer is not None for parameter in layer.parameters()}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

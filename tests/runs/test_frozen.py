@@ -16,6 +16,7 @@ from tiny_runs import Texts, arguments, llama, make, pad
 ADAPTERS = {
     "lora": {"target_modules": "all-linear"},
     "attention": {"target_modules": ["q_proj", "v_proj"]},
+    "ends": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},  # PEFT saves both ends with the adapter
     "dora": {"target_modules": ["q_proj", "v_proj"], "use_dora": True},  # its norms take the base's weights row by row
 }
 

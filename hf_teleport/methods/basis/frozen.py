@@ -84,8 +84,9 @@ class Frozen:
         if isinstance(embedding, nn.Parameter) and head is embedding and not embedding.requires_grad:
             if stays_frozen(embedding):
                 return
-            self._tied.append((ends[1], embedding))
-            ends[1].weight = nn.Parameter(embedding.detach().clone(), requires_grad=False)
+            holder = getattr(ends[1], "base_layer", ends[1])  # where the head has an adapter of its own
+            self._tied.append((holder, embedding))
+            holder.weight = nn.Parameter(embedding.detach().clone(), requires_grad=False)
 
     def tie(self) -> None:
         """Tie the heads again that were untied."""

@@ -193,17 +193,21 @@ class Way:
         return {parameter: own.detach() for parameter, own in made.items()}
 
     @contextmanager
-    def trained_at_home(self) -> Iterator[None]:
-        """Inside, trained weights are where the frozen ones were loaded; afterwards they are bit for bit what they were."""
+    def trained_at_home(self, saved: Container[nn.Parameter] = ()) -> Iterator[None]:
+        """Inside, trained weights are where the frozen ones were loaded; afterwards they are bit for bit what they were.
+
+        Args:
+            saved: frozen weights that are what was loaded inside.
+        """
         trained = [parameter for parameter in self.parameters if parameter.requires_grad]
-        kept = [parameter.detach().clone() for parameter in trained]
+        frozen = {parameter: values for parameter, values in self.frozen.originals.items() if parameter in saved}
+        kept = {parameter: parameter.detach().clone() for parameter in [*trained, *frozen]}
         try:
             self.turn_back((), None, _Copies({parameter: parameter for parameter in trained}), set(trained))
+            _put(frozen)
             yield
         finally:
-            with torch.no_grad():
-                for parameter, values in zip(trained, kept, strict=True):
-                    parameter.copy_(values)
+            _put(kept)
 
     def forget(self, staying: Iterable[Leg] = ()) -> None:
         """All is turned back; what is left of the way are the legs that stay, and frozen weights that they turn."""
@@ -310,6 +314,12 @@ class _Copies:
         if parameter not in self._made:
             self._made[parameter] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
         return self._made[parameter]
+
+
+@torch.no_grad()
+def _put(values: Mapping[nn.Parameter, Tensor]) -> None:
+    for parameter, own in values.items():
+        parameter.copy_(own)
 
 
 def _key(symmetry: Symmetry) -> tuple[Any, ...]:
