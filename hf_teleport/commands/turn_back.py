@@ -46,7 +46,9 @@ def run(arguments: argparse.Namespace) -> None:
     plan = Plan(TeleportConfig())
     plan.tracker.way = load_way(folder, model)
     if not plan.tracker.way:
-        raise ValueError(f"{folder} was saved before the first change of basis, so there is nothing to turn back.")
+        raise ValueError(
+            f"{folder} was saved before the first change of basis, or turned back already, so there is nothing to turn back."
+        )
     teleporter = Teleporter(model, tracker=plan.tracker)
     found = teleporter.turn_back()
     for symmetry in found:

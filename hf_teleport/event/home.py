@@ -36,6 +36,7 @@ def turn_back(
         The symmetries that had been turned. A symmetry that stays turned has a reason.
     """
     way = tracker.way
+    way.frozen.release()
     if not way:
         way.frozen.restore()
         return []

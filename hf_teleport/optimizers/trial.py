@@ -87,8 +87,8 @@ def keeps_own_counts(part: Any, group: Group) -> bool:
 
 
 def ones(group: Group) -> nn.Parameter:
-    """A small parameter of ones with as many axes as the first of a group."""
-    like = group["params"][0]
+    """A small parameter of ones with as many axes as the first of a group; of an empty group (Trainer makes some): with two."""
+    like = group["params"][0] if group["params"] else torch.empty(0, 0)
     return nn.Parameter(torch.ones([4, 3, 2, 2][: max(like.dim(), 1)], device=like.device, dtype=like.dtype))
 
 

@@ -83,7 +83,7 @@ class HomeMixin(_Base):
         """Save as Trainer does. If weights are turned, also save what is needed to turn them back (`hf-teleport turn-back`)."""
         folder, saving = output_dir or self.args.output_dir, self._saving_at_home
         home = not saving and self._plan.saves_at_home(self.model)
-        with self._plan.tracker.way.trained_at_home(self._ends()) if home else nullcontext():
+        with self._plan.tracker.way.trained_at_home(self._saved_frozen()) if home else nullcontext():
             try:
                 self._saving_at_home = saving or home  # a push to the Hub calls save_model again
                 super().save_model(output_dir, _internal_call)
@@ -92,11 +92,12 @@ class HomeMixin(_Base):
         if self.args.should_save and Path(folder).is_dir():
             self._plan.save(folder, self.model)
 
-    def _ends(self) -> set[nn.Parameter]:
-        """The weights of embedding and head: PEFT saves them with an adapter that is on them."""
-        base = self.model.get_base_model()
-        layers = (end_layer(base, "input"), end_layer(base, "output"))
-        return {parameter for layer in layers if layer is not None for parameter in layer.parameters()}
+    def _saved_frozen(self) -> set[nn.Parameter]:
+        """Frozen weights that PEFT may save: of embedding and head, if an adapter is on them, and of adapters that are frozen."""
+        model: Any = self.model
+        ends = (end_layer(model.get_base_model(), "input"), end_layer(model.get_base_model(), "output"))
+        saved = {parameter for end in ends if end is not None for parameter in end.parameters()}
+        return saved | {p for name, p in model.named_parameters() if set(name.split(".")) & set(model.peft_config)}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -192,7 +192,7 @@ class Plan:
         if self.config.frozen_weights == "turn":
             frozen.untie(model)
         state, named = _saved(folder), _named(model)
-        self.tracker.way = load_way(folder, model)
+        self.tracker.way = Way.from_state_dict(state, named)
         self.tracker.way.frozen = frozen
         if turned := {name.removeprefix(_TURNED): value for name, value in state.items() if name.startswith(_TURNED)}:
             # Base and adapters were loaded turned back. Turn the base, and take the turned adapters from the file.
@@ -305,7 +305,7 @@ class Plan:
 
 
 def load_way(folder: str | Path, model: nn.Module) -> Way:
-    """Load the changes of basis that saved weights have gone through. Empty: they were never turned.
+    """Load the changes of basis that saved weights have gone through. Empty: they were never turned, or saved turned back.
 
     Args:
         folder: the folder of the saved weights.
@@ -314,7 +314,10 @@ def load_way(folder: str | Path, model: nn.Module) -> Way:
     Raises:
         ValueError: the file belongs to another model, or is broken.
     """
-    return Way.from_state_dict(_saved(folder), _named(model))
+    state = _saved(folder)
+    if any(name.startswith(_TURNED) for name in state):
+        return Way()
+    return Way.from_state_dict(state, _named(model))
 
 
 def _saved(folder: str | Path) -> dict[str, Tensor]:

@@ -162,6 +162,53 @@ def test_a_classifier_that_is_trained_beside_adapters_lets_the_stream_turn(base,
     torch.testing.assert_close(scores(plain), scores(model), atol=1e-5, rtol=1e-5)
 
 
+def test_a_weight_that_is_unfrozen_in_mid_run_keeps_what_it_learns(base, tmp_path):
+    class Unfreeze(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            if state.global_step == 5:
+                weight = model.get_base_model().model.layers[0].mlp.down_proj.base_layer.weight
+                optimizer.param_groups[0]["params"].append(weight.requires_grad_())
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            self.logits = logits(model)
+            model.train()
+
+    model, watch = adapted(base), Unfreeze()
+    frozen = copies(model, trained=False)
+    run(tmp_path / "out", model, callbacks=[watch], lr_scheduler_type="constant").train()
+    torch.testing.assert_close(logits(model), watch.logits, atol=1e-5, rtol=1e-5)
+    moved = {name for name, p in model.named_parameters() if name in frozen and not torch.equal(p, frozen[name])}
+    assert moved == {"base_model.model.model.layers.0.mlp.down_proj.base_layer.weight"}
+
+
+def test_checkpoints_of_a_frozen_adapter_beside_a_trained_one_fit_the_base(base, tmp_path):
+    model = adapted(base)
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_("other" in name)
+            with torch.no_grad():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.base_model.set_adapter(["default", "other"], inference_mode=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".other" in name)
+    watch = Watch()
+    run(tmp_path / "out", model, callbacks=[watch], save_strategy="steps", save_steps=6).train()
+    folder = tmp_path / "out" / "checkpoint-6"
+    plain = peft.PeftModel.from_pretrained(loaded(base), folder)
+    plain.load_adapter(folder / "other", "other")
+    plain.base_model.set_adapter(["default", "other"])
+    torch.testing.assert_close(logits(plain), watch.logits[6], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frozen_weights", ["turn", "stay"])
+def test_an_optimizer_with_an_empty_group_is_reset(base, tmp_path, frozen_weights):
+    """Trainer makes a group of the weights without decay, and adapters have none."""
+    trainer = run(tmp_path / "out", adapted(base), turning(frozen_weights=frozen_weights, optimizer_state="reset"))
+    trainer.train()
+    assert all(report.stopped_because == "steps_done" for report in trainer.teleport_reports)
+
+
 class LongestSteps(TrainerCallback):
     """The longest step of any adapter's number, by step."""
 

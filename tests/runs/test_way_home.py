@@ -191,9 +191,12 @@ def test_the_command_says_why_a_file_is_of_no_use(saved, tmp_path, capsys):
     out = tmp_path / "out"
     run(out, loaded(saved), following(turn_back="never", steps=[4]), save_strategy="steps", save_steps=3).train()
     wrong = {
-        "checkpoint-3": "saved before the first change of basis, so there is nothing",
+        "checkpoint-3": "saved before the first change of basis, or turned back already, so there is nothing",
         "checkpoint-6": "is cut short or broken",
     }
+    base = peft.get_peft_model(loaded(saved), peft.LoraConfig(r=4, target_modules="all-linear"))
+    run(out / "lora", base, following(frozen_weights="turn"), save_strategy="steps", save_steps=6).train()
+    wrong["lora/checkpoint-6"] = "turned back already, so there is nothing"
     (out / "checkpoint-6" / TRACKED).write_bytes((out / "checkpoint-12" / TRACKED).read_bytes()[:-9])
     llama(hidden_size=16).save_pretrained(out / "other")
     shutil.copy(out / "checkpoint-12" / TRACKED, out / "other")

@@ -55,6 +55,10 @@ class Frozen:
         self.originals: dict[nn.Parameter, Tensor] = {}
         self._tied: list[tuple[nn.Module, nn.Parameter]] = []
 
+    def release(self) -> None:
+        """Forget the copies of what is trained by now: it was unfrozen in mid-run, and turns back as training has left it."""
+        self.originals = {p: values for p, values in self.originals.items() if not p.requires_grad}
+
     def keep(self, parameters: Iterable[nn.Parameter]) -> None:
         """Copy frozen weights before they are turned for the first time."""
         for parameter in parameters:

@@ -288,6 +288,7 @@ class BasisTurn(TurningMethod):
 
     def carry_out(self) -> None:
         way = self.tracker.way
+        way.frozen.release()
         known = set(way.parameters)  # if without a copy, then it was loaded turned
         way.frozen.keep(stored for stored in map(self.weights.origin, self.movable) if stored not in known)
         self.turn.carry_out(self._state, self.weights)
