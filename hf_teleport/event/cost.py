@@ -69,3 +69,19 @@ class Cost:
 def share_of_run(event_seconds: float, training_passes: float, pass_seconds: float) -> float:
     """The time of all events as a share of training, which takes this many passes. Infinite if no training is left."""
     return event_seconds / (training_passes * pass_seconds) if training_passes else math.inf
+
+
+def cost_warning(costs: list[Cost], events: int, training_passes: float, looks: int = 0) -> str:
+    """A warning if teleports may take more than a small share of the run. Empty: they take less.
+
+    Args:
+        costs: the cost of one event, for each of its methods.
+        events: number of events.
+        training_passes: the length of the remaining training, in passes over a teleport batch.
+        looks: number of training steps whose gradients are read.
+    """
+    share_of_time = share_of_run(sum(cost.of_run(events, looks) for cost in costs), training_passes, costs[0].pass_seconds)
+    if share_of_time <= LARGE_SHARE:
+        return ""
+    advice = "Fewer events and a smaller teleport batch_size make them cheaper: see docs/performance.md."
+    return f"Teleports may take about {100 * share_of_time:.0f} % of the time of training itself. {advice}"

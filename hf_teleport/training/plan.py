@@ -17,7 +17,7 @@ from hf_teleport.config import TeleportConfig
 from hf_teleport.display.quantities import duration
 from hf_teleport.event.check import Check
 from hf_teleport.event.choice import BASIS_STEP, afford
-from hf_teleport.event.cost import LARGE_SHARE, Cost, event_passes, share_of_run
+from hf_teleport.event.cost import cost_warning, event_passes
 from hf_teleport.event.reasons import NO_STEP
 from hf_teleport.journal import Journal, teleports
 from hf_teleport.layers.point import LossFn
@@ -337,22 +337,6 @@ def _named(model: nn.Module) -> dict[str, nn.Parameter]:
 def without_a_loss(check: Check) -> bool:
     """Whether the loss on the batch is not a number, for instance because it is a mean over no items."""
     return math.isnan(check.loss) and check.problem != NO_STEP["out_of_memory"]
-
-
-def cost_warning(costs: list[Cost], events: int, training_passes: float, looks: int = 0) -> str:
-    """A warning if teleports may take more than a small share of the run. Empty: they take less.
-
-    Args:
-        costs: the cost of one event, for each of its methods.
-        events: number of events.
-        training_passes: the length of the remaining training, in passes over a teleport batch.
-        looks: number of training steps whose gradients are read.
-    """
-    share_of_time = share_of_run(sum(cost.of_run(events, looks) for cost in costs), training_passes, costs[0].pass_seconds)
-    if share_of_time <= LARGE_SHARE:
-        return ""
-    advice = "Fewer events and a smaller teleport batch_size make them cheaper: see docs/performance.md."
-    return f"Teleports may take about {100 * share_of_time:.0f} % of the time of training itself. {advice}"
 
 
 def _shortened(steps: list[int]) -> str:

@@ -147,3 +147,15 @@ class Weights:
 
 WHOLE = Weights()
 """Whole weights, in one process."""
+
+
+class Copies:
+    """Stand-ins for parameters: those given, and copies of others."""
+
+    def __init__(self, given: dict[nn.Parameter, nn.Parameter]):
+        self._made = dict(given)
+
+    def __call__(self, parameter: nn.Parameter) -> nn.Parameter:
+        if parameter not in self._made:
+            self._made[parameter] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        return self._made[parameter]

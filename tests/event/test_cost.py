@@ -9,10 +9,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer, TeleportTrainingArguments
-from hf_teleport.event.cost import Cost, share_of_run
+from hf_teleport.event.cost import Cost, cost_warning, share_of_run
 from hf_teleport.lab.data import TensorRows
 from hf_teleport.methods import METHODS
-from hf_teleport.training.plan import cost_warning
 
 ROWS = torch.randint(0, 64, (32, 8), generator=torch.Generator().manual_seed(0))
 

@@ -22,7 +22,7 @@ from hf_teleport.methods.basis.symmetry import SMALLEST_GAIN, Fold, Part, Symmet
 from hf_teleport.methods.basis.turn import Turn, unfold
 from hf_teleport.optimizers.state import OptimizerState
 from hf_teleport.report import SymmetryReport
-from hf_teleport.weights.whole import WHOLE, Weights
+from hf_teleport.weights.whole import WHOLE, Copies, Weights
 
 # What a symmetry is described by besides its parameters, and where all of it stands in a file.
 _PLAIN = ("kind", "name", "blocks", "size", "centred")
@@ -187,7 +187,7 @@ class Way:
             p: nn.Parameter(original.to(p.device, torch.promote_types(p.dtype, torch.float32), copy=True), False)
             for p, original in originals.items()
         }
-        stand_in = _Copies(made)
+        stand_in = Copies(made)
         for leg in self.legs:
             Turn({leg.symmetry.within(originals).of(stand_in): leg.matrices}).carry_out()
         return {parameter: own.detach() for parameter, own in made.items()}
@@ -203,7 +203,7 @@ class Way:
         frozen = {parameter: values for parameter, values in self.frozen.originals.items() if parameter in saved}
         kept = {parameter: parameter.detach().clone() for parameter in [*trained, *frozen]}
         try:
-            self.turn_back((), None, _Copies({parameter: parameter for parameter in trained}), set(trained))
+            self.turn_back((), None, Copies({parameter: parameter for parameter in trained}), set(trained))
             _put(frozen)
             yield
         finally:
@@ -302,18 +302,6 @@ class Way:
             symmetry.folds = [folds[name] for name in own["folds"]]
             way.legs.append(Leg(symmetry, state[f"{_WAY}/{i}/matrices"].to(parts[0].parameter.device)))
         return way
-
-
-class _Copies:
-    """Stand-ins for parameters: those given, and copies of others."""
-
-    def __init__(self, given: dict[nn.Parameter, nn.Parameter]):
-        self._made = dict(given)
-
-    def __call__(self, parameter: nn.Parameter) -> nn.Parameter:
-        if parameter not in self._made:
-            self._made[parameter] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        return self._made[parameter]
 
 
 @torch.no_grad()
