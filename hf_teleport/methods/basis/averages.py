@@ -85,9 +85,11 @@ class Average:
 
 
 def averages_of(trainer: Any) -> Iterator[nn.Module | Mapping[str, Tensor]]:
-    """The averages that a trainer or its callbacks keep as attributes, or in lists and dicts: torch's, timm's and TRL's."""
+    """The averages of torch, timm and TRL that a trainer or its callbacks keep as attributes, or its callbacks in a list or dict."""
     for keeper in (trainer, *trainer.callback_handler.callbacks):
-        for value in chain.from_iterable(map(_elements, vars(keeper).values())):
+        values = vars(keeper).values()
+        # A trainer's list may be its data set.
+        for value in values if keeper is trainer else chain.from_iterable(map(_elements, values)):
             if isinstance(value, AveragedModel) or type(value).__name__ in _EMA_MODELS:
                 yield value
         kinds = {base.__name__ for base in type(keeper).__mro__}
