@@ -70,16 +70,16 @@ def test_an_average_across_events_is_near_the_model_and_without_its_turn_it_is_n
     losses = {}
     for found in (True, False):
         model = uneven()
-        average = Averaging(ema(model))
+        kept = ema(model)
+        average = Averaging(kept)
         if not found:  # hidden where nobody looks
-            average.hidden, average.average = [average.average], None
-            average.on_step_end = lambda *args, own=average, model=None, **kwargs: own.hidden[0].update_parameters(model)
+            average.average = None
+            average.on_step_end = lambda *args, own=kept, model=None, **kwargs: own.update_parameters(model)
         trainer = run(tmp_path, model, following(turn_back=turn_back, basis="random"), [average], max_steps=7)
         trainer.train()
         assert all(report.stopped_because == "steps_done" for report in trainer.teleport_reports)
-        averaged = (average.average or average.hidden[0]).module
         with torch.no_grad():
-            losses[found] = [m.eval()(**batch()).loss.item() for m in (model, averaged)]
+            losses[found] = [m.eval()(**batch()).loss.item() for m in (model, kept.module)]
     assert losses[True][1] == pytest.approx(losses[True][0], abs=0.1)
     assert abs(losses[False][1] - losses[False][0]) > abs(losses[True][1] - losses[True][0]) + 0.02
 

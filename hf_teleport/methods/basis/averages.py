@@ -85,7 +85,7 @@ class Average:
 
 
 def averages_of(trainer: Any) -> Iterator[nn.Module | Mapping[str, Tensor]]:
-    """The averages of torch, timm and TRL that a trainer or its callbacks keep as attributes, or its callbacks in a list or dict."""
+    """The averages of torch, timm and TRL that a trainer or a callback keeps as an attribute, or a callback in a list or dict."""
     for keeper in (trainer, *trainer.callback_handler.callbacks):
         values = vars(keeper).values()
         # A trainer's list may be its data set.
