@@ -47,8 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
     plan.tracker.way = load_way(folder, model)
     if not plan.tracker.way:
         raise ValueError(
-            f"{folder} was saved before the first change of basis, or turned back already, so there is nothing to turn back: use it "
-            "as it is."
+            f"{folder} was saved before the first change of basis, or turned back already, so there is nothing to turn back: use "
+            "it as it is."
         )
     teleporter = Teleporter(model, tracker=plan.tracker)
     found = teleporter.turn_back()
