@@ -32,7 +32,6 @@ from hf_teleport.layers.roles import plain_name
 from hf_teleport.methods import METHODS, BasisTurn, ClimbingMethod, NullSpace, TurningMethod
 from hf_teleport.methods.basis.averages import taken_in
 from hf_teleport.methods.basis.tracker import Tracker
-from hf_teleport.methods.basis.way import Way, is_of_way
 from hf_teleport.methods.null_space.objectives import OBJECTIVES
 from hf_teleport.optimizers.parts import states, steps_copies
 from hf_teleport.optimizers.rehearsal import Rehearsal, RehearsalError
@@ -179,7 +178,7 @@ class Teleporter:
         `accelerator.register_for_checkpointing(teleporter)` saves it with everything else.
         """
         names = {parameter: plain_name(name) for name, parameter in self.model.named_parameters()}
-        return {**self.tracker.way.state_dict(names), **self.tracker.state_dict()}
+        return self.tracker.saved(names)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take in what `state_dict` returned.
@@ -187,11 +186,7 @@ class Teleporter:
         Raises:
             ValueError: it is of another model.
         """
-        named = {plain_name(name): parameter for name, parameter in self.model.named_parameters()}
-        frozen = self.tracker.way.frozen
-        self.tracker.way = Way.from_state_dict(state, named)
-        self.tracker.way.frozen = frozen
-        self.tracker.load_state_dict({name: tensor for name, tensor in state.items() if not is_of_way(name)})
+        self.tracker.load(state, {plain_name(name): parameter for name, parameter in self.model.named_parameters()})
 
     def check(self, batch: Any, loss_fn: LossFn) -> Check:
         """What a teleport on this batch could move, without moving anything.

@@ -24,7 +24,7 @@ from hf_teleport.layers.point import LossFn
 from hf_teleport.layers.roles import plain_name
 from hf_teleport.methods.basis import BasisTurn
 from hf_teleport.methods.basis.tracker import Tracker
-from hf_teleport.methods.basis.way import Way, is_of_way
+from hf_teleport.methods.basis.way import Way
 from hf_teleport.optimizers.rehearsal import RehearsalError
 from hf_teleport.optimizers.state import keeps_copies, unwrapped
 from hf_teleport.report import share
@@ -192,8 +192,7 @@ class Plan:
         if self.config.frozen_weights == "turn":
             frozen.untie(model)
         state, named = _saved(folder), _named(model)
-        self.tracker.way = Way.from_state_dict(state, named)
-        self.tracker.way.frozen = frozen
+        self.tracker.load({name: value for name, value in state.items() if not name.startswith(_TURNED)}, named)
         if turned := {name.removeprefix(_TURNED): value for name, value in state.items() if name.startswith(_TURNED)}:
             # Base and adapters were loaded turned back. Turn the base, and take the turned adapters from the file.
             frozen.keep(self.tracker.way.parameters)
@@ -201,8 +200,6 @@ class Plan:
                 parameter.copy_(values)
             for name, value in turned.items():
                 named[name].copy_(value)
-        if moments := {name: v for name, v in state.items() if not is_of_way(name) and not name.startswith(_TURNED)}:
-            self.tracker.load_state_dict(moments)
 
     def give_up(self, why: str) -> None:
         """Continue the run without teleports, and note why."""

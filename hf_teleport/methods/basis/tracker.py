@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hf_teleport.methods.basis.averages import Average
 from hf_teleport.methods.basis.moments import Moments, turned
 from hf_teleport.methods.basis.symmetry import UNUSED, Symmetry
-from hf_teleport.methods.basis.way import Leg, Way
+from hf_teleport.methods.basis.way import Leg, Way, is_of_way
 
 
 class Tracker:
@@ -104,6 +104,22 @@ class Tracker:
         self._loaded = dict(state)
         if self.moments is not None:
             self._fill(self._loaded)
+
+    def saved(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+        """`state_dict`, and the way: all that a loop needs to go on from saved weights."""
+        return {**self.way.state_dict(names), **self.state_dict()}
+
+    def load(self, saved: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+        """Take in what `saved` returned, for a model with these parameters by their names. Copies of frozen weights stay.
+
+        Raises:
+            ValueError: it is of another model.
+        """
+        frozen = self.way.frozen
+        self.way = Way.from_state_dict(saved, parameters)
+        self.way.frozen = frozen
+        if moments := {name: tensor for name, tensor in saved.items() if not is_of_way(name)}:
+            self.load_state_dict(moments)
 
     def _fill(self, state: Mapping[str, Any]) -> None:
         if self.moments is None or not state:
