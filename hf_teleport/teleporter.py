@@ -1,7 +1,4 @@
-"""One teleport event: measure, ascend under a guard, measure again, and undo it all if it did harm.
-
-Knows neither the Trainer nor the schedule, and of a method only its family.
-"""
+"""Teleport any module with any scalar loss. Knows neither the Trainer nor the schedule."""
 
 import copy
 import logging
@@ -20,22 +17,17 @@ from hf_teleport.config import TeleportConfig
 from hf_teleport.event.batches import halved
 from hf_teleport.event.check import Check
 from hf_teleport.event.choice import BASIS_STEP, choose
-from hf_teleport.event.climb import Climb, turn
 from hf_teleport.event.cost import Cost
-from hf_teleport.event.guard import Guard
+from hf_teleport.event.event import Event
 from hf_teleport.event.home import turn_back
-from hf_teleport.event.measurement import Measurement, landing, measure
-from hf_teleport.event.reasons import NO_STEP, explain, why_unmoved
-from hf_teleport.event.verdict import held_back_loss, shorten, verdict
+from hf_teleport.event.reasons import NO_STEP
 from hf_teleport.layers.point import LossFn
-from hf_teleport.layers.roles import plain_name
 from hf_teleport.methods import METHODS, BasisTurn, ClimbingMethod, NullSpace, TurningMethod
 from hf_teleport.methods.basis.averages import taken_in
 from hf_teleport.methods.basis.tracker import Tracker
 from hf_teleport.methods.null_space.objectives import OBJECTIVES
 from hf_teleport.optimizers.parts import states, steps_copies
 from hf_teleport.optimizers.rehearsal import Rehearsal, RehearsalError
-from hf_teleport.optimizers.state import forget
 from hf_teleport.report import SymmetryReport, TeleportReport
 from hf_teleport.settings.groups import reads
 from hf_teleport.weights.isolation import isolated, preserved_rng
@@ -46,7 +38,6 @@ from hf_teleport.weights.whole import Weights
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_Method = ClimbingMethod | TurningMethod
 
 
 class Teleporter:
@@ -82,7 +73,6 @@ class Teleporter:
         self._rates = rates
         follows = reads(self.config.method, "track_every")
         self.tracker = tracker or (Tracker(self.config.track_every, self.config.track_decay) if follows else Tracker())
-        self._guard = Guard(self.config)
         self._progress = progress or (lambda step, total: None)
         self._averages: tuple[nn.Module | Mapping[str, Tensor], ...] = ()
         self._ranks = Ranks(next((p.device for p in model.parameters()), "cpu"))
@@ -177,8 +167,7 @@ class Teleporter:
 
         `accelerator.register_for_checkpointing(teleporter)` saves it with everything else.
         """
-        names = {parameter: plain_name(name) for name, parameter in self.model.named_parameters()}
-        return self.tracker.saved(names)
+        return self.tracker.saved(self.model)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take in what `state_dict` returned.
@@ -186,7 +175,7 @@ class Teleporter:
         Raises:
             ValueError: it is of another model.
         """
-        self.tracker.load(state, {plain_name(name): parameter for name, parameter in self.model.named_parameters()})
+        self.tracker.load(state, self.model)
 
     def check(self, batch: Any, loss_fn: LossFn) -> Check:
         """What a teleport on this batch could move, without moving anything.
@@ -266,62 +255,13 @@ class Teleporter:
         loss_fn = self._on_float32(loss_fn)
         with self._isolated() as weights:
             method = self._method(loss_fn, weights)
-            before = measure(method, batches, method.survey)
-            if not before.finite:
-                explain(method.reports, {}, 0, "non_finite", method.at_rest)
-                return self._report(method, before, before, 0, "non_finite", start)
-            method.fit()
-            if not method.movable:
-                explain(method.reports, {}, 0, "nothing_movable", method.at_rest)
-                return self._report(method, before, before, 0, "nothing_movable", start)
-            watched = held_back_loss(method, held_back)
-            usual = landing(method, batches, held_back)
-            snapshot = self._ranks.together(method.snapshot)
-            try:
-                if isinstance(method, TurningMethod):
-                    steps, reason = turn(method, self._progress)
-                else:
-                    steps, reason = Climb(method, self._guard, self._progress).run(batches, before, snapshot)
-                objection = shorten(method, snapshot, watched, held_back) if steps else ""
-                review = method.review if isinstance(method, TurningMethod) else None
-                after = measure(method, batches, review) if steps else before
-                if steps and self._ranks.together(weights.round):
-                    after = measure(method, batches)
-                objection = objection or verdict(method, before, after)
-                if steps and not objection and usual is not None:
-                    forgotten = method.movable if self.config.optimizer_state == "reset" else []
-                    landed = landing(method, batches, held_back, forgotten)
-                    objection = "" if landed is not None and landed < usual else "no_better"
-                changed = snapshot.changed(weights)
-                rehearsed = bool(steps) and self.config.control == "matched_rate"
-                if not objection and not rehearsed:
-                    self._keep(method, weights)
-            except BaseException:
-                snapshot.restore()
-                raise
-            if objection:
-                snapshot.restore()
-                reason, steps, after, changed = objection, 0, before, {}
-            elif rehearsed:
-                snapshot.restore()
-                reason, changed = "matched_rate", {}
-            explain(method.reports, changed, steps, reason, method.at_rest)
-            return self._report(method, before, after, steps, reason, start, undone=bool(objection) or rehearsed)
-
-    def _keep(self, method: _Method, weights: Weights) -> None:
-        """The event stands: the optimizer learns of it, and every process gets the weights of the first."""
-        if isinstance(method, TurningMethod):
-            self._ranks.together(method.accept)
-        self._ranks.broadcast(method.written)
-        # Last, for it is not undone.
-        if self.optimizer is not None and self.config.optimizer_state == "reset":
-            forget(self.optimizer, method.movable, weights.origin)
+            return Event(method, weights, self.optimizer, self._progress, start).run(batches, held_back)
 
     @property
     def _state(self) -> MutableMapping[Any, Any]:
         return {} if self.optimizer is None else states(self.optimizer)
 
-    def _method(self, loss_fn: LossFn, weights: Weights) -> _Method:
+    def _method(self, loss_fn: LossFn, weights: Weights) -> ClimbingMethod | TurningMethod:
         if self.optimizer is not None and (why := steps_copies(self.optimizer, map(weights.origin, self.model.parameters()))):
             raise RehearsalError(
                 f"{why}, so a teleport would be undone by its next step. Give the optimizer the model's own parameters, or train "
@@ -334,30 +274,3 @@ class Teleporter:
         if self.optimizer is not None and (about_steps or self.config.rehearsal_steps):
             method.rehearsal = Rehearsal(self.optimizer, weights.origin, self._max_grad_norm, self._rates, self._ranks)
         return method
-
-    def _report(
-        self,
-        method: _Method,
-        before: Measurement,
-        after: Measurement,
-        steps: int,
-        reason: str,
-        start: float,
-        undone: bool = False,
-    ) -> TeleportReport:
-        report = TeleportReport(
-            method=self.config.method,
-            loss_before=before.loss,
-            loss_after=after.loss,
-            grad_norm_before=before.grad_norm,
-            grad_norm_after=after.grad_norm,
-            steps=steps,
-            stopped_because=reason,
-            rolled_back=undone,
-            seconds=time.perf_counter() - start,
-            layers=list(method.reports.values()),
-            symmetries=method.symmetries if isinstance(method, TurningMethod) else [],
-        )
-        if not steps and reason != "aligned" and self._ranks.rank == 0:
-            logger.warning("The teleport changed nothing: %s.", why_unmoved(report))
-        return report

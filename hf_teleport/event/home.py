@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_teleport.config import TeleportConfig
-from hf_teleport.layers.roles import plain_name
+from hf_teleport.layers.roles import names_of_parameters
 from hf_teleport.methods.basis.tracker import Tracker
 from hf_teleport.optimizers.state import OptimizerState, forget
 from hf_teleport.report import SymmetryReport
@@ -41,12 +41,11 @@ def turn_back(
         way.frozen.restore()
         return []
     with isolated(model, states, ranks, on_shards=True) as weights:
-        names = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
         state = None
         if optimizer is not None and config.optimizer_state == "keep":
             state = OptimizerState(optimizer, "keep" if config.second_moment == "keep" else "turn")
         objection = (lambda parameter: "") if state is None else state.objection
-        staying = ranks.together(lambda: way.staying(names, objection, tracker.averages, weights))
+        staying = ranks.together(lambda: way.staying(names_of_parameters(model), objection, tracker.averages, weights))
         turned = [weights.stand_in(parameter) for parameter in way.parameters]
         snapshot = Snapshot(turned, None if state is None else state.state)
         moments = tracker.moments_back(staying)

@@ -73,3 +73,13 @@ def end_layer(model: nn.Module, end: Literal["input", "output"]) -> nn.Module | 
 def plain_name(name: str) -> str:
     """A dotted name without the names of wrapper modules, so that it is the name in the model's class."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A model's parameters by their plain names."""
+    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
+
+
+def names_of_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
+    """The plain names of a model's parameters."""
+    return {parameter: name for name, parameter in parameters_by_name(model).items()}

@@ -21,7 +21,7 @@ from hf_teleport.event.cost import cost_warning, event_passes
 from hf_teleport.event.reasons import NO_STEP
 from hf_teleport.journal import Journal, teleports
 from hf_teleport.layers.point import LossFn
-from hf_teleport.layers.roles import plain_name
+from hf_teleport.layers.roles import names_of_parameters, parameters_by_name
 from hf_teleport.methods.basis import BasisTurn
 from hf_teleport.methods.basis.tracker import Tracker
 from hf_teleport.methods.basis.way import Way
@@ -158,7 +158,7 @@ class Plan:
         """Whether adapters are turned back for saving. Their base turns in memory only, so they must fit the original base."""
         way = self.tracker.way
         adapters = hasattr(model, "peft_config") and bool(way.frozen.originals)
-        return adapters and not way.staying({parameter: name for name, parameter in _named(model).items()})
+        return adapters and not way.staying(names_of_parameters(model))
 
     def save(self, folder: str | Path, model: nn.Module, step: int | None = None) -> None:
         """Write a file beside saved weights: what is needed to turn them back, and in a checkpoint also to resume.
@@ -167,7 +167,7 @@ class Plan:
             model: the model whose weights were saved.
             step: for a checkpoint, the step from which a resumed run goes on.
         """
-        way, names = self.tracker.way, {parameter: name for name, parameter in _named(model).items()}
+        way, names = self.tracker.way, names_of_parameters(model)
         home = self.saves_at_home(model)
         state = {} if home and step is None else way.state_dict(names)
         if home and step is not None:
@@ -191,8 +191,8 @@ class Plan:
         frozen = self.tracker.way.frozen
         if self.config.frozen_weights == "turn":
             frozen.untie(model)
-        state, named = _saved(folder), _named(model)
-        self.tracker.load({name: value for name, value in state.items() if not name.startswith(_TURNED)}, named)
+        state, named = _saved(folder), parameters_by_name(model)
+        self.tracker.load({name: value for name, value in state.items() if not name.startswith(_TURNED)}, model)
         if turned := {name.removeprefix(_TURNED): value for name, value in state.items() if name.startswith(_TURNED)}:
             # Base and adapters were loaded turned back. Turn the base, and take the turned adapters from the file.
             frozen.keep(self.tracker.way.parameters)
@@ -314,7 +314,7 @@ def load_way(folder: str | Path, model: nn.Module) -> Way:
     state = _saved(folder)
     if any(name.startswith(_TURNED) for name in state):
         return Way()
-    return Way.from_state_dict(state, _named(model))
+    return Way.from_state_dict(state, parameters_by_name(model))
 
 
 def _saved(folder: str | Path) -> dict[str, Tensor]:
@@ -325,10 +325,6 @@ def _saved(folder: str | Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is cut short or broken: {error}. Copy it again from where the run wrote it.") from error
-
-
-def _named(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
 
 
 def without_a_loss(check: Check) -> bool:

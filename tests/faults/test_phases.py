@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_teleport import Teleporter
 from hf_teleport.event.climb import Climb
+from hf_teleport.event.event import Event
 from hf_teleport.layers.layer import Layer
 from hf_teleport.methods import BasisTurn, NullSpace
 from hf_teleport.methods.basis import bases, turn
@@ -29,9 +29,9 @@ PHASES = {
         "half_a_step": (Layer, "add_", 1),
         "half_a_later_step": (Layer, "add_", 7),
         "step_made": (Climb, "_step", 2),
-        "held_back": ("hf_teleport.teleporter.shorten", 1),
-        "verdict": ("hf_teleport.teleporter.verdict", 1),
-        "keep": (Teleporter, "_keep", 1),
+        "held_back": ("hf_teleport.event.event.shorten", 1),
+        "verdict": ("hf_teleport.event.event.verdict", 1),
+        "keep": (Event, "_keep", 1),
         "broadcast": (Ranks, "broadcast", 1),
     },
     "basis": {
@@ -46,11 +46,11 @@ PHASES = {
         "half_a_turn": (turn, "_turn", 3),
         "optimizer_half_turned": (OptimizerState, "turn", 2),
         "turned": (turn.Turn, "carry_out", 1),
-        "held_back": ("hf_teleport.teleporter.shorten", 1),
+        "held_back": ("hf_teleport.event.event.shorten", 1),
         "review": (BasisTurn, "review", 1),
-        "verdict": ("hf_teleport.teleporter.verdict", 1),
+        "verdict": ("hf_teleport.event.event.verdict", 1),
         "accept": (BasisTurn, "accept", 1),
-        "keep": (Teleporter, "_keep", 1),
+        "keep": (Event, "_keep", 1),
     },
 }
 
@@ -77,11 +77,11 @@ def test_a_fault_in_any_phase(monkeypatch, method, phase):
 def test_a_fault_when_the_optimizers_state_has_been_reset(monkeypatch, method):
     scene = Scene(method, optimizer_state="reset")
 
-    def keep(self, method, weights, real=Teleporter._keep):
+    def keep(self, real=Event._keep):
         monkeypatch.setattr(Ranks, "broadcast", lambda *_: raising(RuntimeError("the cable was pulled"))(None))
-        real(self, method, weights)
+        real(self)
 
-    monkeypatch.setattr(Teleporter, "_keep", keep)
+    monkeypatch.setattr(Event, "_keep", keep)
     with pytest.raises(RuntimeError, match="cable"):
         scene.teleport()
     scene.assert_untouched()

@@ -4,7 +4,7 @@ An average has norms with gains of its own, and they are folded into its own rea
 and what it goes on averaging is in the same coordinates.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
-from hf_teleport.layers.roles import plain_name
+from hf_teleport.layers.roles import parameters_by_name, plain_name
 from hf_teleport.methods.basis.features import uniform
 from hf_teleport.methods.basis.symmetry import Symmetry
 
@@ -120,5 +120,4 @@ def _tensors(given: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     if isinstance(given, Mapping):
         return {plain_name(name): tensor for name, tensor in given.items()}
     inner = getattr(given, "module", getattr(given, "ema", None))
-    own: Callable[[], Any] = (inner if isinstance(inner, nn.Module) else given).named_parameters
-    return {plain_name(name): parameter for name, parameter in own()}
+    return dict(parameters_by_name(inner if isinstance(inner, nn.Module) else given))

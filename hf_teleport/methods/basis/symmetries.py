@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_teleport.layers.point import LossFn
-from hf_teleport.layers.roles import plain_name
+from hf_teleport.layers.roles import names_of_parameters
 from hf_teleport.methods.basis.features import Axis, Facts, Norm, components, effective, signatures, uniform, vectors
 from hf_teleport.methods.basis.follow import Follow
 from hf_teleport.methods.basis.norms import recognised_norms
@@ -76,7 +76,7 @@ class Solver:
         self.facts = facts
         self._round_gains = round_gains
         self._rounded: set[nn.Parameter] = set()
-        self.names = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
+        self.names = names_of_parameters(model)
         for (parameter, _), axis in facts.axes.items():
             if parameter in immovable:
                 facts.note_fixed(axis.features, immovable[parameter])

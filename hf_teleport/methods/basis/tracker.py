@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_teleport.layers.roles import names_of_parameters, parameters_by_name
 from hf_teleport.methods.basis.averages import Average
 from hf_teleport.methods.basis.moments import Moments, turned
 from hf_teleport.methods.basis.symmetry import UNUSED, Symmetry
@@ -105,18 +106,18 @@ class Tracker:
         if self.moments is not None:
             self._fill(self._loaded)
 
-    def saved(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+    def saved(self, model: nn.Module) -> dict[str, Tensor]:
         """`state_dict`, and the way: all that a loop needs to go on from saved weights."""
-        return {**self.way.state_dict(names), **self.state_dict()}
+        return {**self.way.state_dict(names_of_parameters(model)), **self.state_dict()}
 
-    def load(self, saved: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
-        """Take in what `saved` returned, for a model with these parameters by their names. Copies of frozen weights stay.
+    def load(self, saved: Mapping[str, Tensor], model: nn.Module) -> None:
+        """Take in what `saved` returned. Copies of frozen weights stay.
 
         Raises:
             ValueError: it is of another model.
         """
         frozen = self.way.frozen
-        self.way = Way.from_state_dict(saved, parameters)
+        self.way = Way.from_state_dict(saved, parameters_by_name(model))
         self.way.frozen = frozen
         if moments := {name: tensor for name, tensor in saved.items() if not is_of_way(name)}:
             self.load_state_dict(moments)
