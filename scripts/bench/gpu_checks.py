@@ -1,10 +1,11 @@
 """The checks of `gpu.py`: that runs on a device train and teleport as they should.
 
-Those of several processes run in a process of their own, which torchrun starts, with one rank on one device.
+Those of several processes run in a process of their own, the only rank of its group.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,9 @@ from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer, TeleportTra
 from hf_teleport.report import TeleportReport
 
 Check = Callable[[], str]
+
+# What torchrun would tell the only process of a group. A port of 0 is any that is free.
+_ONLY_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 _VOCABULARY, _LENGTH, _STEPS = 512, 32, 16
 _METHODS = {
@@ -57,8 +61,8 @@ def of_ranks(device: torch.device) -> list[dict[str, Any]]:
     """The checks of several processes, in a process of their own."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "found.json"
-        words = ["--standalone", "--nproc_per_node", "1", __file__, "--device", device.type, "--json", str(file)]
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words], capture_output=True, text=True)
+        words = [sys.executable, __file__, "--device", device.type, "--json", str(file)]
+        done = subprocess.run(words, env={**os.environ, **_ONLY_RANK}, capture_output=True, text=True)
         if file.exists():
             return json.loads(file.read_text())
     return [{"check": "ranks", "passed": False, "said": done.stderr.strip().splitlines()[-1], "seconds": 0.0}]

@@ -1,8 +1,7 @@
-"""The two scripts in the style of Transformers' examples, run as a user runs them."""
+"""The two scripts in the style of Transformers' examples, run with a user's options."""
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--logging_steps", "1", "--save_strategy", "no"]
 
 
-def run(script, *words, start=forks.run):
+def run(script, *words):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "scripts" / "examples" / script), *SHORT, *map(str, words)]
-    done = start(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    done = forks.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -29,7 +28,7 @@ def history(folder):
 def test_an_image_classifier_learns_the_digits(tmp_path):
     words = ["--num_train_epochs", 4, "--learning_rate", 2e-3, "--per_device_train_batch_size", 32]
     words += ["--teleport_method", "null_space", "--teleport_num_batches", 1, "--teleport_energy_threshold", 0.999]
-    run("run_image_classification.py", "--output_dir", tmp_path, *words, start=subprocess.run)
+    run("run_image_classification.py", "--output_dir", tmp_path, *words)
     log = history(tmp_path)
     assert [row["step"] for row in log if "teleport/steps" in row] == [0]
     losses = [row["loss"] for row in log if "loss" in row]

@@ -13,11 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "bench"
 import gpu
 import gpu_checks
 
+import forks
+
 CPU = torch.device("cpu")
 
 
-@pytest.mark.timeout(600)  # it starts a process of torchrun
 def test_all_of_it_in_tiny(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_checks.subprocess, "run", forks.run)
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
     assert gpu.main(["--device", "cpu", "--tiny", "--output", str(tmp_path / "out")]) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["gpu.json"]
