@@ -24,6 +24,7 @@ from hf_teleport.event.batches import check_given, num_samples
 from hf_teleport.journal import about, teleports
 from hf_teleport.report import TeleportReport
 from hf_teleport.teleporter import Teleporter
+from hf_teleport.training.advice import larger_embedding_rate
 from hf_teleport.training.callback import HomeCallback, TeleportCallback
 from hf_teleport.training.card import add_to_card
 from hf_teleport.training.drawing import (
@@ -324,6 +325,9 @@ class TeleportMixin(HomeMixin, _Base):
                     plan.judge(self._candidates(plan), partial(self._teleporter, plan), self._teleport_loss)
             except ReadOnceError as error:
                 plan.give_up(f"No teleports: {error}")
+            new = plan.settings.method == "basis" and not loaded and not self.state.global_step
+            if new and (advice := larger_embedding_rate(self.model, self.optimizer)):
+                plan.notes.append((logging.INFO, advice))
         for level, line in plan.notes:
             self._tell(line, level)
         return plan
