@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from hf_teleport.lab.results import best_rates, evaluations, final
+from hf_teleport.lab.results import evaluations, final
 from hf_teleport.lab.runs import ALL_SETTINGS
 from hf_teleport.lab.verdict import Contestant, Verdict, interval, verdict
 
@@ -69,22 +69,40 @@ def passed(found: Verdict) -> str:
     return f"x {found.steps_to_loss}{some}"
 
 
+def best_runs(frame: pd.DataFrame) -> dict[str, Contestant]:
+    """For each arm its run with the lowest mean loss, among its searched settings. Runs with fewer seeds are left out."""
+    found = {}
+    for arm, own in frame.groupby(frame["arm"].str.partition("+")[0]):
+        runs = final(own).groupby(["arm", "learning_rate"])["train_loss"].agg(["mean", "size"])
+        whole = runs.loc[(runs["size"] == runs["size"].max()) & (runs["mean"] < float("inf")), "mean"]
+        if len(whole):
+            found[str(arm)] = whole.idxmin()
+    return found
+
+
+def described(run: Contestant) -> str:
+    """A run's learning rate, and the settings that its search has changed."""
+    changed = run[0].partition("+")[2].replace("+", "; ").replace("-", " ").replace("_", " ")
+    return f"{run[1]:g} ({changed})" if changed else f"{run[1]:g}"
+
+
 def pairs(frame: pd.DataFrame, reference: str) -> list[str]:
-    """A Markdown table of several experiments: each arm against the reference with the same seeds, both at their best rates."""
+    """A Markdown table of several experiments: each arm against the reference, both at their best settings, by seeds."""
     lines = [
         f"| run | arm | rates | training loss, {reference} | arm | difference | difference in test loss | passes it: steps |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, own in frame.groupby("experiment", sort=False):
-        rates = best_rates(own)
+        best = best_runs(own)
         ends = final(own).set_index(["arm", "learning_rate", "seed"]).sort_index()[["train_loss", "test_loss"]]
-        base = ends.loc[reference, rates[reference]]
-        for arm in sorted(rates.keys() - {reference}):
-            found = ends.loc[arm, rates[arm]]
+        base = ends.loc[best[reference]]
+        for arm in sorted(best.keys() - {reference}):
+            found = ends.loc[best[arm]]
             train, test = (interval((found - base)[column].dropna().to_numpy()) for column in ("train_loss", "test_loss"))
             losses = [interval(part["train_loss"].to_numpy()) for part in (base, found)]
-            against = verdict(own, (reference, rates[reference]), (arm, rates[arm]), "cpu_seconds")
-            cells = [name.replace("_", " "), arm, f"{rates[reference]:g}, {rates[arm]:g}", *losses, train, test, passed(against)]
+            against = verdict(own, best[reference], best[arm], "cpu_seconds")
+            rates = ", ".join(described(best[each]) for each in (reference, arm))
+            cells = [name.replace("_", " "), arm, rates, *losses, train, test, passed(against)]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
