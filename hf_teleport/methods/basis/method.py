@@ -1,4 +1,4 @@
-"""Basis teleportation: turn the model's exact symmetries to where the optimizer works best.
+"""Basis teleportation: turn the model's exact symmetries to a basis in which the optimizer learns faster.
 
 A rotation of features that no output depends on leaves the loss and the gradient's norm as they are, for every input. SGD does
 not see it; Adam, which scales each coordinate alone, does. docs/basis.md has the derivation and the measurements.
