@@ -66,12 +66,13 @@ class CommonSettings:
     )
     method: Literal["auto", "null_space", "basis", "level_set", "symmetry", "null_space+basis"] = setting(
         "auto",
-        "'auto': 'basis' if it suits model and optimizer, else 'null_space' with objective 'lookahead', within `budget`. "
-        "The latter is kept only if a rehearsal of the next steps ends lower (why: docs/when.md). Without an optimizer 'auto' is "
+        "'auto': 'basis' if it suits model and optimizer, else 'null_space' with objective 'lookahead', within `budget`. The "
+        "latter is kept only if a rehearsal of the next steps ends lower (why: docs/when.md). Without an optimizer 'auto' is "
         "plain 'null_space'. 'null_space': climb inside the null space of every layer's inputs (the paper); 'basis': turn the "
-        "model's exact symmetries to a basis in which Adam learns faster; 'level_set': climb in all weights along the level set of "
-        "the losses, kept to first order and guarded by a line search (arXiv 2403.03362); 'symmetry': climb over groups that act on "
-        "adjacent layers of an MLP whose activation has an inverse (arXiv 2205.10637); 'null_space+basis': one after the other.",
+        "model's exact symmetries to a basis in which Adam learns faster; 'level_set': climb in all weights along the level set "
+        "of the losses, kept to first order and guarded by a line search (arXiv 2403.03362); 'symmetry': climb over groups "
+        "that act on adjacent layers of an MLP whose activation has an inverse (arXiv 2205.10637); 'null_space+basis': one "
+        "after the other.",
     )
     max_loss_change: float | None = setting(
         0.01,
