@@ -1,1 +1,1 @@
-"""One teleport event, except its method: batches, estimated cost, steps, the guard that rejects steps, measurements, reasons."""
+"""One teleport event, except its method: measurements, steps, the guard that rejects steps, reasons; batches; estimated cost."""
