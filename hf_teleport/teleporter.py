@@ -255,7 +255,7 @@ class Teleporter:
         loss_fn = self._on_float32(loss_fn)
         with self._isolated() as weights:
             method = self._method(loss_fn, weights)
-            return Event(method, weights, self.optimizer, self._progress, start).run(batches, held_back)
+            return Event(method, self._progress, start).run(batches, held_back)
 
     @property
     def _state(self) -> MutableMapping[Any, Any]:

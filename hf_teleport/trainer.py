@@ -325,7 +325,7 @@ class TeleportMixin(HomeMixin, _Base):
                     plan.judge(self._candidates(plan), partial(self._teleporter, plan), self._teleport_loss)
             except ReadOnceError as error:
                 plan.give_up(f"No teleports: {error}")
-            new = plan.settings.method == "basis" and not loaded and not self.state.global_step
+            new = bool(plan.upcoming) and "basis" in plan.settings.method and not loaded and not self.state.global_step
             if new and (advice := larger_embedding_rate(self.model, self.optimizer)):
                 plan.notes.append((logging.INFO, advice))
         for level, line in plan.notes:

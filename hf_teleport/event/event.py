@@ -15,7 +15,6 @@ from hf_teleport.event.verdict import held_back_loss, shorten, verdict
 from hf_teleport.methods import ClimbingMethod, TurningMethod
 from hf_teleport.optimizers.state import forget
 from hf_teleport.report import TeleportReport
-from hf_teleport.weights.whole import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -25,25 +24,15 @@ class Event:
 
     Args:
         method: new for this event.
-        weights: those of the method's model.
-        optimizer: the one that trains the model, or None.
         progress: called after each step with the number of steps taken and the most there can be.
         start: `time.perf_counter()` when the event began.
     """
 
-    def __init__(
-        self,
-        method: ClimbingMethod | TurningMethod,
-        weights: Weights,
-        optimizer: Any,
-        progress: Callable[[int, int], None],
-        start: float,
-    ):
+    def __init__(self, method: ClimbingMethod | TurningMethod, progress: Callable[[int, int], None], start: float):
         self._method = method
         self._config = method.config
-        self._weights = weights
+        self._weights = method.weights
         self._ranks = method.ranks
-        self._optimizer = optimizer
         self._progress = progress
         self._start = start
 
@@ -99,8 +88,8 @@ class Event:
             self._ranks.together(self._method.accept)
         self._ranks.broadcast(self._method.written)
         # Last, for it is not undone.
-        if self._optimizer is not None and self._config.optimizer_state == "reset":
-            forget(self._optimizer, self._method.movable, self._weights.origin)
+        if self._method.optimizer is not None and self._config.optimizer_state == "reset":
+            forget(self._method.optimizer, self._method.movable, self._weights.origin)
 
     def _report(
         self,

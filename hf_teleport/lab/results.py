@@ -116,13 +116,18 @@ def best_rates(frame: Any) -> dict[str, float]:
 
     A rate with fewer seeds than another was only tried, and is left out. An arm that diverged at all of its rates is left out.
     """
+    best = {arm: best_run(own) for arm, own in frame.groupby("arm")}
+    return {str(arm): run[1] for arm, run in best.items() if run is not None}
+
+
+def best_run(frame: Any) -> tuple[str, float] | None:
+    """The arm and rate with the lowest mean of final training losses, among those with the most seeds. None: all diverged."""
     runs = final(frame).groupby(["arm", "learning_rate"])["train_loss"].agg(["mean", "size"])
-    best = {}
-    for arm, rates in runs.groupby("arm"):
-        whole = rates.loc[(rates["size"] == rates["size"].max()) & (rates["mean"] < float("inf")), "mean"]
-        if len(whole):
-            best[arm] = float(whole.idxmin()[1])
-    return best
+    whole = runs.loc[(runs["size"] == runs["size"].max()) & (runs["mean"] < float("inf")), "mean"]
+    if not len(whole):
+        return None
+    arm, rate = whole.idxmin()
+    return str(arm), float(rate)
 
 
 def choices(frame: Any, paper_learning_rate: float | None) -> dict[str, dict[str, float]]:

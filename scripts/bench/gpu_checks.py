@@ -65,7 +65,8 @@ def of_ranks(device: torch.device) -> list[dict[str, Any]]:
         done = subprocess.run(words, env={**os.environ, **_ONLY_RANK}, capture_output=True, text=True)
         if file.exists():
             return json.loads(file.read_text())
-    return [{"check": "ranks", "passed": False, "said": done.stderr.strip().splitlines()[-1], "seconds": 0.0}]
+    said = done.stderr.strip().splitlines() or [f"it ended with the status {done.returncode}"]
+    return [{"check": "ranks", "passed": False, "said": said[-1], "seconds": 0.0}]
 
 
 def _llama() -> LlamaForCausalLM:

@@ -13,15 +13,18 @@ when the reference's final training loss is passed.
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import pandas as pd
 
-from hf_teleport.lab.results import evaluations, final
+from hf_teleport.lab.results import best_run, evaluations, final
 from hf_teleport.lab.runs import ALL_SETTINGS
 from hf_teleport.lab.verdict import Contestant, Verdict, interval, verdict
 
 COLUMNS = ["arm", "learning_rate", "seed", "step", "samples", "cpu_seconds", "train_loss", "test_loss", "metric"]
+# What ends the name of an arm's control, such as `following.identity`. Numbers in names have points too.
+_CONTROL = r"\.[a-z_]+$"
 
 
 def export(runs: Path, target: Path) -> None:
@@ -70,19 +73,15 @@ def passed(found: Verdict) -> str:
 
 
 def best_runs(frame: pd.DataFrame) -> dict[str, Contestant]:
-    """For each arm its run with the lowest mean loss, among its searched settings. Runs with fewer seeds are left out."""
-    found = {}
-    for arm, own in frame.groupby(frame["arm"].str.partition("+")[0]):
-        runs = final(own).groupby(["arm", "learning_rate"])["train_loss"].agg(["mean", "size"])
-        whole = runs.loc[(runs["size"] == runs["size"].max()) & (runs["mean"] < float("inf")), "mean"]
-        if len(whole):
-            found[str(arm)] = whole.idxmin()
-    return found
+    """For each arm its best run, among its searched settings and without its controls."""
+    own = frame[~frame["arm"].str.contains(_CONTROL)]
+    best = {str(arm): best_run(runs) for arm, runs in own.groupby(own["arm"].str.partition("+")[0])}
+    return {arm: run for arm, run in best.items() if run is not None}
 
 
 def described(run: Contestant) -> str:
     """A run's learning rate, and the settings that its search has changed."""
-    changed = run[0].partition("+")[2].replace("+", "; ").replace("-", " ").replace("_", " ")
+    changed = re.sub(r"-(?=[\d.]+(e|;|$))", " ", run[0].partition("+")[2].replace("+", "; ")).replace("_", " ")
     return f"{run[1]:g} ({changed})" if changed else f"{run[1]:g}"
 
 
@@ -124,14 +123,12 @@ def main() -> None:
     print(*trials(frame), sep="\n")
     seeds = frame.groupby(["arm", "learning_rate"])["seed"].transform("nunique")
     several = final(frame[seeds > 1])
-    own = several[several["arm"].str.partition("+")[0] == arguments.reference]
-    if own.empty:
-        known = sorted(set(several["arm"].str.partition("+")[0]))
+    best = best_runs(several)
+    if arguments.reference not in best:
         raise SystemExit(
-            f"--reference {arguments.reference} is not allowed; allowed: one of {known}, which ran with several seeds."
+            f"--reference {arguments.reference} is not allowed; allowed: one of {sorted(best)}, which ran with several seeds."
         )
-    best = own.groupby(["arm", "learning_rate"])["train_loss"].mean().idxmin()
-    print("", *comparison(frame, best), sep="\n")
+    print("", *comparison(frame, best[arguments.reference]), sep="\n")
 
 
 if __name__ == "__main__":

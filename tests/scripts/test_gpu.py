@@ -1,6 +1,7 @@
 """The script for a GPU, on small sizes on the CPU."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,6 +47,12 @@ def test_a_failed_check_is_reported():
     assert (row["passed"], row["said"]) == (False, "AssertionError: the loss rose")
     with pytest.raises(AssertionError, match="there were 0 events, not 2"):
         gpu_checks._judged([], 2)
+
+
+@pytest.mark.parametrize(("error", "said"), [("first\nlast\n", "last"), ("", "it ended with the status -9")])
+def test_ranks_that_left_nothing_are_reported(monkeypatch, error, said):
+    monkeypatch.setattr(gpu_checks.subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, -9, "", error))
+    assert gpu_checks.of_ranks(CPU) == [{"check": "ranks", "passed": False, "said": said, "seconds": 0.0}]
 
 
 def test_fp16_is_checked_where_there_is_a_gradscaler():

@@ -78,12 +78,12 @@ def test_each_arm_of_several_experiments_is_compared_seed_by_seed_at_its_own_bes
 
 def test_a_searched_arm_is_compared_at_its_best_settings():
     runs = [("baseline", 0.1, 0, 3.0), ("baseline+warmup_steps-20", 0.1, 0, 2.0), ("baseline+warmup_steps-20", 0.1, 1, 4.0)]
-    runs += [("muon+adam_beta2-0.95+warmup_steps-20", 0.2, 0, 1.0), ("muon", 0.2, 0, 1.5)]
+    runs += [("muon+weight_decay-5e-05+warmup_steps-20", 0.2, 0, 1.0), ("muon", 0.2, 0, 1.5), ("muon.identity", 0.2, 0, 0.5)]
     frame = pd.DataFrame(runs, columns=["arm", "learning_rate", "seed", "train_loss"])
     frame = frame.assign(experiment="tiny", step=9, samples=9, cpu_seconds=1.0, test_loss=1.0, metric=0.0)
     (line,) = tables.pairs(frame, "baseline")[2:]
     assert [cell.strip() for cell in line.split("|")][2:7] == [
-        *("muon", "0.1 (warmup steps 20), 0.2 (adam beta2 0.95; warmup steps 20)", "3 ± 13", "1", "-1"),
+        *("muon", "0.1 (warmup steps 20), 0.2 (weight decay 5e-05; warmup steps 20)", "3 ± 13", "1", "-1"),
     ]
 
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from hf_teleport.lab.optimizers import CombinedOptimizer
 from hf_teleport.training.advice import larger_embedding_rate
 
 from tiny_models import build
 from tiny_runs import gpt2, llama, make, teleports
 
-ADVICE = "Embeddings and output head learn at the rate of the other weights, 0.01."
+ADVICE = "Embeddings and output head have a learning rate of 0.01, the other weights 0.01."
 
 
 def grouped(model, outer_rate, rate=0.01):
@@ -24,6 +25,16 @@ def test_it_is_given_while_no_embedding_learns_faster(make_model):
     assert larger_embedding_rate(model, torch.optim.AdamW(model.parameters(), lr=0.01)).startswith(ADVICE)
     assert larger_embedding_rate(model, grouped(model, 0.01)).startswith(ADVICE)
     assert larger_embedding_rate(model, grouped(model, 0.08)) == ""
+    lower = larger_embedding_rate(model, grouped(model, 0.001))
+    assert lower.startswith("Embeddings and output head have a learning rate of 0.001, the other weights 0.01.")
+
+
+def test_none_for_an_optimizer_with_which_it_was_not_measured():
+    model = llama()
+    muon = torch.optim.Muon([model.model.layers[0].mlp.up_proj.weight], lr=0.02)
+    others = torch.optim.AdamW([p for p in model.parameters() if p is not model.model.layers[0].mlp.up_proj.weight], lr=3e-4)
+    assert larger_embedding_rate(model, CombinedOptimizer(muon, others)) == ""
+    assert larger_embedding_rate(model, torch.optim.Adafactor(model.parameters())) == ""
 
 
 def test_warm_up_has_lowered_all_rates_alike():

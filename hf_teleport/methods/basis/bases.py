@@ -1,6 +1,6 @@
 """Choices of basis: from what a few batches show, an orthogonal matrix for each block of features.
 
-Adam scales each coordinate by its own second moment. So it works best if the gradients of different coordinates are
+Adam scales each coordinate by its own second moment. So it fits best if the gradients of different coordinates are
 uncorrelated: in the eigenvectors of the gradient's second moment. SOAP (arXiv 2409.11321) refreshes them during all of training.
 Another paper (arXiv 2410.19964) measures what a basis does to Adam.
 """
