@@ -81,7 +81,7 @@ def best_runs(frame: pd.DataFrame) -> dict[str, Contestant]:
 
 def described(run: Contestant) -> str:
     """A run's learning rate, and the settings that its search has changed."""
-    changed = re.sub(r"-(?=[\d.]+(e|;|$))", " ", run[0].partition("+")[2].replace("+", "; ")).replace("_", " ")
+    changed = re.sub(r"(?<!\de)-(?=[\d.]+(e|;|$))", " ", run[0].partition("+")[2].replace("+", "; ")).replace("_", " ")
     return f"{run[1]:g} ({changed})" if changed else f"{run[1]:g}"
 
 

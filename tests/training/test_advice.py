@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_teleport import TeleportConfig
 from hf_teleport.lab.optimizers import CombinedOptimizer
 from hf_teleport.training.advice import larger_embedding_rate
 
@@ -60,7 +61,9 @@ def loaded():
     ("model", "config", "given"),
     [
         (llama, teleports("basis"), True),
-        (llama, None, False),
+        (llama, TeleportConfig(steps=[2]), True),
+        (llama, teleports(), True),
+        (llama, teleports("null_space"), False),
         (loaded, teleports("basis"), False),
     ],
 )
@@ -68,3 +71,14 @@ def test_a_new_models_run_begins_with_it(tmp_path, caplog, model, config, given)
     caplog.set_level("INFO", logger="hf_teleport")
     make(tmp_path, model(), config, max_steps=4).train()
     assert (ADVICE in caplog.text) is given
+
+
+def test_a_resumed_run_does_not_repeat_it(tmp_path, caplog):
+    caplog.set_level("INFO", logger="hf_teleport")
+
+    def run():
+        return make(tmp_path, llama(), teleports("basis"), max_steps=4, save_strategy="steps", save_steps=1)
+
+    run().train()
+    run().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert caplog.text.count(ADVICE) == 1
