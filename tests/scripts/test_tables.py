@@ -18,16 +18,17 @@ def lines_of(name, reference):
 @pytest.mark.parametrize(
     ("name", "reference", "columns"),
     [
-        ("following_one_rate.csv", ("baseline", 0.004), slice(3, 7)),
-        ("following_two_rates.csv", ("baseline", 0.001), slice(3, 7)),
-        ("following_symmetries.csv", ("baseline", 0.001), slice(3, 5)),
+        ("following_one_rate.csv", ("baseline", 0.004), (3, 4, 5, 6)),
+        ("following_two_rates.csv", ("baseline", 0.001), (3, 4, 5, 6)),
+        ("following_symmetries.csv", ("baseline", 0.001), (3, 4, 6)),
     ],
 )
 def test_the_page_has_the_numbers_of_the_table(name, reference, columns):
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for line in lines_of(name, reference)[2:]:
-        for number in line.split("|")[columns]:
-            assert number.strip() in page, line
+        cells = line.split("|")
+        for column in columns:
+            assert cells[column].strip() in page, line
 
 
 @pytest.mark.parametrize(
