@@ -11,7 +11,8 @@ import transformers.modeling_utils
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
 
-from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer, TeleportTrainingArguments, teleporter
+from hf_teleport import TeleportConfig, TeleportTrainer, TeleportTrainingArguments
+from hf_teleport.event import event
 from hf_teleport.layers.layer import Layer
 from hf_teleport.methods import BasisTurn, NullSpace
 from hf_teleport.methods.basis import turn
@@ -33,14 +34,14 @@ PHASES = {
     "weights_copied": (Snapshot, "__init__", 2),
     "weights_shifted": (direction, "_forward", 1),  # they are elsewhere for as long as it lasts
     "half_a_step": (Layer, "add_", 2),
-    "shortened": (teleporter, "shorten", 1),
-    "null_space_kept": (Teleporter, "_keep", 1),
+    "shortened": (event, "shorten", 1),
+    "null_space_kept": (event.Event, "_keep", 1),
     "logged_between_methods": (Trainer, "log", 1),
     "basis_chosen": (BasisTurn, "fit", 1),
     "half_a_turn": (turn, "_turn", 5),
     "optimizer_half_turned": (OptimizerState, "turn", 5),
     "reviewed": (BasisTurn, "review", 1),
-    "basis_kept": (Teleporter, "_keep", 2),
+    "basis_kept": (event.Event, "_keep", 2),
     "logged": (Trainer, "log", 2),
 }
 WRITERS = {
