@@ -156,7 +156,8 @@ class Teleporter:
             ValueError: a trained parameter is missing in one, has another shape, or is sharded.
         """
         self._averages = averages
-        self._take_in_averages()
+        self.tracker.averages = taken_in(self.model, averages)
+        self.tracker.forget()  # a symmetry that an earlier average held back may turn now
 
     def _take_in_averages(self) -> None:
         if self._averages:  # again before each event: a dict may have other tensors now

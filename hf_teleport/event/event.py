@@ -70,7 +70,8 @@ class Event:
             changed = snapshot.changed(self._weights)
             rehearsed = bool(steps) and self._config.control == "matched_rate"
             if not objection and not rehearsed:
-                self._keep()
+                with method.undone_on_error():
+                    self._keep()
         except BaseException:
             snapshot.restore()
             raise

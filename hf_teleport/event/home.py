@@ -53,15 +53,16 @@ def turn_back(
         # Frozen weights are restored from their copies, so only the others are turned.
         only = set(way.parameters) - set(way.frozen.originals) if way.frozen.originals else None
         try:
-            ranks.together(lambda: way.turn_back(staying, state, only=only, weights=weights))
+            with tracker.undone_on_error():
+                ranks.together(lambda: way.turn_back(staying, state, only=only, weights=weights))
+                for average in tracker.averages:
+                    way.turn_back(staying, None, average)
+                if weights.whole:
+                    kept = [] if state is None else [tensor for parameter in turned for tensor in state.tensors(parameter)]
+                    ranks.broadcast([parameter.data for parameter in turned] + kept)
         except BaseException:
             snapshot.restore()
             raise
-        for average in tracker.averages:
-            way.turn_back(staying, None, average)
-        if weights.whole:
-            kept = [] if state is None else [tensor for parameter in turned for tensor in state.tensors(parameter)]
-            ranks.broadcast([parameter.data for parameter in turned] + kept)
         if optimizer is not None and config.optimizer_state == "reset":
             forget(optimizer, turned, weights.origin)
     tracker.turned(moments)

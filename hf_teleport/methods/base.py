@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -96,6 +97,10 @@ class Method(ABC):
     def snapshot(self) -> Snapshot:
         """A copy of all that this method may change."""
         return Snapshot(self.movable)
+
+    def undone_on_error(self) -> AbstractContextManager[None]:
+        """Inside, the event is kept. If an error occurs, what outlives it besides the weights is what it was before."""
+        return nullcontext()
 
 
 class Move:
@@ -232,4 +237,4 @@ class TurningMethod(Method):
         """See one teleport batch after the move; called for each in turn."""
 
     def accept(self) -> None:
-        """The event will not be undone."""
+        """The event is kept: learn of it. An error undoes it."""

@@ -141,7 +141,7 @@ class Plan:
     def holds(self, step: int) -> list[nn.Parameter]:
         """The parameters that this step must not train."""
         # Gains are held after the last turn too if the run turns back, because an uneven gain would prevent that.
-        return self.held if self.held and (self.turns_back or step < max(self.steps)) else []
+        return self.held if self.held and (self.turns_back or step < max(self.steps, default=0)) else []
 
     def look(self, step: int) -> None:
         """Read the gradients of this optimizer step, if a change of basis still lies ahead."""

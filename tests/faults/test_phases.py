@@ -3,16 +3,18 @@
 import pytest
 import torch
 
+from hf_teleport import TeleportConfig, Teleporter
 from hf_teleport.event.climb import Climb
 from hf_teleport.event.event import Event
 from hf_teleport.layers.layer import Layer
 from hf_teleport.methods import BasisTurn, NullSpace
 from hf_teleport.methods.basis import bases, turn
+from hf_teleport.methods.basis.way import Way
 from hf_teleport.optimizers.state import OptimizerState
 from hf_teleport.weights.ranks import Ranks
 from hf_teleport.weights.snapshot import Snapshot
 
-from faulty import METHODS, Scene, failing, out_of_memory, raising
+from faulty import METHODS, Scene, failing, out_of_memory, raising, same
 
 # What fails, and in which of its calls; it does its work before.
 PHASES = {
@@ -85,3 +87,26 @@ def test_a_fault_when_the_optimizers_state_has_been_reset(monkeypatch, method):
     with pytest.raises(RuntimeError, match="cable"):
         scene.teleport()
     scene.assert_untouched()
+
+
+@pytest.mark.parametrize(
+    "phase", [(BasisTurn, "accept", 1), (Event, "_keep", 1), (Way, "turned_frozen", 1)], ids=["accept", "keep", "frozen"]
+)
+def test_a_fault_as_a_second_turn_is_kept_leaves_the_way_the_moments_and_the_averages_of_the_first(monkeypatch, phase):
+    scene = Scene("basis")
+    first = scene.state()
+    teleporter = Teleporter(scene.model, scene.config, optimizer=scene.optimizer)
+    average = {name: parameter.detach().clone() for name, parameter in scene.model.named_parameters()}
+    teleporter.register_average(average)
+    assert teleporter.teleport(scene.batches, scene.loss).steps
+    kept = {name: tensor.clone() for name, tensor in (*teleporter.state_dict().items(), *average.items())}
+    teleporter.config = TeleportConfig(method="basis", basis="random")
+    with monkeypatch.context() as patch:
+        failing(patch, phase, RuntimeError("the cable was pulled"))
+        with pytest.raises(RuntimeError, match="cable"):
+            teleporter.teleport(scene.batches, scene.loss)
+    assert same({**teleporter.state_dict(), **average}, kept)
+    teleporter.turn_back()
+    for name, parameter in scene.model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), first[name], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(average[name], first[name], atol=1e-6, rtol=1e-5)

@@ -202,6 +202,27 @@ def test_a_dict_may_get_other_tensors_between_events():
         torch.testing.assert_close(average[name], parameter.detach(), atol=1e-12, rtol=0)
 
 
+def test_averages_that_are_registered_later_take_the_place_of_those_before():
+    """Tied weights: the stream turns only if all gains are even, in averages too."""
+    model = llama(tie_word_embeddings=True)
+    bad, good = copy.deepcopy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        bad.model.norm.weight[0] = 2.0
+    kept = [p.detach().clone() for p in bad.parameters()]
+    teleporter = Teleporter(model, TeleportConfig(method="basis", basis="random"))
+    reasons = []
+    for averages in ([bad], [good], []):
+        teleporter.register_average(*averages)
+        report = teleporter.teleport([batch()], lambda model, batch: model(**batch).loss)
+        reasons += [symmetry.reason for symmetry in report.symmetries if symmetry.kind == "stream"]
+    assert "uneven gain" in reasons[0]
+    assert reasons[1:] == ["", ""]
+    teleporter.register_average()
+    assert teleporter.tracker.averages == []
+    # It was taken off before the stream turned, and the heads' turns before that stay.
+    assert torch.equal(bad.model.embed_tokens.weight, kept[0])
+
+
 def test_tensors_that_would_turn_wrongly_are_refused(tmp_path):
     tied = llama(tie_word_embeddings=True)
     trainer = run(tmp_path, tied, following())

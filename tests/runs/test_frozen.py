@@ -9,8 +9,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer
+from hf_teleport.methods.basis.way import Way
 from hf_teleport.training.plan import TRACKED
 
+from faulty import failing, out_of_memory
 from tiny_runs import Texts, arguments, llama, make, pad
 
 ADAPTERS = {
@@ -113,6 +115,22 @@ def test_an_adapter_of_a_turned_base_fits_the_base_that_was_loaded(base, tmp_pat
         plain = peft.PeftModel.from_pretrained(loaded(base), folder)
         torch.testing.assert_close(logits(plain), watch.logits[step], atol=1e-5, rtol=1e-5)
     assert not (tmp_path / "out" / TRACKED).exists()
+
+
+def test_memory_that_runs_out_as_a_turn_of_the_base_is_kept(base, monkeypatch):
+    """The event is tried again with smaller batches. Base and adapters must have turned alike, and once."""
+    model = adapted(base)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    before = logits(model)
+    teleporter = Teleporter(model, turning(basis="random", steps=None), optimizer=torch.optim.AdamW(model.parameters()))
+    calls = failing(monkeypatch, (Way, "turned_frozen", 1), out_of_memory())
+    assert teleporter.teleport([batch()], loss_fn).steps
+    assert next(calls) > 2
+    torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)
+    assert not any(report.reason for report in teleporter.turn_back())
+    torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)
 
 
 def scores(model):

@@ -1,12 +1,13 @@
 """Where a teleport, and the trainer's own callback, stand among the callbacks of a run."""
 
+import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_teleport import TeleportMixin, TeleportTrainer
 from hf_teleport.training.callback import TeleportCallback
 
-from tiny_runs import flat, make, teleports
+from tiny_runs import flat, llama, make, teleports
 
 
 class Note(TrainerCallback):
@@ -92,11 +93,14 @@ class StepsItself:
         return loss.detach()
 
 
-def test_events_that_a_step_of_ones_own_leaves_out_are_told_once(tmp_path, caplog):
+@pytest.mark.parametrize(
+    "settings", [{"method": "null_space"}, {"method": "basis", "blocking_gains": "hold"}], ids=["null_space", "basis"]
+)
+def test_events_that_a_step_of_ones_own_leaves_out_are_told_once(tmp_path, caplog, settings):
     def told(*bases):
         caplog.clear()
-        config = teleports("null_space", steps=[1, 2])
-        trainer = make(tmp_path, config=config, trainer_class=type("Tried", bases, {}), max_steps=4)
+        tied = llama(tie_word_embeddings=True)  # whose last gain the basis holds
+        trainer = make(tmp_path, tied, teleports(**settings, steps=[1, 2]), trainer_class=type("Tried", bases, {}), max_steps=4)
         trainer.train()
         return len(trainer.teleport_reports), caplog.text.count("does not call TeleportMixin's")
 

@@ -38,7 +38,8 @@ class Basis(ABC):
 
     @cached_property
     def _gains(self) -> dict[Fold, Tensor]:
-        return {fold: effective(fold.norm) for symmetry in self.symmetries for fold in symmetry.folds}
+        folds = {fold.norm.gain: fold for symmetry in self.symmetries for fold in symmetry.folds}.values()
+        return {fold: effective(fold.norm) for fold in folds}
 
     def observe(self, point: Point) -> None:
         """Take in one batch."""

@@ -7,6 +7,7 @@ not see it; Adam, which scales each coordinate alone, does. docs/basis.md has th
 import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -318,6 +319,9 @@ class BasisTurn(TurningMethod):
                 self.tracker.forget()
                 self.reports[parameter].reason = f"its gradient did not turn with it: off by {distance / max(size, 1e-30):.1e}"
                 return
+
+    def undone_on_error(self) -> AbstractContextManager[None]:
+        return self.tracker.undone_on_error()
 
     def accept(self) -> None:
         self.tracker.turned({self._tracked[symmetry]: moment for symmetry, moment in self._after.items()})

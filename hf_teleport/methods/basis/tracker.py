@@ -1,6 +1,9 @@
 """What a run knows of its bases between events: the symmetries, and second moments gathered from its training steps."""
 
-from collections.abc import Container, Mapping
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from hf_teleport.methods.basis.averages import Average
 from hf_teleport.methods.basis.moments import Moments, turned
 from hf_teleport.methods.basis.symmetry import UNUSED, Symmetry
 from hf_teleport.methods.basis.way import Leg, Way, is_of_way
+from hf_teleport.weights.snapshot import Snapshot
 
 
 class Tracker:
@@ -62,7 +66,7 @@ class Tracker:
         known = self.state_dict()
         self._all, self.reasons, self._immovable = symmetries, reasons, immovable
         # Sorted, because all ranks must sum up their shards in the same order.
-        self.moments = Moments(sorted((each for each in symmetries if not each.reason), key=_name), self.decay)
+        self.moments = Moments(_keyed(each for each in symmetries if not each.reason).values(), self.decay)
         self._fill(known)
 
     def looks_at(self, step: int) -> bool:
@@ -84,6 +88,19 @@ class Tracker:
         if self.seen:
             self.values.update(moments)
 
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Inside, the way, the second moments and the averages may turn. If an error occurs, they are what they were."""
+        legs, gains, values = [replace(leg) for leg in self.way.legs], dict(self.way.gains), dict(self.values)
+        averages = Snapshot(parameter for average in self.averages for parameter in average.parameters)
+        try:
+            yield
+        except BaseException:
+            self.way.legs, self.way.gains = legs, gains
+            self.values.update(values)
+            averages.restore()
+            raise
+
     def moments_back(self, staying: Container[Leg]) -> dict[Symmetry, Tensor]:
         """The second moments in the coordinates after turning back all legs, except those that stay."""
         back = dict(self.values)
@@ -97,7 +114,8 @@ class Tracker:
         """What a resumed run needs to go on as if it had not stopped."""
         if self.moments is None or not self.moments.looks:
             return self._loaded
-        looked = {_name(symmetry): value.contiguous() for symmetry, value in self.moments.values.items()}
+        values = self.moments.values
+        looked = {key: values[s].contiguous() for key, s in _keyed(self.moments.symmetries).items() if s in values}
         return {**looked, "looks": torch.tensor(self.moments.looks)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -126,11 +144,25 @@ class Tracker:
         if self.moments is None or not state:
             return
         self.moments.looks = int(state["looks"])
-        for symmetry in self.moments.symmetries:
-            value = state.get(_name(symmetry))
+        for key, symmetry in _keyed(self.moments.symmetries).items():
+            value = state.get(key)
             if value is not None and value.shape == (symmetry.blocks, symmetry.size, symmetry.size):
                 self.moments.values[symmetry] = value.to(symmetry.parts[0].parameter.device)
 
 
-def _name(symmetry: Symmetry) -> str:
-    return f"{symmetry.kind}/{symmetry.name}/{symmetry.blocks}x{symmetry.size}"
+def _keyed(symmetries: Iterable[Symmetry]) -> dict[str, Symmetry]:
+    """Each symmetry by its name in a file, in an order that is the same in all processes.
+
+    Parts of one weight that are read by different weights may have the same kind and size. All but the first get a number.
+    """
+
+    def order(symmetry: Symmetry) -> tuple[str, list[int]]:
+        name = f"{symmetry.kind}/{symmetry.name}/{symmetry.blocks}x{symmetry.size}"
+        return name, sorted(int(part.positions.min()) for part in symmetry.parts)
+
+    keyed, counts = {}, Counter[str]()
+    for symmetry in sorted(symmetries, key=order):
+        name, _ = order(symmetry)
+        counts[name] += 1
+        keyed[name if counts[name] == 1 else f"{name}/{counts[name]}"] = symmetry
+    return keyed
