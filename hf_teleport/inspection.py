@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_teleport.config import TeleportConfig
+from hf_teleport.event.check import Check
 from hf_teleport.event.cost import Cost, share_of_run
 from hf_teleport.layers.audit import audit
 from hf_teleport.layers.point import LossFn, evaluate
@@ -75,19 +76,31 @@ class Inspection:
         }
 
 
+def judged(teleporter: Teleporter, batch: Any, loss_fn: LossFn) -> Check:
+    """`Teleporter.check`, where a batch that shows nothing is an error.
+
+    Raises:
+        ValueError: as `Teleporter.check`; or the loss is not finite, or memory ran out.
+    """
+    check = teleporter.check(batch, loss_fn)
+    if problem := check.problem:
+        raise ValueError(f"{problem}.")
+    return check
+
+
 def inspect_model(model: nn.Module, batch: Any, loss_fn: LossFn, config: TeleportConfig | None = None) -> Inspection:
     """Judge each weight of a model on one batch, decompose the inputs of the weights that may move, and try one step.
 
     The step is made at tau = 1 and then undone.
 
     Raises:
-        ValueError: as `Teleporter.teleport`.
+        ValueError: as `judged`.
     """
     config = config or TeleportConfig()
     snapshot = Snapshot(model.parameters())
-    cost = Teleporter(model, config).check(batch, loss_fn).cost
+    check = judged(Teleporter(model, config), batch, loss_fn)
     one_step = {name: value for name, value in _ONE_STEP.items() if reads(config.method, name)}
-    report = Teleporter(model, TeleportConfig(**{**config.to_dict(), **one_step})).teleport([batch], loss_fn)
+    report = Teleporter(model, replace(config, **one_step)).teleport([batch], loss_fn)
     snapshot.restore()
     inspected = {layer.name: InspectedLayer(**asdict(layer)) for layer in report.layers}
     with preserved_rng(), evaluation_mode(model), full_precision(model):
@@ -105,7 +118,7 @@ def inspect_model(model: nn.Module, batch: Any, loss_fn: LossFn, config: Telepor
             for tau in THRESHOLDS:
                 core = core_dims(values, tau, rank_tolerance(width, representation.dtype))
                 found.null_dims[f"{tau:g}"] = found.null_dims.get(f"{tau:g}", 0) + groups * width - int(core.sum())
-    return Inspection(list(inspected.values()), report.loss_before, cost or Cost())
+    return Inspection(list(inspected.values()), report.loss_before, check.cost)
 
 
 @dataclass
@@ -183,4 +196,10 @@ def run_cost(model: nn.Module, batch: Any, loss_fn: LossFn, max_steps: int, proc
     )
 
 
-_ONE_STEP = {"num_batches": 1, "steps_per_batch": 1, "energy_threshold": 1.0, "max_growth": None, "grad_norm_cap": None}
+_ONE_STEP: dict[str, Any] = {
+    "num_batches": 1,
+    "steps_per_batch": 1,
+    "energy_threshold": 1.0,
+    "max_growth": None,
+    "grad_norm_cap": None,
+}

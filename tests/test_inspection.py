@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from hf_teleport import TeleportConfig
-from hf_teleport.inspection import inspect_model, run_cost
+from hf_teleport import TeleportConfig, Teleporter
+from hf_teleport.inspection import inspect_model, judged, run_cost
 
 from tiny_models import build, loss_fn
 
@@ -53,3 +53,14 @@ def test_under_autocast_and_with_buffers():
     with torch.autocast("cpu", torch.bfloat16):
         assert any(layer.moved for layer in inspect_model(model, batch, loss_fn).layers)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["null_space", "basis"])
+def test_a_batch_that_shows_nothing_is_an_error(method):
+    model, batch = build("llama")
+    nothing = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    with pytest.raises(ValueError, match=r"the loss on a teleport batch is nan; .*\.$"):
+        judged(Teleporter(model, TeleportConfig(method=method)), nothing, loss_fn)
+    if method == "null_space":
+        with pytest.raises(ValueError, match="the loss on a teleport batch is nan"):
+            inspect_model(model, nothing, loss_fn)

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Inspect and print."""
     from hf_teleport.inputs.models import model_and_batch
     from hf_teleport.inputs.synthetic import synthetic_loss
-    from hf_teleport.inspection import inspect_model, run_cost
+    from hf_teleport.inspection import inspect_model, judged, run_cost
     from hf_teleport.teleporter import Teleporter
 
     model, batch = model_and_batch(arguments.model, arguments.set, arguments.data, arguments.batch_size, arguments.length)
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     every_symmetry = {"symmetries": list(SYMMETRIES)} if arguments.method == "basis" else {}
     config = TeleportConfig.from_dict({"method": arguments.method, **every_symmetry})
-    found = Teleporter(model, config).check(batch, synthetic_loss)
+    found = judged(Teleporter(model, config), batch, synthetic_loss)
     reports: Sequence[Any] = found.symmetries or found.layers
     if arguments.json:
         print(json.dumps([asdict(report) for report in reports], indent=1))

@@ -21,7 +21,7 @@ from hf_teleport.arguments import TeleportTrainingArguments
 from hf_teleport.lab.plot import Choices
 from hf_teleport.lab.results import best_rates, evaluations
 from hf_teleport.lab.runs import execute, from_first
-from hf_teleport.lab.settings import Experiment, Settings, plan
+from hf_teleport.lab.settings import Experiment, Settings, arms_of, plan
 from hf_teleport.lab.tuning import Setup, check, experiment, tune
 from hf_teleport.lab.verdict import CLOCKS, Verdict, verdict
 
@@ -135,11 +135,11 @@ def protocol(settings: Settings) -> Protocol:
     controls = _controls(settings.get("controls"), arms)
     if taken := sorted(arms.keys() & controls.keys()):
         raise ValueError(f"arm {taken[0]!r} is not allowed, because it is a control's name; allowed: another, or fewer controls.")
-    given = {name: own for name, own in settings["arms"].items() if own is not None}
+    given = arms_of(settings)
     changed = {name: {**given[arm], **own} for name, (arm, own) in controls.items()}
     whole = plan({**settings, "arms": {BASELINE: given[BASELINE], **given, **changed}})
     return Protocol(
-        replace(whole, settings=settings),
+        replace(whole, settings={**settings, "arms": given}),
         [BASELINE, *(arm for arm in arms if arm != BASELINE)],
         list(dict.fromkeys(run.learning_rate for run in whole.runs)),
         list(dict.fromkeys(run.seed for run in whole.runs)),

@@ -135,7 +135,7 @@ def plan(settings: Settings) -> Experiment:
         raise ValueError(f"save_model = {save_model!r} is not allowed; allowed: true or false.")
     runs = [
         replace(run, save_model=save_model, settings=run.settings | ({"save_model": True} if save_model else {}))
-        for arm, own in _arms(settings["arms"]).items()
+        for arm, own in arms_of(settings).items()
         for run in _runs(arm, common | own, rates, seeds, workload, output)
     ]
     return Experiment(workload, sorted(runs, key=lambda run: seeds.index(run.seed)), output, settings)
@@ -171,7 +171,13 @@ def _runs(arm: str, training: Settings, rates: list[float], seeds: list[int], wo
     return runs
 
 
-def _arms(arms: Any) -> dict[str, Settings]:
+def arms_of(settings: Settings) -> dict[str, Settings]:
+    """The training arguments of each arm, without arms that are dropped.
+
+    Raises:
+        ValueError: a name or a key that is not allowed, or no arm.
+    """
+    arms = settings["arms"]
     if not isinstance(arms, dict):
         raise ValueError(f"arms = {arms!r} is not allowed; allowed: a mapping from names to training arguments.")
     kept = {str(name): own for name, own in arms.items() if own is not None}
@@ -197,12 +203,14 @@ def _require_free(key: str, known: list[str], where: str) -> None:
 def _numbers(settings: Settings, key: str, kind: type) -> list[Any]:
     """A list of distinct numbers, from one or several."""
     given = settings[key]
+    values = given if isinstance(given, list) else [given]
     try:
-        numbers = [kind(value) for value in (given if isinstance(given, list) else [given])]
+        numbers = [kind(value) for value in values]
     except (TypeError, ValueError):
         numbers = []
+    cut = any(isinstance(value, bool) or (kind is int and isinstance(value, float)) for value in values)
     lowest = 0 if kind is int else math.ulp(0.0)
-    if not numbers or len(set(numbers)) < len(numbers) or not all(lowest <= number < math.inf for number in numbers):
+    if not numbers or cut or len(set(numbers)) < len(numbers) or not all(lowest <= number < math.inf for number in numbers):
         allowed = "whole numbers from 0" if kind is int else "positive numbers"
         raise ValueError(f"{key} = {given!r} is not allowed; allowed: {allowed}, each once.")
     return numbers

@@ -208,7 +208,7 @@ def tune(whole: Experiment, arms: list[str]) -> dict[str, tuple[Setup, Search]]:
     start = _start(settings)
     found = {}
     for arm in arms:
-        own = settings["arms"][arm] or {}
+        own = settings["arms"][arm]
         axes = {name: [float(value) for value in values] for name, values in settings["tune"].items() if name not in own}
 
         def loss_of(point: dict[str, float], arm: str = arm) -> float:
@@ -226,7 +226,7 @@ def tune(whole: Experiment, arms: list[str]) -> dict[str, tuple[Setup, Search]]:
 
 
 def _setup(whole: Experiment, arm: str, point: dict[str, float]) -> Setup:
-    start, own = _start(whole.settings), whole.settings["arms"][arm] or {}
+    start, own = _start(whole.settings), whole.settings["arms"][arm]
     changed = {name: value for name, value in point.items() if name != RATE}
     name = "".join([arm, *(f"+{key}-{value:g}" for key, value in changed.items() if value != start[key])])
     rate = point.get(RATE, whole.runs[0].learning_rate)

@@ -49,8 +49,8 @@ def parse_overrides(text: dict[str, Any] | str | None) -> dict[str, Any]:
     """
     if not text or isinstance(text, dict):
         return dict(text or {})
-    # Commas inside brackets belong to a list.
-    parts = [part.partition("=") for part in re.split(r",(?![^\[\]]*\])", text)]
+    # A comma inside brackets or braces belongs to a value.
+    parts = [part.partition("=") for part in re.split(r",(?![^\[\]]*\]|[^{}]*\})", text)]
     if wrong := [key for key, equals, _ in parts if not equals]:
         raise ValueError(f"config_overrides has {wrong[0]!r}; allowed: KEY=VALUE,KEY=VALUE, for instance hidden_size=64.")
     return {key.strip(): from_yaml(value, f"the value of {key.strip()} in config_overrides") for key, _, value in parts}

@@ -136,7 +136,16 @@ def _set_apart(rows: Any, percentage: float, seed: int, source: str) -> dict[str
     return {"train": parts["train"], "validation": parts["test"]}
 
 
-def _first(rows: Any, argument: str, number: int | None) -> Any:
+def require_some(argument: str, number: int | None) -> None:
+    """Make sure that a number of rows is 1 or more. None: all rows.
+
+    Raises:
+        ValueError: it is not.
+    """
     if number is not None and number < 1:
         raise ValueError(f"{argument} = {number} is not allowed; allowed: 1 or more.")
+
+
+def _first(rows: Any, argument: str, number: int | None) -> Any:
+    require_some(argument, number)
     return rows if number is None else rows.select(range(min(number, len(rows))))

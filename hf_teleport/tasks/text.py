@@ -4,6 +4,10 @@ from typing import Any
 
 from datasets import DatasetDict
 
+# These number a row's positions from the padding token's id on, so the first ones are not used.
+_AFTER_PADDING = {"camembert", "data2vec-text", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm"}
+_AFTER_PADDING |= {"xlm-roberta", "xlm-roberta-xl", "xmod"}
+
 
 def row_length(name: str, asked: int | None, default: int, config: Any, tokenizer: Any) -> int:
     """The number of tokens in a row: the one asked for, or else the default, limited by model and tokenizer.
@@ -11,21 +15,23 @@ def row_length(name: str, asked: int | None, default: int, config: Any, tokenize
     Raises:
         ValueError: the number asked for exceeds their limit.
     """
-    limit = min(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length, tokenizer.model_max_length)
+    limit = tokenizer.model_max_length
+    if positions := getattr(config, "max_position_embeddings", None):
+        limit = min(limit, positions - (config.pad_token_id + 1 if config.model_type in _AFTER_PADDING else 0))
     if asked is not None and not 1 <= asked <= limit:
         raise ValueError(f"{name} = {asked} is not allowed; allowed: 1 to {limit}, which model and tokenizer take.")
     return asked or min(default, limit)
 
 
 def blocks(tables: DatasetDict, tokenizer: Any, column: str, length: int, special: bool = False) -> DatasetDict:
-    """Join all texts and cut them into blocks. A row is `input_ids` (length,). An incomplete last block is left out.
+    """Join each 1,000 texts and cut them into blocks. A row is `input_ids` (length,). What does not fill a block is left out.
 
     Args:
         special: whether to put the tokenizer's special tokens around each text, and mark them in `special_tokens_mask`
             (length,). Otherwise each text is followed by an end token.
 
     Raises:
-        ValueError: a split is shorter than one block.
+        ValueError: no 1,000 texts of a split fill a block.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
@@ -43,5 +49,7 @@ def blocks(tables: DatasetDict, tokenizer: Any, column: str, length: int, specia
     cuts = tables.map(cut, batched=True, remove_columns=tables["train"].column_names, desc="Tokens in blocks")
     for name, rows in cuts.items():
         if not len(rows):
-            raise ValueError(f"the {name} rows have fewer than {length} tokens: give more rows, or smaller blocks.")
+            raise ValueError(
+                f"the {name} rows have fewer than {length} tokens in each 1,000: give more or longer rows, or smaller blocks."
+            )
     return cuts

@@ -15,6 +15,7 @@ from hf_teleport.lab.data import Source, load_series
 from hf_teleport.tasks.arguments import ModelArguments, parse
 from hf_teleport.tasks.model import make_config, make_model
 from hf_teleport.tasks.run import run
+from hf_teleport.tasks.tables import require_some
 
 MODELS = {"patchtst": PatchTSTForPrediction, "patchtsmixer": PatchTSMixerForPrediction}
 
@@ -88,6 +89,8 @@ def main(argv: list[str]) -> dict[str, float]:
             f"{wrong} is not allowed; allowed: { ({name: getattr(config, name) for name in wrong}) }, as the saved model has. "
             "Leave it out, or give a config_name for a new model."
         )
+    for name in ("max_train_samples", "max_eval_samples"):
+        require_some(name, getattr(data_args, name))
     with training_args.main_process_first(desc="data"):
         argument = "dataset_name" if data_args.dataset_name else "train_file"
         source = str(getattr(data_args, argument))

@@ -31,10 +31,18 @@ def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int,
         ValueError: a listed epoch or step lies beyond the run, or the warm-up outlasts every scheduled epoch.
     """
     if config.steps == DOUBLING or _unscheduled_basis(config):
-        doubled = doubling(config.warmup_steps, steps_per_epoch, max_steps, prefix)
-        return {step: step // steps_per_epoch for step in doubled}
-    if config.steps is not None:
-        return _repeated(config, _listed(config.steps, max_steps, prefix), steps_per_epoch, max_steps)
+        steps = doubling(config.warmup_steps, steps_per_epoch, max_steps, prefix)
+    elif config.steps is not None:
+        steps = _listed(config.steps, max_steps, prefix)
+    else:
+        steps = _of_epochs(config, steps_per_epoch, max_steps, prefix)
+    if steps and config.every_steps:
+        steps = sorted({*steps, *range(steps[0], max_steps, config.every_steps)})
+    return {step: step // steps_per_epoch for step in steps}
+
+
+def _of_epochs(config: TeleportConfig, steps_per_epoch: int, max_steps: int, prefix: str) -> list[int]:
+    """The first step of each scheduled epoch, or the first one after the warm-up."""
     num_epochs = -(-max_steps // steps_per_epoch)
     scheduled = parse_epochs(config.epochs)
     if isinstance(scheduled, int):
@@ -42,7 +50,7 @@ def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int,
             warnings.warn(
                 f"{prefix or 'teleport '}epochs = {scheduled} is more than the {num_epochs} epochs of the run, "
                 "so each of them will begin with a teleport. If you do not want that, lower it.",
-                stacklevel=2,
+                stacklevel=3,
             )
         epochs = list(range(min(scheduled, num_epochs)))
     else:
@@ -53,17 +61,14 @@ def teleport_steps(config: TeleportConfig, steps_per_epoch: int, max_steps: int,
                 f"teleport epochs {beyond} lie beyond the run, which has {num_epochs} epochs (0 to {num_epochs - 1}); "
                 f"train for longer or remove them from `{prefix}epochs`."
             )
-    steps = {}
-    for epoch in epochs:
-        step = max(epoch * steps_per_epoch, config.warmup_steps)
-        if step < min((epoch + 1) * steps_per_epoch, max_steps):
-            steps[step] = epoch
+    firsts = [(epoch, max(epoch * steps_per_epoch, config.warmup_steps)) for epoch in epochs]
+    steps = [step for epoch, step in firsts if step < min((epoch + 1) * steps_per_epoch, max_steps)]
     if epochs and not steps:
         raise ValueError(
             f"{prefix}warmup_steps = {config.warmup_steps} outlasts every scheduled epoch ({epochs}, {steps_per_epoch} steps "
             "each), so no teleport would happen; lower it or schedule later epochs."
         )
-    return _repeated(config, list(steps), steps_per_epoch, max_steps)
+    return steps
 
 
 def doubling(warmup_steps: int, steps_per_epoch: int, max_steps: int, prefix: str = "") -> list[int]:
@@ -106,13 +111,6 @@ def _listed(steps: Any, max_steps: int, prefix: str) -> list[int]:
             f"train for longer or remove them from `{prefix}steps`."
         )
     return steps
-
-
-def _repeated(config: TeleportConfig, steps: list[int], steps_per_epoch: int, max_steps: int) -> dict[int, int]:
-    """The steps with their epochs. With `every_steps` = N, adds every N-th step after the first."""
-    if steps and config.every_steps:
-        steps = sorted({*steps, *range(steps[0], max_steps, config.every_steps)})
-    return {step: step // steps_per_epoch for step in steps}
 
 
 def upcoming_rates(scheduler: Any) -> Callable[[int], list[float]] | None:

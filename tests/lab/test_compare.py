@@ -138,6 +138,14 @@ def test_controls_are_a_choice(config, given, names):
     assert list(arms_of(planned(config(controls=given))))[2:] == names
 
 
+def test_an_arm_may_be_named_by_a_number(config):
+    made = planned(
+        config(arms={"baseline": {"teleport_epochs": 0}, 2: {"teleport_method": "basis"}, "gone": None}, optim="adamw_torch")
+    )
+    assert {"baseline", "2"} <= {run.arm for run in made.whole.runs}
+    assert set(made.whole.settings["arms"]) == {"baseline", "2"}
+
+
 def test_stages(config):
     made = planned(config(seeds=[4, 0]))
     first = [(run.arm, run.learning_rate, run.seed) for run in made.grid().runs]

@@ -112,6 +112,8 @@ def test_every_run_has_its_arguments(config):
         (["--dataset", "some/where"], r"of kind None; allowed: a kind, one of \['image'"),
         (["--train_rows", "0"], r"train_rows = 0 is not allowed"),
         (["--seeds", "1", "1"], r"seeds = \[1, 1\] is not allowed; allowed: whole numbers from 0, each once"),
+        (["--seeds", "0.5"], r"seeds = 0.5 is not allowed; allowed: whole numbers from 0"),
+        (["--seeds", "true"], r"seeds = True is not allowed; allowed: whole numbers from 0"),
         (["--learning_rates", "0"], r"learning_rates = 0 is not allowed; allowed: positive numbers"),
         (["--paper_learning_rate", "0.3"], r"paper_learning_rate = 0.3 is not allowed; allowed: one of learning_rates = \[0.1\]"),
         (["--arms", "null"], r"'arms' is missing from the settings"),

@@ -168,6 +168,8 @@ def test_images_sounds_and_series(refused):
         ("a,b\n1,é\n".encode("latin-1"), "train_file = 's.csv' is not UTF-8: line 2"),
     ):
         assert said in refused("time_series", "--train_file", write("s.csv", rows))
+    told = refused("time_series", "--train_file", write("s.csv", "a\n" + "1\n" * 99), "--max_train_samples", "0")
+    assert "max_train_samples = 0 is not allowed; allowed: 1 or more" in told
 
 
 def test_models(refused):

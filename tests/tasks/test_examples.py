@@ -11,9 +11,11 @@ import subprocess
 import sys
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import transformers
 import yaml
 from datasets import Dataset, DatasetDict
@@ -27,6 +29,7 @@ from hf_teleport.tasks.model import make_config, parse_overrides
 from hf_teleport.tasks.run import checkpoint_of
 from hf_teleport.tasks.seq2seq import Seq2SeqArguments, overlap
 from hf_teleport.tasks.sound import decode, resample
+from hf_teleport.tasks.text import row_length
 
 from hub_double import running_hub
 
@@ -391,12 +394,25 @@ def test_a_checkpoint_that_is_not_there_is_said(tmp_path):
 
 def test_overrides_are_read_as_yaml_and_sizes_follow_from_them():
     assert parse_overrides("a=1,b=[1,2],c=gelu,d=1.5e-3,e=true") == {"a": 1, "b": [1, 2], "c": "gelu", "d": 1.5e-3, "e": True}
+    assert parse_overrides("a={b: c, d: 2.0},e=1") == {"a": {"b": "c", "d": 2.0}, "e": 1}
     with pytest.raises(ValueError, match="KEY=VALUE"):
         parse_overrides("a")
     config = make_config(TextModelArguments(config_name="llama", config_overrides="hidden_size=64,num_attention_heads=4"))
     assert config.head_dim == 16
     with pytest.raises(ValueError, match="is a saved model"):
         make_config(TextModelArguments(model_name_or_path="some/model", config_overrides="hidden_size=64"))
+
+
+def test_rows_have_as_many_tokens_as_there_are_positions():
+    """RoBERTa's positions begin behind the padding token's id."""
+    tokenizer = SimpleNamespace(model_max_length=1000)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 9}
+    for kind, length in (("bert", 20), ("roberta", 18), ("mpnet", 18)):
+        config = transformers.AutoConfig.for_model(kind, **sizes, max_position_embeddings=20, pad_token_id=1)
+        assert row_length("max_seq_length", None, 1024, config, tokenizer) == length
+        transformers.AutoModel.from_config(config)(torch.full((1, length), 5))
+        with pytest.raises(ValueError, match=f"allowed: 1 to {length}"):
+            row_length("max_seq_length", length + 1, 1024, config, tokenizer)
 
 
 def test_labels():

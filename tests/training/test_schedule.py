@@ -99,6 +99,8 @@ def test_a_basis_is_turned_before_steps_that_double_up_to_half_of_the_run():
     for config in (TeleportConfig(method="basis"), TeleportConfig(method="basis", steps="doubling")):
         assert teleport_steps(config, 50, 100) == {10: 0, 20: 0, 40: 0}
     assert teleport_steps(TeleportConfig(method="null_space", steps="doubling"), 50, 100) == {10: 0, 20: 0, 40: 0}
+    both = TeleportConfig(method="basis", steps="doubling", every_steps=30)
+    assert teleport_steps(both, 50, 100) == {10: 0, 20: 0, 40: 0, 70: 1}
 
 
 def test_times_of_ones_own_stand():

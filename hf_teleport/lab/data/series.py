@@ -34,9 +34,9 @@ class SeriesWindows(Dataset):
         self.span = max(context, shift + horizon)
         if len(values) < self.span:
             name = f"context + horizon = {context}" if shift == context else f"shift + horizon = {shift}"
+            asked = f"context = {context}" if context > shift + horizon else f"{name} + {horizon}"
             raise ValueError(
-                f"{name} + {horizon} is not allowed; allowed: at most {len(values)}, the time steps that "
-                "this part of the table has."
+                f"{asked} is not allowed; allowed: at most {len(values)}, the time steps that this part of the table has."
             )
         self.values = values
         self.context = context

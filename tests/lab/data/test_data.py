@@ -316,6 +316,8 @@ def test_labels_may_begin_anywhere_after_the_inputs_do():
         assert max(windows[len(windows) - 1][name].max() for name in ("inputs", "labels")) == 19
     with pytest.raises(ValueError, match=r"shift \+ horizon = 18 \+ 3 is not allowed; allowed: at most 20"):
         SeriesWindows(values, 2, 3, 18)
+    with pytest.raises(ValueError, match=r"^context = 30 is not allowed; allowed: at most 20"):
+        SeriesWindows(values, 30, 3, 2)
     for settings in [(0, 1), (1, 0), (1, 1, 0)]:
         with pytest.raises(ValueError, match=r"= 0 is not allowed; allowed: 1 or more time steps"):
             SeriesWindows(values, *settings)
