@@ -1,7 +1,7 @@
 """The teleport settings as training arguments, for `HfArgumentParser`, YAML files and the command line."""
 
 import re
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
 
 from transformers import TrainingArguments
@@ -22,11 +22,9 @@ _PARSED_AS: dict[str, Any] = {
 def _prefixed(setting: Any) -> tuple[str, Any, Any]:
     # In argparse's help a percent sign starts a format.
     metadata = {"help": setting.metadata["help"].replace("%", "%%")}
-    annotation = _PARSED_AS.get(setting.name, setting.type)
-    if setting.default is MISSING:
-        return f"{PREFIX}{setting.name}", annotation, field(default_factory=setting.default_factory, metadata=metadata)
-    default = setting.default if setting.name != "epochs" else str(setting.default)
-    return f"{PREFIX}{setting.name}", annotation, field(default=default, metadata=metadata)
+    default = str(setting.default) if setting.name == "epochs" else setting.default
+    own: Any = field(default=default, default_factory=setting.default_factory, metadata=metadata)
+    return f"{PREFIX}{setting.name}", _PARSED_AS.get(setting.name, setting.type), own
 
 
 _Settings = make_dataclass("_Settings", [_prefixed(setting) for setting in fields(TeleportConfig)])

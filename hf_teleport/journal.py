@@ -119,7 +119,11 @@ def about(model: Any, args: Any, config: TeleportConfig, settled: TeleportConfig
     training = {name: getattr(args, name, None) for name in _TRAINING}
     return {
         "model": type(model).__name__.removeprefix("FSDP"),  # FSDP2 adds the prefix to the class
-        "versions": {"hf_teleport": __version__, "python": platform.python_version(), **_versions()},
+        "versions": {
+            "hf_teleport": __version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in _LIBRARIES},
+        },
         "config": config.to_dict(),
         "settled": None if settled is None else settled.to_dict(),
         # For an enumeration, its value.
@@ -151,7 +155,3 @@ def identity(event: Event) -> tuple[Any, Any]:
 
 def _are_events(events: Any) -> bool:
     return isinstance(events, list) and all(isinstance(event, dict) and {"step", "seconds"} <= event.keys() for event in events)
-
-
-def _versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in _LIBRARIES}

@@ -142,21 +142,12 @@ class TeleportReport:
 
     def metrics(self) -> dict[str, float | str]:
         """The values for a tracker and a model card, by name."""
-        return {
-            "method": self.method,
-            "loss_before": self.loss_before,
-            "loss_after": self.loss_after,
-            "grad_norm_before": self.grad_norm_before,
-            "grad_norm_after": self.grad_norm_after,
-            **({"null_dim": self.null_dim} if any(layer.null_dim is not None for layer in self.layers) else {}),
-            "moved_share": self.moved_share,
-            "steps": self.steps,
-            "seconds": self.seconds,
-            "stopped_because": self.stopped_because,
-            "rolled_back": self.rolled_back,
-            **({} if self.matched_rate == 1 else {"matched_rate": self.matched_rate}),
-            **{name: value for name in _OF_A_TURN if (value := getattr(self, name)) is not None},
-        }
+        names = ["method", "loss_before", "loss_after", "grad_norm_before", "grad_norm_after"]
+        names += ["null_dim"] if any(layer.null_dim is not None for layer in self.layers) else []
+        names += ["moved_share", "steps", "seconds", "stopped_because", "rolled_back"]
+        names += [] if self.matched_rate == 1 else ["matched_rate"]
+        names += [name for name in _OF_A_TURN if getattr(self, name) is not None]
+        return {name: getattr(self, name) for name in names}
 
     def summary(self) -> str:
         """One line."""
@@ -202,6 +193,6 @@ def _json_safe(value: Any) -> Any:
         return {key: _json_safe(v) for key, v in value.items()}
     if isinstance(value, list):
         return [_json_safe(v) for v in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -242,7 +242,9 @@ def to_dict(findings: list[Finding], prognosis: Prognosis | None = None) -> dict
 
 def sentences(findings: list[Finding], prognosis: Prognosis | None = None) -> list[str]:
     """The lines to print: one for each finding and each role."""
-    subjects, founds = (max((len(text) for text in column), default=0) for column in _columns(findings))
+    subjects = max((len(finding.subject) for finding in findings), default=0)
+    # Descriptions of devices are long, and would push all version ranges to the right.
+    founds = max((len(finding.found) for finding in findings if len(finding.found) < 20), default=0)
     lines = []
     for finding in findings:
         mark = "ok" if finding.ok else "BAD" if finding.required else "-"
@@ -255,8 +257,3 @@ def sentences(findings: list[Finding], prognosis: Prognosis | None = None) -> li
         lines += ["", "Method 'null_space':", *prognosis.roles, "", f"Method 'auto' with AdamW: {prognosis.method}{more}."]
     bad = [finding.subject for finding in findings if finding.required and not finding.ok]
     return [*lines, "", f"Missing or unsupported: {', '.join(bad)}." if bad else "Everything required is installed."]
-
-
-def _columns(findings: list[Finding]) -> tuple[list[str], list[str]]:
-    # The widths leave out descriptions of devices. They are long, and would push all version ranges to the right.
-    return [finding.subject for finding in findings], [finding.found for finding in findings if len(finding.found) < 20]

@@ -198,9 +198,10 @@ def make_optimizer(model: nn.Module, arguments: Any) -> Optimizer:
     Raises:
         ValueError: the optimizer does not take its settings, or does not suit the model.
     """
-    groups = parameter_groups(model, arguments)
-    hidden = [_without_mark(group) for group in groups if group["hidden"]]
-    others = [_without_mark(group) for group in groups if not group["hidden"]]
+    hidden: list[Group] = []
+    others: list[Group] = []
+    for group in parameter_groups(model, arguments):
+        (hidden if group.pop("hidden") else others).append(group)
     settings: dict[str, Any] = dict(arguments.optimizer_settings or {})
     if arguments.optimizer == MUON_ADAMW:
         if not hidden:
@@ -223,10 +224,6 @@ def make_optimizer(model: nn.Module, arguments: Any) -> Optimizer:
         return kind([*hidden, *others], **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"optimizer = {kind.__name__!r} with {settings} is not allowed: {error}") from error
-
-
-def _without_mark(group: Group) -> Group:
-    return {name: value for name, value in group.items() if name != "hidden"}
 
 
 def _adam_settings(kind: type[Optimizer], arguments: Any) -> dict[str, Any]:

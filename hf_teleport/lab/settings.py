@@ -1,7 +1,7 @@
 """An experiment's settings: from YAML files that inherit and the words of a command line to checked runs.
 
-The keys of a file are those of `Workload` and of its data (`workload.OPTIONS`), every field of `ExperimentArguments` (training,
-teleports, optimizer, learning rates by groups of parameters), and
+The keys of a file are those of `Workload` and of its data (`data.pipelines.OPTIONS`), every field of `ExperimentArguments`
+(training, teleports, optimizer, learning rates by groups of parameters), and
 
     base: a YAML file, or a list of them, by their paths from this one; what stands here wins, and a later one over an earlier
     arms: for each name the training arguments in which this arm differs; null drops an inherited arm
@@ -27,8 +27,9 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from hf_teleport.lab.arguments import ExperimentArguments
+from hf_teleport.lab.data.pipelines import OPTIONS
 from hf_teleport.lab.keys import from_yaml, require_fit, require_known
-from hf_teleport.lab.workload import OPTIONS, Workload
+from hf_teleport.lab.workload import Workload
 
 Settings = dict[str, Any]
 

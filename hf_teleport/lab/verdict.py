@@ -168,16 +168,12 @@ def verdict(frame: Any, reference: Contestant, contestant: Contestant, clock: st
         learning_rate=contestant[1],
         seeds=len(seeds),
         train_loss=interval(ends[0]),
-        time=intervals["time"],
         time_to_loss=interval(ratios[~np.isinf(ratios)]),
         never=never,
-        equal_time=intervals["equal_time"],
-        equal_samples=intervals["equal_samples"],
-        test_loss=intervals["test_loss"],
-        metric=intervals["metric"],
         diverged=diverged,
         steps_to_loss=interval(steps[~np.isinf(steps)]),
         word=REFERENCE if contestant == reference else _word(intervals["equal_time"], len(seeds), diverged, lost),
+        **intervals,
     )
 
 

@@ -12,20 +12,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from hf_teleport.lab.data import Pipeline, load
 from hf_teleport.lab.data.catalogue import KINDS, find
+from hf_teleport.lab.data.pipelines import OPTIONS
 from hf_teleport.lab.keys import require_known
 from hf_teleport.lab.networks import NETWORKS, Network
 from hf_teleport.reporting.extras import require_extra
-
-# Options of `data.load`, by the kind of data.
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "image": ("image_size", "image_column", "label_column"),
-    "sequence": ("length", "image_column", "label_column"),
-    "series": ("context", "horizon", "shift", "shares", "columns", "split", "series_column"),
-    "text": (
-        *("text_column", "label_column", "length", "vocabulary_size", "tokenizer", "mask_probability"),
-        "package_megabytes",
-    ),
-}
 
 # Sizes of a saved model: the first must be at least what the data need, the second exactly that.
 _ROOM = ("vocab_size", "max_position_embeddings", "length")

@@ -65,7 +65,7 @@ class Method(ABC):
 
     def event_bytes(self) -> int:
         """What an event holds at once beside the weights, the optimizer's state and a batch's activations, at most."""
-        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         return self.copies(self.config) * trained
 
     def evaluate(self, batch: Any, seed: int) -> Point:

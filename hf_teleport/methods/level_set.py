@@ -240,7 +240,6 @@ class LevelSet(ClimbingMethod):
 
     def _gains(self, point: Point, step: LinearisedStep, rho: float, gamma: float, snapshot: Snapshot) -> bool:
         """Whether a step of this rate does what it must; the weights are afterwards what they were."""
-        limit = self.config.max_loss_change
         needed = merit(point.grad_norm, sum(map(abs, step.excesses)), gamma) + _SUFFICIENT * step.predicted(rho, gamma)
         violation = 0.0
         try:
@@ -253,9 +252,8 @@ class LevelSet(ClimbingMethod):
                 own = seed == point.seed
                 loss = trial.loss if own else loss_at(self.model, self.loss_fn, batch, seed=seed, weights=self.weights)
                 violation += abs(loss - level)
-                near = limit is None or abs(loss - level) <= limit * abs(level)
                 # The violation only grows: what it is so far may be too much.
-                if not (near and merit(trial.grad_norm, violation, gamma) >= needed):
+                if not (self.config.allows(loss, level) and merit(trial.grad_norm, violation, gamma) >= needed):
                     return False
             return True
         finally:

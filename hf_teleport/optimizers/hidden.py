@@ -38,7 +38,7 @@ def hidden(optimizer: Any) -> str:
         try:
             if part in stepping and (place := _by_identity(part, own)):
                 return f"{name} tells weights apart by what it keeps in {place}, which a trial on other weights can't show"
-            if found := next(_strays(part, part is not outer or part in stepping, own, known), None):
+            if found := next(_strays(part, part in stepping, own, known), None):
                 return f"{name} keeps a {found[1]} in {found[0]}, beside its state"
         except TooMuchError as error:
             return f"{name} can't be looked through: {error}"

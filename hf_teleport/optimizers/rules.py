@@ -15,9 +15,8 @@ and APOLLO call their projector so, and one that is drawn at random does not sho
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -316,7 +315,7 @@ def _turning(plain: Tensor, turned: Tensor, size: int, matrix: Tensor) -> tuple[
         return None, False
     if _same(turned, plain) or (candidates != list(range(plain.dim())) and _same_but_signs(turned, plain, [])):
         return (), False
-    for own in _subsets(candidates):
+    for own in chain.from_iterable(combinations(candidates, size) for size in range(1, len(candidates) + 1)):
         expected, absolute = plain, plain
         for axis in own:
             expected, absolute = along(expected, axis, matrix), along(absolute, axis, matrix.abs())
@@ -325,11 +324,6 @@ def _turning(plain: Tensor, turned: Tensor, size: int, matrix: Tensor) -> tuple[
         if _same(turned, expected) or _same_but_signs(turned, expected, own):
             return own, False
     return None, False
-
-
-def _subsets(candidates: list[int]) -> Iterator[tuple[int, ...]]:
-    for size in range(1, len(candidates) + 1):
-        yield from combinations(candidates, size)
 
 
 def _same(found: Tensor, expected: Tensor, near: float = _NEAR) -> bool:

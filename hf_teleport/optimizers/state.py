@@ -56,13 +56,10 @@ class OptimizerState:
                 continue
             elif matrices.shape[-1] == 1:  # a scaling
                 self._change(leaf, own, part, matrices.abs().pow(rule.degree / len(own)), turn_axis)
-            elif not rule.square:
-                self._change(leaf, own, part, matrices, turn_axis)
-            elif _is_root(rule):
-                numbers = leaf.read().square()
-                leaf.tensor.copy_(turn_axis(numbers, _At(own[0], part.positions), matrices.square()).sqrt())
+            elif rule.square and _is_root(rule):
+                leaf.write(turn_axis(leaf.read().square(), _At(own[0], part.positions), matrices.square()).sqrt())
             else:
-                self._change(leaf, own, part, matrices.square(), turn_axis)
+                self._change(leaf, own, part, matrices.square() if rule.square else matrices, turn_axis)
 
     def _change(self, leaf: Leaf, own: tuple[int, ...], part: Any, matrices: Tensor, turn_axis: Turning) -> None:
         numbers = leaf.read()
@@ -75,7 +72,7 @@ class OptimizerState:
         for leaf, rule, own in self._turning(parameter, dim):
             numbers = leaf.read()
             for axis in own:
-                numbers.mul_(_along(factors.abs().pow(rule.degree / len(own)), axis, numbers))
+                numbers.mul_(laid_along(factors.abs().pow(rule.degree / len(own)), axis, numbers))
             leaf.write(numbers)
 
     def level(self, parameter: nn.Parameter) -> None:
@@ -212,7 +209,8 @@ def _spread(leaf: Leaf, rule: Rule, axis: int, part: Any, shares: Tensor) -> Non
     leaf.write(numbers)
 
 
-def _along(factors: Tensor, axis: int, like: Tensor) -> Tensor:
+def laid_along(factors: Tensor, axis: int, like: Tensor) -> Tensor:
+    """Factors (n,) shaped so that they multiply an axis of a tensor."""
     return factors.reshape([-1 if d == axis else 1 for d in range(like.dim())]).to(like)
 
 

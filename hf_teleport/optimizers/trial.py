@@ -97,8 +97,8 @@ def normal(shape: torch.Size, generator: torch.Generator, like: Tensor) -> Tenso
     return torch.randn(shape, generator=generator).to(device=like.device, dtype=like.dtype)
 
 
-def _without(group: Group, names: Any = ()) -> Group:
-    return {name: value for name, value in group.items() if name != "params" and name not in names}
+def _without(group: Group) -> Group:
+    return {name: value for name, value in group.items() if name != "params"}
 
 
 def _is_number(value: Any) -> bool:
@@ -111,7 +111,6 @@ def _differ(one: Any, other: Any) -> bool:
     return type(one) is not type(other) or repr(one) != repr(other)
 
 
-@torch.no_grad()
 def _steps(trial: Any, parameter: nn.Parameter, gradients: Sequence[Tensor]) -> None:
     _step_all(trial, {parameter: gradients})
 

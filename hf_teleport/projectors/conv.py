@@ -101,7 +101,6 @@ class TransposedConv(Projector):
     role: ClassVar[str] = "conv"
 
     forward: Conv  # the convolution that this one transposes; its patches are the rows
-    groups: int
 
     @classmethod
     def bind(
@@ -121,7 +120,7 @@ class TransposedConv(Projector):
             return None  # the output then has more patches than the input has positions
         sides = tuple(p for size in reversed(_per_dim(padding, dims)) for p in (size, size))
         forward = Conv(tuple(weight.shape[2:]), stride, sides, _per_dim(dilation, dims), groups)
-        return Call(cls(forward, groups), input, weight, None)
+        return Call(cls(forward), input, weight, None)
 
     def rows(self, input: Tensor) -> Tensor:
         return self.forward.output_rows(input)
@@ -130,7 +129,7 @@ class TransposedConv(Projector):
         return self.forward.rows(output)
 
     def to_matrix(self, weight: Tensor) -> Tensor:
-        return weight.unflatten(0, (self.groups, -1)).flatten(2).mT
+        return weight.unflatten(0, (self.forward.groups, -1)).flatten(2).mT
 
     def from_matrix(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
         return matrix.mT.reshape(shape)

@@ -14,7 +14,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_teleport import TeleportArguments, TeleportMixin
+from hf_teleport import TeleportMixin, TeleportTrainingArguments
 from hf_teleport.inputs.columns import text_column
 from hf_teleport.inputs.rows import shortened
 from hf_teleport.tasks.arguments import DataArguments, TextModelArguments, parse
@@ -28,16 +28,8 @@ class TeleportSeq2SeqTrainer(TeleportMixin, Seq2SeqTrainer):
 
 
 @dataclass
-class TeleportSeq2SeqTrainingArguments(TeleportArguments, Seq2SeqTrainingArguments):
-    """`Seq2SeqTrainingArguments` with the teleport settings.
-
-    Raises:
-        ValueError: a teleport setting is not allowed. It is raised when the arguments are made.
-    """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.teleport_config()
+class TeleportSeq2SeqTrainingArguments(TeleportTrainingArguments, Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` with the teleport settings."""
 
 
 @dataclass

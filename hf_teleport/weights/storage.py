@@ -102,9 +102,7 @@ def _whole(value: Any) -> Any:
 @torch.no_grad()
 def _write_back(stand_in: nn.Parameter, stored: Any, state: MutableMapping[Any, Any]) -> None:
     """Copy a stand-in's values, and its optimizer state, to the stored parameter."""
-    if not stored.requires_grad and (
-        isinstance(stored, DTensor) or torch.allclose(stand_in, stored.to(stand_in.dtype), rtol=0, atol=0, equal_nan=True)
-    ):
+    if not stored.requires_grad and (isinstance(stored, DTensor) or _equal(stand_in, stored.to(stand_in.dtype))):
         return
     put_back = _put_own if isinstance(stand_in, Shard) else put
     put_back(stored, stand_in)

@@ -11,7 +11,6 @@ shorter it takes than on one, and no shorter than its largest layer.
 
 import argparse
 import json
-import socket
 import tempfile
 import time
 from pathlib import Path
@@ -36,10 +35,10 @@ def widths(width: int, blocks: int) -> list[int]:
     return [int(width * factor) for factor in BLOCK] * blocks
 
 
-def worker(rank: int, size: int, port: int, widths: list[int], repeats: int, folder: str) -> None:
+def worker(rank: int, size: int, widths: list[int], repeats: int, folder: str) -> None:
     torch.set_num_threads(1)
     if size > 1:
-        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+        dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=size)
     ranks = Ranks()
     generator = torch.Generator().manual_seed(rank)
     seconds = []
@@ -60,13 +59,10 @@ def worker(rank: int, size: int, port: int, widths: list[int], repeats: int, fol
 
 def measured(size: int, args: argparse.Namespace) -> float:
     """CPU seconds of the process that needs the most."""
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        work = (size, port, widths(args.width, args.blocks), args.repeats, folder)
+    with tempfile.TemporaryDirectory() as folder:
+        work = (size, widths(args.width, args.blocks), args.repeats, folder)
         mp.start_processes(worker, args=work, nprocs=size, start_method="spawn")
-        return float(json.loads(Path(folder, "seconds.json").read_text()))
+        return json.loads(Path(folder, "seconds.json").read_text())
 
 
 def speedup(size: int) -> float:

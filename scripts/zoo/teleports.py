@@ -1,6 +1,5 @@
 """The zoo's report on teleports: one null-space event on each architecture, with random weights, at tau = 1 and on one batch."""
 
-import math
 import platform
 import re
 import time
@@ -17,7 +16,7 @@ from hf_teleport.layers.audit import audit
 from hf_teleport.layers.point import evaluate
 from hf_teleport.layers.subspace import Representation, null_space
 from hf_teleport.methods.null_space.direction import exact_direction, fast_direction
-from hf_teleport.report import LayerReport
+from hf_teleport.report import LayerReport, share
 from hf_teleport.weights.isolation import evaluation_mode
 
 from architectures import build, loss_fn
@@ -77,12 +76,6 @@ def matrix_like(layer: LayerReport) -> bool:
     return len(layer.shape) >= 2 and not aside
 
 
-def share(layers: list[LayerReport], wanted: Any) -> float:
-    """Elements of the wanted layers among those of all matrix-like ones."""
-    sizes = [(math.prod(layer.shape), wanted(layer)) for layer in layers if matrix_like(layer)]
-    return sum(size for size, yes in sizes if yes) / max(1, sum(size for size, _ in sizes))
-
-
 def shorten(reason: str) -> str:
     return next((short for short in REASONS if reason.startswith(short)), reason)
 
@@ -126,10 +119,11 @@ def measure(name: str) -> Row:
         worst = agreement(name)
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:  # no float64, or no second derivative
         tqdm.write(f"{name}: {str(error).splitlines()[0][:120]}")
+    matrices = [layer for layer in report.layers if matrix_like(layer)]
     return Row(
         name,
-        share(report.layers, lambda layer: layer.movable),
-        share(report.layers, lambda layer: layer.moved),
+        share(matrices, lambda layer: layer.movable),
+        share(matrices, lambda layer: layer.moved),
         abs(report.loss_after / report.loss_before - 1),
         change_64,
         report.grad_norm_after / report.grad_norm_before,

@@ -5,10 +5,8 @@ Hub converted to parquet. The four series are tables (time, channels) in one rep
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
-Kind = Literal["image", "sequence", "series", "text"]
-KINDS: tuple[str, ...] = get_args(Kind)
+KINDS = ("image", "sequence", "series", "text")
 
 
 @dataclass(frozen=True)

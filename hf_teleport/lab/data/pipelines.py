@@ -96,11 +96,9 @@ def load(source: str | Source, folder: str | Path | None = None, kind: str | Non
         raise ValueError(
             f"kind = None is not allowed for {entry.path!r}; allowed: one of {list(KINDS)}. Known are {list(CATALOGUE)}."
         )
-    make = _PIPELINES[entry.kind]
-    allowed = list(inspect.signature(make).parameters)[2:]
-    if unknown := sorted(set(options) - set(allowed)):
-        raise ValueError(f"options {unknown} are not allowed; allowed for kind {entry.kind!r}: {allowed}.")
-    return make(entry, folder, **options)
+    if unknown := sorted(set(options) - set(OPTIONS[entry.kind])):
+        raise ValueError(f"options {unknown} are not allowed; allowed for kind {entry.kind!r}: {OPTIONS[entry.kind]}.")
+    return _PIPELINES[entry.kind](entry, folder, **options)
 
 
 def _images(
@@ -211,3 +209,6 @@ def _labelled(blocks: TensorRows, mask_probability: float | None) -> TensorRows:
 
 
 _PIPELINES: dict[str, Callable[..., Pipeline]] = {"image": _images, "sequence": _sequences, "series": _series, "text": _text}
+
+OPTIONS = {kind: list(inspect.signature(make).parameters)[2:] for kind, make in _PIPELINES.items()}
+"""The options of `load`, by the kind of data."""

@@ -3,7 +3,6 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -47,11 +46,10 @@ def load_texts(
         FileNotFoundError: the data are not stored here, and can't be downloaded.
         ValueError: a split or a column is missing, or a label is negative (unlabelled test sets have -1).
     """
-    return {role: _texts(split, text_column, label_column) for role, split in split_roles(source, folder).items()}
-
-
-def _texts(split: Any, text_column: str, label_column: str | None) -> Texts:
-    return Texts(column(split, text_column), None if label_column is None else class_labels(split, label_column))
+    return {
+        role: Texts(column(split, text_column), None if label_column is None else class_labels(split, label_column))
+        for role, split in split_roles(source, folder).items()
+    }
 
 
 def treebank_words(sentences: list[str]) -> list[str]:

@@ -5,7 +5,6 @@ uncorrelated: in the eigenvectors of the gradient's second moment. SOAP (arXiv 2
 Another paper (arXiv 2410.19964) measures what a basis does to Adam.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -24,8 +23,8 @@ from hf_teleport.weights.shards import whole_of
 from hf_teleport.weights.whole import WHOLE, Weights
 
 
-class Basis(ABC):
-    """Observe some batches, then choose a basis for each symmetry.
+class Basis:
+    """Observe some batches, then choose a basis for each symmetry. This one needs no batch, and turns nothing.
 
     Args:
         symmetries: those that will be turned.
@@ -45,20 +44,15 @@ class Basis(ABC):
         """Take in one batch."""
         self.see(point.by_parameter, point)
 
-    @abstractmethod
     def see(self, gradients: dict[nn.Parameter, Tensor], point: Point) -> None:
         """Take in one batch's gradients, as they are before the gains are folded."""
 
-    def merge(self, ranks: Ranks) -> None:  # noqa: B027  (the gradients are the mean of all processes already)
-        """Every batch was seen: take in what other processes saw of their shares."""
-
-    @abstractmethod
-    def matrices(self, symmetry: Symmetry) -> Tensor:
-        """Orthogonal matrices (H, k, k): row i of Q is the new coordinate i. `choose` restricts them to where a mean is kept."""
+    def merge(self, ranks: Ranks) -> None:
+        """Every batch was seen: take in what other processes saw of their shares. The gradients are the mean already."""
 
     def choose(self, symmetry: Symmetry) -> Tensor:
-        """The matrices to turn a symmetry by, (H, k, k) in float64."""
-        return self.matrices(symmetry)
+        """The matrices to turn a symmetry by: orthogonal, (H, k, k) in float64. Row i is the new coordinate i."""
+        return torch.eye(symmetry.size, dtype=torch.float64).expand(symmetry.blocks, -1, -1)
 
 
 class _SecondMoment(Basis):
@@ -75,10 +69,10 @@ class _SecondMoment(Basis):
         known = self._moments.get(symmetry)
         self._moments[symmetry] = moment if known is None else known.add_(moment.to(known.device))
 
-    def matrices(self, symmetry: Symmetry) -> Tensor:
+    def choose(self, symmetry: Symmetry) -> Tensor:
         moment = self._moments.get(symmetry)
         if moment is None:
-            return torch.eye(symmetry.size, dtype=torch.float64).expand(symmetry.blocks, -1, -1)
+            return super().choose(symmetry)
         moment = moment.double()
         if not symmetry.centred:
             return smallest_turn(moment)
@@ -155,12 +149,12 @@ class PredictedDecrease(Basis):
                 known = self._sums.get(parameter)
                 self._sums[parameter] = gradients[parameter].clone() if known is None else known.add_(gradients[parameter])
 
-    def matrices(self, symmetry: Symmetry) -> Tensor:
+    def choose(self, symmetry: Symmetry) -> Tensor:
         rows = [
             slices(self._sums[p.parameter], p).transpose(1, 2).flatten(2) for p in symmetry.parts if p.parameter in self._sums
         ]
         if not rows:
-            return torch.eye(symmetry.size, dtype=torch.float64).expand(symmetry.blocks, -1, -1)
+            return super().choose(symmetry)
         gradient = torch.cat(rows, -1).double()  # (H, k, n)
         inside = mean_free(symmetry.size, gradient) if symmetry.centred else torch.eye(symmetry.size).to(gradient)
         matrix = torch.eye(symmetry.size).to(gradient).expand(symmetry.blocks, -1, -1)
@@ -173,17 +167,11 @@ class PredictedDecrease(Basis):
 class Identity(Basis):
     """No rotation: the control for what an event does beside turning, folding gains and resetting the optimizer's state."""
 
-    def see(self, gradients: dict[nn.Parameter, Tensor], point: Point) -> None:
-        """Nothing is needed of a batch."""
 
-    def matrices(self, symmetry: Symmetry) -> Tensor:
-        return torch.eye(symmetry.size, dtype=torch.float64).expand(symmetry.blocks, -1, -1)
-
-
-class Random(Identity):
+class Random(Basis):
     """A random rotation: the control for the choice of basis."""
 
-    def matrices(self, symmetry: Symmetry) -> Tensor:
+    def choose(self, symmetry: Symmetry) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + self.symmetries.index(symmetry))
         size = symmetry.size - symmetry.centred
         normal = torch.randn(symmetry.blocks, size, size, dtype=torch.float64, generator=generator)

@@ -103,11 +103,6 @@ def moment_bytes(symmetries: Iterable[Symmetry]) -> int:
     return sum(16 * s.blocks * s.size**2 for s in listed) + max((24 * s.size**2 for s in listed), default=0)
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """What tensors take."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def _wait(tensors: Iterable[Tensor]) -> None:
     """Until the device has computed all of them: it does so in turn."""
     for tensor in list(tensors)[-1:]:

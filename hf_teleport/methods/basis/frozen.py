@@ -71,7 +71,9 @@ class Frozen:
         for parameter in list(self.originals if parameters is None else parameters):
             parameter.copy_(self.originals.pop(parameter))
         if parameters is None:
-            self.tie()
+            while self._tied:
+                head, embedding = self._tied.pop()
+                head.weight = embedding
 
     def untie(self, model: nn.Module) -> None:
         """Give a frozen head that is tied to the embedding a copy of its own in memory, so that it can be turned by itself.
@@ -85,15 +87,7 @@ class Frozen:
         ends: list[Any] = [end_layer(base, "input"), end_layer(base, "output")]
         weights: list[Any] = [getattr(end, "weight", None) for end in ends]
         embedding, head = weights
-        if isinstance(embedding, nn.Parameter) and head is embedding and not embedding.requires_grad:
-            if stays_frozen(embedding):
-                return
+        if isinstance(embedding, nn.Parameter) and head is embedding and not (embedding.requires_grad or stays_frozen(embedding)):
             holder = getattr(ends[1], "base_layer", ends[1])  # where the head has an adapter of its own
             self._tied.append((holder, embedding))
             holder.weight = nn.Parameter(embedding.detach().clone(), requires_grad=False)
-
-    def tie(self) -> None:
-        """Tie the heads again that were untied."""
-        while self._tied:
-            head, embedding = self._tied.pop()
-            head.weight = embedding

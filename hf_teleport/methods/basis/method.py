@@ -94,9 +94,8 @@ class BasisTurn(TurningMethod):
         return self._with_gains(lambda: cost.look_seconds(self._ordered(), gradients, self.weights.vote))
 
     def event_bytes(self) -> int:
-        movable, trained = (
-            cost.bytes_of(each) for each in (self.movable, (p for p in self.model.parameters() if p.requires_grad))
-        )
+        movable = sum(p.nbytes for p in self.movable)
+        trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         # A copy of what turns to return to; and at once the gradients before, those turned, and those after.
         return int((1 + self._averages) * movable) + 3 * trained + cost.moment_bytes(self.used)
 

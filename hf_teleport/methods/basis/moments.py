@@ -12,6 +12,7 @@ from torch.distributed.tensor import Shard as Split
 from hf_teleport.methods.basis.features import effective
 from hf_teleport.methods.basis.symmetry import Part, Symmetry
 from hf_teleport.methods.basis.turn import reciprocals, slices
+from hf_teleport.optimizers.state import laid_along
 from hf_teleport.weights.shards import own_rows
 
 Factors = dict[nn.Parameter, list[tuple[int, Tensor]]]
@@ -158,7 +159,7 @@ class _Seen:
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         for dim, along in self._factors:
             own = self._own(along) if dim == spread else along
-            gradient = gradient * own.to(gradient).reshape([-1 if d == dim else 1 for d in range(gradient.dim())])
+            gradient = gradient * laid_along(own, dim, gradient)
         return gradient
 
     def _own(self, whole: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ class Solver:
         return f"{name} reads its output and writes its input" if tied else f"its output is shared with {name}"
 
     def _reasons(self, root: Tensor) -> dict[int, str]:
-        """For each root that is fixed, or alone, the first reason."""
+        """For each root that is fixed, the first reason."""
         reasons: dict[int, str] = {}
         for features, reason in self.facts.fixed:
             for r in root[features].unique().tolist():

@@ -118,18 +118,12 @@ class Tracker:
         looked = {key: values[s].contiguous() for key, s in _keyed(self.moments.symmetries).items() if s in values}
         return {**looked, "looks": torch.tensor(self.moments.looks)}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take in what `state_dict` returned; it waits for the symmetries if they are not known yet."""
-        self._loaded = dict(state)
-        if self.moments is not None:
-            self._fill(self._loaded)
-
     def saved(self, model: nn.Module) -> dict[str, Tensor]:
         """`state_dict`, and the way: all that a loop needs to go on from saved weights."""
         return {**self.way.state_dict(names_of_parameters(model)), **self.state_dict()}
 
     def load(self, saved: Mapping[str, Tensor], model: nn.Module) -> None:
-        """Take in what `saved` returned. Copies of frozen weights stay.
+        """Take in what `saved` returned; moments wait until the symmetries are known. Copies of frozen weights stay.
 
         Raises:
             ValueError: it is of another model.
@@ -138,7 +132,8 @@ class Tracker:
         self.way = Way.from_state_dict(saved, parameters_by_name(model))
         self.way.frozen = frozen
         if moments := {name: tensor for name, tensor in saved.items() if not is_of_way(name)}:
-            self.load_state_dict(moments)
+            self._loaded = moments
+            self._fill(moments)
 
     def _fill(self, state: Mapping[str, Any]) -> None:
         if self.moments is None or not state:

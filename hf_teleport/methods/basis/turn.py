@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_teleport.methods.basis.features import effective
 from hf_teleport.methods.basis.symmetry import Fold, Part, Symmetry
-from hf_teleport.optimizers.state import OptimizerState
+from hf_teleport.optimizers.state import OptimizerState, laid_along
 from hf_teleport.weights.whole import WHOLE, Weights
 
 _Change = Callable[[OptimizerState | None], None]
@@ -105,7 +105,7 @@ class Turn:
 
         def change(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
             for dim, factors in scaled[parameter]:
-                gradient = gradient * _along(factors, gradient, dim)
+                gradient = gradient * laid_along(factors, dim, gradient)
             for part, matrix in steps[parameter]:
                 gradient = turn_axis(gradient.clone(), part, matrix)
             return gradient
@@ -148,7 +148,7 @@ def folded(gains: dict[Fold, Tensor], gradients: dict[nn.Parameter, Tensor]) -> 
     gradients = dict(gradients)
     for parameter, scaled in reciprocals(gains).items():
         for dim, factors in scaled if parameter in gradients else ():
-            gradients[parameter] = gradients[parameter] * _along(factors, parameter, dim)
+            gradients[parameter] = gradients[parameter] * laid_along(factors, dim, parameter)
     return gradients
 
 
@@ -209,7 +209,7 @@ def _divide(parameter: nn.Parameter, offset: float, gain: Tensor, state: Optimiz
 
 
 def _multiply(parameter: nn.Parameter, dim: int, factors: Tensor, state: OptimizerState | None) -> None:
-    parameter.mul_(_along(factors, parameter, dim))
+    parameter.mul_(laid_along(factors, dim, parameter))
     if state is not None:
         state.scale(parameter, dim, 1 / torch.where(factors == 0, 1, factors))
 
@@ -221,9 +221,3 @@ def _even_out(gain: nn.Parameter, state: OptimizerState | None) -> None:
 def _level(gain: nn.Parameter, state: OptimizerState | None) -> None:
     if state is not None:
         state.level(gain)
-
-
-def _along(factors: Tensor, parameter: Tensor, dim: int) -> Tensor:
-    shape = [1] * parameter.dim()
-    shape[dim] = -1
-    return factors.reshape(shape).to(parameter)

@@ -6,6 +6,7 @@ nor the inputs of every layer above. So one projector serves all steps, and no l
 
 import math
 import time
+from collections import defaultdict
 from functools import cached_property, partial
 from itertools import chain, compress
 from typing import Any
@@ -182,7 +183,10 @@ class NullSpace(ClimbingMethod):
                 self.reports[layer.weight].reason = "its bias is used otherwise in another teleport batch"
 
     def fit(self) -> None:
-        for parameter, regions in self._regions().items():
+        regions_of: dict[nn.Parameter, list[Region]] = defaultdict(list)
+        for layer in self.layers:
+            regions_of[layer.weight].append(layer.region)
+        for parameter, regions in regions_of.items():
             if overlap(parameter, regions):
                 self.reports[parameter].movable = False
                 self.reports[parameter].reason = TIED_VIEWS
@@ -192,12 +196,6 @@ class NullSpace(ClimbingMethod):
                 self.reports.pop(layer.bias, None)
         if self.config.scope == "joint":
             self._decompose()
-
-    def _regions(self) -> dict[nn.Parameter, list[Region]]:
-        regions: dict[nn.Parameter, list[Region]] = {}
-        for layer in self.layers:
-            regions.setdefault(layer.weight, []).append(layer.region)
-        return regions
 
     def begin(self, batch: object, seed: int) -> Point:
         # D is kept for each use that is followed: with the null spaces known, only where there is a move to come.
@@ -285,11 +283,9 @@ class NullSpace(ClimbingMethod):
         return Move(carry_out, partial(Snapshot, parameters), straight=True, gains=self._gains)
 
     def finish(self, snapshot: Snapshot) -> None:
-        if self.config.control == "random_move":
-            self._randomise(snapshot)
-
-    def _randomise(self, snapshot: Snapshot) -> None:
-        """In place of the event's move: in each layer's null space a random one of the same length."""
+        if self.config.control != "random_move":
+            return
+        # In place of the event's move: in each layer's null space a random one of the same length.
         moved: dict[nn.Parameter, Tensor | None] = {**snapshot.moved()}
         lengths = {layer: norm([layer.matrix(moved)]) for layer in self._moving}
         snapshot.restore()
