@@ -288,3 +288,33 @@ def test_features_without_a_gradient_stay():
     gradients = {part.parameter: torch.zeros_like(part.parameter) for part in symmetry.parts}
     found = seen(GradientMoment, symmetry, [gradients]).choose(symmetry)
     assert torch.equal(found, torch.eye(5, dtype=torch.float64).expand(2, -1, -1))
+
+
+class Halves(nn.Module):
+    """Two symmetries whose features come from one norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.norm = nn.Linear(5, 8, bias=False), nn.RMSNorm(8)
+        self.a, self.b = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
+
+    def forward(self, x):
+        u, v = self.norm(self.w(x)).chunk(2, -1)
+        return self.a(u) + self.b(v)
+
+
+def test_a_gain_that_two_symmetries_fold_counts_once():
+    """In later events each symmetry has a copy of the fold."""
+    model, x = Halves().double(), torch.randn(6, 5).double()
+    nn.init.uniform_(model.norm.weight, 0.5, 2.0)
+    found, _ = find_symmetries(model, squared, x)
+    first = [symmetry for symmetry in found if not symmetry.reason and symmetry.folds]
+    assert len(first) == 2
+    point = evaluate(model, squared, x, seed=0)
+    chosen = []
+    for symmetries in (first, [symmetry.of(lambda parameter: parameter) for symmetry in first]):
+        basis = PredictedDecrease(symmetries, 0)
+        basis.observe(point)
+        chosen.append([basis.choose(symmetry) for symmetry in symmetries])
+    for one, other in zip(*chosen, strict=True):
+        assert torch.equal(one, other)
