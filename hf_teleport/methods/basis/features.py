@@ -13,7 +13,10 @@ What remains are blocks of features that one orthogonal matrix may turn without 
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from hf_teleport.weights.shards import whole_of
@@ -171,19 +174,12 @@ def varies(features: Tensor) -> list[int]:
 
 def components(count: int, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The connected components of a graph: for each of `count` nodes the lowest number in its component."""
-    root = torch.arange(count)
     if not pairs:
-        return root
-    a, b = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
-    while True:
-        low = torch.minimum(root[a], root[b])
-        # Both ends, and the roots of both, come under the lower root; then every path is halved.
-        ends = torch.cat([a, b, root[a], root[b]])
-        joined = root.scatter_reduce(0, ends, low.repeat(4), "amin")
-        joined = joined[joined]
-        if torch.equal(joined, root):
-            return root
-        root = joined
+        return torch.arange(count)
+    a, b = (torch.cat(ends).numpy() for ends in zip(*pairs, strict=True))
+    _, labels = connected_components(coo_array((np.ones(len(a)), (a, b)), (count, count)), directed=False)
+    _, lowest = np.unique(labels, return_index=True)
+    return torch.from_numpy(lowest[labels])
 
 
 def signatures(root: Tensor, together: list[tuple[Tensor, Tensor]]) -> Tensor:

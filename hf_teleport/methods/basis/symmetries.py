@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_teleport.layers.point import LossFn
 from hf_teleport.layers.roles import names_of_parameters
-from hf_teleport.methods.basis.features import Axis, Facts, Norm, components, effective, signatures, uniform, vectors
+from hf_teleport.methods.basis.features import Facts, Norm, components, effective, signatures, uniform, vectors
 from hf_teleport.methods.basis.follow import Follow
 from hf_teleport.methods.basis.norms import recognised_norms
 from hf_teleport.methods.basis.rules import RULES
@@ -76,6 +76,7 @@ class Solver:
         self.facts = facts
         self._round_gains = round_gains
         self._rounded: set[nn.Parameter] = set()
+        self._gains = {norm.gain for norm in facts.norms}
         self.names = names_of_parameters(model)
         for (parameter, _), axis in facts.axes.items():
             if parameter in immovable:
@@ -117,8 +118,6 @@ class Solver:
         members = defaultdict(set)
         for feature, index in zip(root.tolist(), self.owner, strict=True):
             members[feature].add(index)
-        gains = {norm.gain: norm for norm in self.facts.norms}
-        gain_axes = {self.facts.axes[gain, 0]: norm for gain, norm in gains.items() if (gain, 0) in self.facts.axes}
         stopped = {int(r) for features, _ in self.facts.fixed for r in root[features].unique()}
         inputs = {int(r) for norm in self.facts.norms for r in root[norm.inputs].unique()}
         folds: dict[nn.Parameter, Fold | None] = {}
@@ -127,7 +126,7 @@ class Solver:
                 self.facts.note_fixed(features, f"{self.names[factor]} is not uniform and scales each feature by its own factor")
         for norm in list(self.facts.norms):
             if norm.gain not in folds:
-                folds[norm.gain] = self._fold(norm, root, members, gain_axes, stopped | inputs)
+                folds[norm.gain] = self._fold(norm, root, members, stopped | inputs)
             if folds[norm.gain] is None and not self._passes(norm.gain):
                 who = self._others(norm, root, members)
                 reason = f"the gain of {self.names[norm.gain]} is not uniform and cannot be folded: {who}"
@@ -143,9 +142,7 @@ class Solver:
             self._rounded.add(gain)
         return uniform(gain) or self._round_gains
 
-    def _fold(
-        self, norm: Norm, root: Tensor, members: dict[int, set[int]], gain_axes: dict[Axis, Norm], stopped: set[int]
-    ) -> Fold | None:
+    def _fold(self, norm: Norm, root: Tensor, members: dict[int, set[int]], stopped: set[int]) -> Fold | None:
         """The readers that can take a gain: all that touches the norm's output multiplies it with a weight."""
         roots = root[norm.outputs].tolist()
         if len(set(roots)) < len(roots) or set(roots) & stopped or bool((effective(norm).abs() < SMALLEST_GAIN).any()):
@@ -158,7 +155,7 @@ class Solver:
                 continue
             key = (axis.parameter, axis.dim)
             where = [element.get(r, -1) for r in root[axis.features].tolist()]
-            if axis in gain_axes or key in self.facts.writes or key not in self.facts.reads or -1 in where:
+            if axis.parameter in self._gains or key in self.facts.writes or key not in self.facts.reads or -1 in where:
                 return None
             readers.append((axis.parameter, axis.dim, torch.tensor(where)))
         return Fold(norm, readers) if readers else None
@@ -246,10 +243,9 @@ class Solver:
                 continue
             positions = torch.tensor(found).transpose(1, 2)
             parts.append(Part(axis.parameter, axis.dim, positions, (axis.parameter, axis.dim) in self.facts.reads))
-        gain_parameters = {norm.gain for norm in self.facts.norms}
-        gains = [part.parameter for part in parts if part.parameter in gain_parameters]
+        gains = [part.parameter for part in parts if part.parameter in self._gains]
         gains += [factor for factor, features in self.facts.factors if bool((root[features] == members[0][0]).any())]
-        parts = [part for part in parts if part.parameter not in gain_parameters]
+        parts = [part for part in parts if part.parameter not in self._gains]
         matrices = [part for part in parts if part.parameter.dim() > 1]
         if sum(part.positions.shape[1] for part in matrices) < 2 and not (matrices and reason):
             return None
@@ -263,11 +259,18 @@ class Solver:
                 kind = "scaling"
             else:
                 reason = self._split_reason(first, where)
-        symmetry = Symmetry(kind, name, len(members), size, parts=parts, gains=gains, reason=reason)
-        symmetry.centred = "centred" in flagged
-        symmetry.folds = [fold for fold in folds if fold.norm.gain in set(gains)]
-        symmetry.rounded = [gain for gain in gains if gain in self._rounded]
-        return symmetry
+        return Symmetry(
+            kind,
+            name,
+            len(members),
+            size,
+            parts=parts,
+            gains=gains,
+            reason=reason,
+            centred="centred" in flagged,
+            folds=[fold for fold in folds if fold.norm.gain in set(gains)],
+            rounded=[gain for gain in gains if gain in self._rounded],
+        )
 
     def _split_reason(self, r: int, where: dict[int, list[int]]) -> str:
         features = set(where[r])
