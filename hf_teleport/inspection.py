@@ -11,6 +11,7 @@ from torch import nn
 from hf_teleport.config import TeleportConfig
 from hf_teleport.event.check import Check
 from hf_teleport.event.cost import Cost, share_of_run
+from hf_teleport.event.reasons import NO_STEP
 from hf_teleport.layers.audit import audit
 from hf_teleport.layers.point import LossFn, evaluate
 from hf_teleport.layers.subspace import Representation, core_dims, rank_tolerance
@@ -94,7 +95,7 @@ def inspect_model(model: nn.Module, batch: Any, loss_fn: LossFn, config: Telepor
     The step is made at tau = 1 and then undone.
 
     Raises:
-        ValueError: as `judged`.
+        ValueError: as `judged`; or memory ran out in the step.
     """
     config = config or TeleportConfig()
     snapshot = Snapshot(model.parameters())
@@ -102,6 +103,9 @@ def inspect_model(model: nn.Module, batch: Any, loss_fn: LossFn, config: Telepor
     one_step = {name: value for name, value in _ONE_STEP.items() if reads(config.method, name)}
     report = Teleporter(model, replace(config, **one_step)).teleport([batch], loss_fn)
     snapshot.restore()
+    if not report.layers:
+        problem = NO_STEP[report.stopped_because]
+        raise ValueError(f"{problem}.")
     inspected = {layer.name: InspectedLayer(**asdict(layer)) for layer in report.layers}
     with preserved_rng(), evaluation_mode(model), full_precision(model):
         point = evaluate(model, loss_fn, batch, seed=config.seed)

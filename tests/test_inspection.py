@@ -3,6 +3,7 @@ import torch
 
 from hf_teleport import TeleportConfig, Teleporter
 from hf_teleport.inspection import inspect_model, judged, run_cost
+from hf_teleport.methods import NullSpace
 
 from tiny_models import build, loss_fn
 
@@ -64,3 +65,14 @@ def test_a_batch_that_shows_nothing_is_an_error(method):
     if method == "null_space":
         with pytest.raises(ValueError, match="the loss on a teleport batch is nan"):
             inspect_model(model, nothing, loss_fn)
+
+
+def test_memory_that_runs_out_in_the_step_is_said(monkeypatch):
+    model, batch = build("llama")
+
+    def fails(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(NullSpace, "fit", fails)
+    with pytest.raises(ValueError, match="memory ran out, with smaller batches too; lower batch_size"):
+        inspect_model(model, batch, loss_fn)

@@ -2,6 +2,7 @@
 
 import torch
 import transformers as tf
+from torch import nn
 
 VOCAB, LENGTH, BATCH = 29, 7, 3
 
@@ -91,3 +92,16 @@ def build(name, dtype=torch.float64, seed=0):
 
 def loss_fn(model, batch):
     return model(**batch).loss
+
+
+class Halves(nn.Module):
+    """Two symmetries of one kind and size with one writer; with a norm, both fold its gain."""
+
+    def __init__(self, norm=None):
+        super().__init__()
+        self.w, self.norm = nn.Linear(5, 8, bias=False), norm or nn.Identity()
+        self.a, self.b = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
+
+    def forward(self, x):
+        u, v = self.norm(self.w(x)).chunk(2, -1)
+        return self.a(u) + self.b(v)

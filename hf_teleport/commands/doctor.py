@@ -209,7 +209,7 @@ def foretell(model: "nn.Module", batch: Any, loss_fn: "LossFn") -> Prognosis:
         loss_fn: returns the mean loss of a batch.
 
     Raises:
-        ValueError: as `Teleporter.teleport`.
+        ValueError: as `inspect_model`.
     """
     import torch
 

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -70,7 +71,8 @@ class Event:
             changed = snapshot.changed(self._weights)
             rehearsed = bool(steps) and self._config.control == "matched_rate"
             if not objection and not rehearsed:
-                with method.undone_on_error():
+                with ExitStack() as stack:
+                    self._ranks.together(lambda: stack.enter_context(method.undone_on_error()))
                     self._keep()
         except BaseException:
             snapshot.restore()

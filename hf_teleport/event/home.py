@@ -1,6 +1,7 @@
 """The way home: undo all changes of basis since a run began, in the weights, in averages and in the optimizer's state."""
 
 from collections.abc import MutableMapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -50,21 +51,23 @@ def turn_back(
         snapshot = Snapshot(turned, None if state is None else state.state)
         moments = tracker.moments_back(staying)
         reports = [leg.report(staying.get(leg, "")) for leg in way.legs]
+        going = [leg.symmetry for leg in way.legs if leg not in staying]
         # Frozen weights are restored from their copies, so only the others are turned.
         only = set(way.parameters) - set(way.frozen.originals) if way.frozen.originals else None
         try:
-            with tracker.undone_on_error():
+            with ExitStack() as stack:
+                ranks.together(lambda: stack.enter_context(tracker.undone_on_error(going)))
                 ranks.together(lambda: way.turn_back(staying, state, only=only, weights=weights))
-                for average in tracker.averages:
-                    way.turn_back(staying, None, average)
+                ranks.together(lambda: [way.turn_back(staying, None, average) for average in tracker.averages])
                 if weights.whole:
                     kept = [] if state is None else [tensor for parameter in turned for tensor in state.tensors(parameter)]
                     ranks.broadcast([parameter.data for parameter in turned] + kept)
+                # Last, for it is not undone.
+                if optimizer is not None and config.optimizer_state == "reset":
+                    forget(optimizer, turned, weights.origin)
         except BaseException:
             snapshot.restore()
             raise
-        if optimizer is not None and config.optimizer_state == "reset":
-            forget(optimizer, turned, weights.origin)
     tracker.turned(moments)
     way.forget(staying)
     with torch.no_grad():

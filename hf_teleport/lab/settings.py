@@ -229,6 +229,8 @@ def _inherited(path: Path, heirs: tuple[Path, ...] = ()) -> Settings:
     if not isinstance(own, dict):
         found = "nothing" if own is None else f"a {type(own).__name__}"
         raise ValueError(f"{path} holds {found}, which is not allowed; allowed: a YAML file of keys and values (key: value).")
+    if isinstance(own.get("arms"), dict):  # an arm may be named by a number, which is text on the command line
+        own["arms"] = {str(name): arm for name, arm in own["arms"].items()}
     bases = own.pop("base", [])
     bases = bases if isinstance(bases, list) else [bases]
     if not all(isinstance(base, str) for base in bases):

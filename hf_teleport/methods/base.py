@@ -99,7 +99,7 @@ class Method(ABC):
         return Snapshot(self.movable)
 
     def undone_on_error(self) -> AbstractContextManager[None]:
-        """Inside, the event is kept. If an error occurs, what outlives it besides the weights is what it was before."""
+        """A context to keep the event in. An error in it takes back what the method keeps for later events; not the weights."""
         return nullcontext()
 
 

@@ -49,7 +49,7 @@ def parse_overrides(text: dict[str, Any] | str | None) -> dict[str, Any]:
     """
     if not text or isinstance(text, dict):
         return dict(text or {})
-    # A comma inside brackets or braces belongs to a value.
+    # A comma inside brackets or braces, if they are not nested, belongs to a value.
     parts = [part.partition("=") for part in re.split(r",(?![^\[\]]*\]|[^{}]*\})", text)]
     if wrong := [key for key, equals, _ in parts if not equals]:
         raise ValueError(f"config_overrides has {wrong[0]!r}; allowed: KEY=VALUE,KEY=VALUE, for instance hidden_size=64.")

@@ -4,9 +4,9 @@ from typing import Any
 
 from datasets import DatasetDict
 
-# These number a row's positions from the padding token's id on, so the first ones are not used.
-_AFTER_PADDING = {"camembert", "data2vec-text", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm"}
-_AFTER_PADDING |= {"xlm-roberta", "xlm-roberta-xl", "xmod"}
+# These number a row's positions from the padding token's id on, so the first ones are not used. MPNet takes 1 for that id.
+_AFTER_PADDING = {"camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"}
+_AFTER_PADDING |= {"roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
 
 
 def row_length(name: str, asked: int | None, default: int, config: Any, tokenizer: Any) -> int:
@@ -17,7 +17,8 @@ def row_length(name: str, asked: int | None, default: int, config: Any, tokenize
     """
     limit = tokenizer.model_max_length
     if positions := getattr(config, "max_position_embeddings", None):
-        limit = min(limit, positions - (config.pad_token_id + 1 if config.model_type in _AFTER_PADDING else 0))
+        padding = 1 if config.model_type == "mpnet" else getattr(config, "pad_token_id", None) or 0
+        limit = min(limit, positions - (padding + 1 if config.model_type in _AFTER_PADDING else 0))
     if asked is not None and not 1 <= asked <= limit:
         raise ValueError(f"{name} = {asked} is not allowed; allowed: 1 to {limit}, which model and tokenizer take.")
     return asked or min(default, limit)

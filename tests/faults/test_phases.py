@@ -99,6 +99,8 @@ def test_a_fault_as_a_second_turn_is_kept_leaves_the_way_the_moments_and_the_ave
     average = {name: parameter.detach().clone() for name, parameter in scene.model.named_parameters()}
     teleporter.register_average(average)
     assert teleporter.teleport(scene.batches, scene.loss).steps
+    teleporter.tracker.look(0)  # at gradients that are there
+    assert teleporter.tracker.seen
     kept = {name: tensor.clone() for name, tensor in (*teleporter.state_dict().items(), *average.items())}
     teleporter.config = TeleportConfig(method="basis", basis="random")
     with monkeypatch.context() as patch:

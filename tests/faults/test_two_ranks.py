@@ -5,7 +5,7 @@ import tempfile
 import pytest
 import torch
 
-from hf_teleport import TeleportConfig, TeleportTrainer, TeleportTrainingArguments
+from hf_teleport import TeleportConfig, Teleporter, TeleportTrainer, TeleportTrainingArguments
 from hf_teleport.lab.data import ImageTensors
 from hf_teleport.weights.snapshot import Snapshot
 
@@ -14,7 +14,8 @@ from ranks import run
 
 
 def on_two_ranks(rank, size):
-    return {"odd": odd_batches(size), "half": half_precision(size), "memory": memory_of_one(rank)}
+    found = {"odd": odd_batches(size), "half": half_precision(size), "memory": memory_of_one(rank)}
+    return {**found, "average": memory_of_one_for_an_average(rank)}
 
 
 def in_parallel(model, rows, size, **settings):
@@ -66,6 +67,19 @@ def memory_of_one(rank):
             return 0, weights(scene.model), str(error)
 
 
+def memory_of_one_for_an_average(rank):
+    """The same while it copies an average of the weights."""
+    scene = Scene("basis")
+    average = {name: parameter.detach().clone() for name, parameter in scene.model.named_parameters()}
+    teleporter = Teleporter(scene.model, scene.config, optimizer=scene.optimizer)
+    teleporter.register_average(average)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            failing(patch, (Snapshot, "__init__", 2), out_of_memory())
+        steps = teleporter.teleport(scene.batches, scene.loss).steps
+    return steps, weights(scene.model), torch.cat([tensor.flatten() for tensor in average.values()])
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     return run(on_two_ranks, 2, tmp_path_factory.mktemp("two"))
@@ -90,3 +104,10 @@ def test_memory_that_runs_out_in_one_process_while_it_copies_weights(two):
     assert first[2] == second[2] == ""
     assert first[0] == second[0] > 0
     assert torch.equal(first[1], second[1])
+
+
+def test_memory_that_runs_out_in_one_process_while_it_copies_an_average(two):
+    first, second = (each["average"] for each in two)
+    assert first[0] == second[0] > 0
+    for one, other in zip(first[1:], second[1:], strict=True):
+        assert torch.equal(one, other)

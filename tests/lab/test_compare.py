@@ -139,11 +139,11 @@ def test_controls_are_a_choice(config, given, names):
 
 
 def test_an_arm_may_be_named_by_a_number(config):
-    made = planned(
-        config(arms={"baseline": {"teleport_epochs": 0}, 2: {"teleport_method": "basis"}, "gone": None}, optim="adamw_torch")
-    )
-    assert {"baseline", "2"} <= {run.arm for run in made.whole.runs}
-    assert set(made.whole.settings["arms"]) == {"baseline", "2"}
+    arms = {"baseline": {"teleport_epochs": 0}, 2: {"teleport_method": "basis"}, "gone": None}
+    file = config(arms=arms, optim="adamw_torch")
+    assert set(planned(file).whole.settings["arms"]) == {"baseline", "2"} <= {run.arm for run in planned(file).whole.runs}
+    made = planned(file, "--arms.2.teleport_steps", "3")
+    assert made.whole.settings["arms"]["2"] == {"teleport_method": "basis", "teleport_steps": "3"}
 
 
 def test_stages(config):

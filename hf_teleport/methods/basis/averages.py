@@ -71,14 +71,9 @@ class Average:
         return self._own[parameter]
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        """What stands for the model's parameters."""
-        return list(self._own.values())
-
-    @property
     def places(self) -> set[int]:
         """Where its tensors lie in memory."""
-        return {own.data_ptr() for own in self.parameters}
+        return {own.data_ptr() for own in self._own.values()}
 
     def objection(self, symmetry: Symmetry) -> str:
         """Why a symmetry of the model can't be turned in the average; empty: it can."""

@@ -16,7 +16,7 @@ from hf_teleport.layers.subspace import converging
 from hf_teleport.methods.basis.features import effective
 from hf_teleport.methods.basis.moments import Moments
 from hf_teleport.methods.basis.smallest import smallest_turn
-from hf_teleport.methods.basis.symmetry import Fold, Part, Symmetry
+from hf_teleport.methods.basis.symmetry import Fold, Part, Symmetry, folds_of
 from hf_teleport.methods.basis.turn import folded, slices
 from hf_teleport.weights.ranks import Ranks
 from hf_teleport.weights.shards import whole_of
@@ -37,8 +37,7 @@ class Basis:
 
     @cached_property
     def _gains(self) -> dict[Fold, Tensor]:
-        folds = {fold.norm.gain: fold for symmetry in self.symmetries for fold in symmetry.folds}.values()
-        return {fold: effective(fold.norm) for fold in folds}
+        return {fold: effective(fold.norm) for fold in folds_of(self.symmetries)}
 
     def observe(self, point: Point) -> None:
         """Take in one batch."""

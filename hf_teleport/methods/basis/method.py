@@ -96,8 +96,8 @@ class BasisTurn(TurningMethod):
     def event_bytes(self) -> int:
         movable = sum(p.nbytes for p in self.movable)
         trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
-        # A copy of what turns to return to; and at once the gradients before, those turned, and those after.
-        return int((1 + self._averages) * movable) + 3 * trained + cost.moment_bytes(self.used)
+        # Copies of what turns to return to; and at once the gradients before, those turned, and those after.
+        return int((1 + self._averages + len(self.tracker.averages)) * movable) + 3 * trained + cost.moment_bytes(self.used)
 
     @property
     def _averages(self) -> float:
@@ -320,7 +320,7 @@ class BasisTurn(TurningMethod):
                 return
 
     def undone_on_error(self) -> AbstractContextManager[None]:
-        return self.tracker.undone_on_error()
+        return self.tracker.undone_on_error(map(self._tracked.__getitem__, self.turn.rotations))
 
     def accept(self) -> None:
         self.tracker.turned({self._tracked[symmetry]: moment for symmetry, moment in self._after.items()})

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as Split
 
 from hf_teleport.methods.basis.features import effective
-from hf_teleport.methods.basis.symmetry import Part, Symmetry
+from hf_teleport.methods.basis.symmetry import Part, Symmetry, folds_of
 from hf_teleport.methods.basis.turn import reciprocals, slices
 from hf_teleport.optimizers.state import laid_along
 from hf_teleport.weights.shards import own_rows
@@ -168,8 +168,7 @@ class _Seen:
 
 def _folded_gains(symmetries: Iterable[Symmetry]) -> Factors:
     """What folding all gains does to gradients: `W' = W diag(g)` has `G diag(1/g)`, and a norm's bias `b / g` has `G g`."""
-    folds = {fold.norm.gain: fold for symmetry in symmetries for fold in symmetry.folds}.values()
-    return reciprocals({fold: _whole(effective(fold.norm)) for fold in folds})
+    return reciprocals({fold: _whole(effective(fold.norm)) for fold in folds_of(symmetries)})
 
 
 def _mesh_of(gradients: Iterable[Any]) -> Any:

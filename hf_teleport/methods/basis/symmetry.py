@@ -1,6 +1,6 @@
 """A symmetry of a model: blocks of features, each with the parameter axes that one orthogonal matrix turns."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -45,6 +45,11 @@ class Fold:
         bias = self.norm.bias
         norm = replace(self.norm, gain=stand_in(self.norm.gain), bias=None if bias is None else stand_in(bias))
         return Fold(norm, [(stand_in(parameter), dim, elements) for parameter, dim, elements in self.readers])
+
+
+def folds_of(symmetries: Iterable["Symmetry"]) -> list[Fold]:
+    """The folds of symmetries, one for each gain. Several symmetries may have the same."""
+    return list({fold.norm.gain: fold for symmetry in symmetries for fold in symmetry.folds}.values())
 
 
 @dataclass(eq=False)

@@ -39,6 +39,7 @@ class Tracker:
         self.moments: Moments | None = None
         self.reasons: dict[nn.Parameter, str] = {}
         self._all: list[Symmetry] = []
+        self._keys: dict[Symmetry, str] = {}
         self._immovable: frozenset[nn.Parameter] = frozenset()
         self._loaded: dict[str, Tensor] = {}
 
@@ -65,8 +66,9 @@ class Tracker:
         """Set the symmetries of a model. Second moments of symmetries that it had before are kept."""
         known = self.state_dict()
         self._all, self.reasons, self._immovable = symmetries, reasons, immovable
-        # Sorted, because all ranks must sum up their shards in the same order.
-        self.moments = Moments(_keyed(each for each in symmetries if not each.reason).values(), self.decay)
+        self._keys = {symmetry: key for key, symmetry in _keyed(symmetries).items()}
+        # In the order of their keys, because all ranks must sum up their shards in the same order.
+        self.moments = Moments((each for each in self._keys if not each.reason), self.decay)
         self._fill(known)
 
     def looks_at(self, step: int) -> bool:
@@ -89,10 +91,15 @@ class Tracker:
             self.values.update(moments)
 
     @contextmanager
-    def undone_on_error(self) -> Iterator[None]:
-        """Inside, the way, the second moments and the averages may turn. If an error occurs, they are what they were."""
+    def undone_on_error(self, symmetries: Iterable[Symmetry]) -> Iterator[None]:
+        """Inside, the way, the second moments and the averages may turn. If an error occurs, they are what they were.
+
+        Args:
+            symmetries: those that turn.
+        """
         legs, gains, values = [replace(leg) for leg in self.way.legs], dict(self.way.gains), dict(self.values)
-        averages = Snapshot(parameter for average in self.averages for parameter in average.parameters)
+        own = [symmetry.of(average) for symmetry in symmetries for average in self.averages]
+        averages = Snapshot(dict.fromkeys(parameter for symmetry in own for parameter in symmetry.parameters))
         try:
             yield
         except BaseException:
@@ -114,8 +121,7 @@ class Tracker:
         """What a resumed run needs to go on as if it had not stopped."""
         if self.moments is None or not self.moments.looks:
             return self._loaded
-        values = self.moments.values
-        looked = {key: values[s].contiguous() for key, s in _keyed(self.moments.symmetries).items() if s in values}
+        looked = {self._keys[symmetry]: value.contiguous() for symmetry, value in self.moments.values.items()}
         return {**looked, "looks": torch.tensor(self.moments.looks)}
 
     def saved(self, model: nn.Module) -> dict[str, Tensor]:
@@ -139,8 +145,8 @@ class Tracker:
         if self.moments is None or not state:
             return
         self.moments.looks = int(state["looks"])
-        for key, symmetry in _keyed(self.moments.symmetries).items():
-            value = state.get(key)
+        for symmetry in self.moments.symmetries:
+            value = state.get(self._keys[symmetry])
             if value is not None and value.shape == (symmetry.blocks, symmetry.size, symmetry.size):
                 self.moments.values[symmetry] = value.to(symmetry.parts[0].parameter.device)
 

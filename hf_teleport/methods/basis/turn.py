@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_teleport.methods.basis.features import effective
-from hf_teleport.methods.basis.symmetry import Fold, Part, Symmetry
+from hf_teleport.methods.basis.symmetry import Fold, Part, Symmetry, folds_of
 from hf_teleport.optimizers.state import OptimizerState, laid_along
 from hf_teleport.weights.whole import WHOLE, Weights
 
@@ -40,8 +40,7 @@ class Turn:
         for symmetry in self.rotations:
             for gain in symmetry.rounded:
                 self._rounded[gain] = gain.detach().clone()
-            known = {fold.norm.gain for fold in self.gains}  # which another symmetry of the same norm may fold too
-            self.gains |= {fold: effective(fold.norm).clone() for fold in symmetry.folds if fold.norm.gain not in known}
+        self.gains = {fold: effective(fold.norm).clone() for fold in folds_of(self.rotations)}
 
     @property
     def exact(self) -> bool:

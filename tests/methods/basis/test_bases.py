@@ -21,7 +21,7 @@ from hf_teleport.methods.basis.symmetry import Part, Symmetry
 from hf_teleport.methods.basis.turn import Turn, slices
 from hf_teleport.weights.ranks import ALONE
 
-from tiny_models import build, loss_fn
+from tiny_models import Halves, build, loss_fn
 
 
 def symmetry_of(blocks, size, centred=False, width=7):
@@ -290,22 +290,9 @@ def test_features_without_a_gradient_stay():
     assert torch.equal(found, torch.eye(5, dtype=torch.float64).expand(2, -1, -1))
 
 
-class Halves(nn.Module):
-    """Two symmetries whose features come from one norm."""
-
-    def __init__(self):
-        super().__init__()
-        self.w, self.norm = nn.Linear(5, 8, bias=False), nn.RMSNorm(8)
-        self.a, self.b = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
-
-    def forward(self, x):
-        u, v = self.norm(self.w(x)).chunk(2, -1)
-        return self.a(u) + self.b(v)
-
-
 def test_a_gain_that_two_symmetries_fold_counts_once():
     """In later events each symmetry has a copy of the fold."""
-    model, x = Halves().double(), torch.randn(6, 5).double()
+    model, x = Halves(nn.RMSNorm(8)).double(), torch.randn(6, 5).double()
     nn.init.uniform_(model.norm.weight, 0.5, 2.0)
     found, _ = find_symmetries(model, squared, x)
     first = [symmetry for symmetry in found if not symmetry.reason and symmetry.folds]

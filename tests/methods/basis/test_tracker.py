@@ -1,24 +1,11 @@
 """What a run knows of its bases between events."""
 
 import torch
-from torch import nn
 
 from hf_teleport.methods.basis.symmetries import find_symmetries
 from hf_teleport.methods.basis.tracker import Tracker
-from hf_teleport.methods.basis.way import Way
 
-
-class Halves(nn.Module):
-    """Two symmetries with one writer, one kind and one size."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.RMSNorm(8)
-        self.w, self.a, self.b = nn.Linear(5, 8, bias=False), nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
-
-    def forward(self, x):
-        u, v = self.w(x).chunk(2, -1)
-        return self.a(u) + self.b(v)
+from tiny_models import Halves
 
 
 def looked(model, x):
@@ -47,4 +34,16 @@ def test_two_symmetries_of_one_writer_keep_their_own_moments():
     for old, new in zip(turning, (symmetry for symmetry in again if not symmetry.reason), strict=True):
         assert [part.positions.tolist() for part in old.parts] == [part.positions.tolist() for part in new.parts]
         assert torch.equal(resumed.values[new], tracker.values[old])
-    assert isinstance(resumed.way, Way)
+
+
+def test_what_one_of_them_saw_does_not_become_the_others():
+    torch.manual_seed(0)
+    model, x = Halves(), torch.randn(6, 5)
+    tracker, symmetries = looked(model, x)
+    (_, second) = (symmetry for symmetry in symmetries if not symmetry.reason)
+    loss = lambda model, x: model(x).square().mean()  # noqa: E731
+    again, reasons = find_symmetries(model, loss, x, {model.a.weight: "not selected"})
+    expected = tracker.values[second]
+    tracker.begin(again, reasons, frozenset({model.a.weight}))
+    (left,) = (symmetry for symmetry in again if not symmetry.reason)
+    assert torch.equal(tracker.values[left], expected)
