@@ -50,7 +50,7 @@ def test_the_page_has_the_numbers_of_the_tuned_arms(name, reference):
         assert f"| {cells[3]} | {cells[4]} | {cells[6]}" in page, cells
 
 
-@pytest.mark.parametrize("name", ["fine_tuning.csv", "following_variants.csv", "python_scale.csv"])
+@pytest.mark.parametrize("name", ["fine_tuning.csv", "following_variants.csv", "python_scale.csv", "tuned_tasks.csv"])
 def test_the_page_has_the_table_of_several_experiments(name):
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     table = "\n".join(tables.pairs(pd.read_csv(RESULTS / name), "baseline"))
