@@ -8,12 +8,16 @@ from hf_teleport.methods.basis.tracker import Tracker
 from tiny_models import Halves
 
 
+def loss(model, x):
+    return model(x).square().mean()
+
+
 def looked(model, x):
     """A tracker that has looked at one step."""
     tracker = Tracker(every=1)
-    symmetries, reasons = find_symmetries(model, lambda model, x: model(x).square().mean(), x)
+    symmetries, reasons = find_symmetries(model, loss, x)
     tracker.begin(symmetries, reasons, frozenset())
-    model(x).square().mean().backward()
+    loss(model, x).backward()
     tracker.look(0)
     return tracker, symmetries
 
@@ -29,7 +33,7 @@ def test_two_symmetries_of_one_writer_keep_their_own_moments():
     assert not torch.allclose(first, second)
     resumed = Tracker(every=1)
     resumed.load(tracker.saved(model), model)
-    again, reasons = find_symmetries(model, lambda model, x: model(x).square().mean(), x)
+    again, reasons = find_symmetries(model, loss, x)
     resumed.begin(again, reasons, frozenset())
     for old, new in zip(turning, (symmetry for symmetry in again if not symmetry.reason), strict=True):
         assert [part.positions.tolist() for part in old.parts] == [part.positions.tolist() for part in new.parts]
@@ -41,7 +45,6 @@ def test_what_one_of_them_saw_does_not_become_the_others():
     model, x = Halves(), torch.randn(6, 5)
     tracker, symmetries = looked(model, x)
     (_, second) = (symmetry for symmetry in symmetries if not symmetry.reason)
-    loss = lambda model, x: model(x).square().mean()  # noqa: E731
     again, reasons = find_symmetries(model, loss, x, {model.a.weight: "not selected"})
     expected = tracker.values[second]
     tracker.begin(again, reasons, frozenset({model.a.weight}))
